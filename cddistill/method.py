@@ -1,0 +1,56 @@
+"""What a distillation method is: the nets it trains, the turns it plays, and how its student samples."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+Loss = Callable[[SimpleNamespace, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Turn(NamedTuple):
+    """One line of an algorithm box: which nets move, down which loss, how often.
+
+    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role. Gradients reach
+    the nets named in `moves` and nothing else, by construction.
+    """
+
+    moves: tuple[str, ...]
+    loss: Loss
+    every: int = 1  # train steps between two plays
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The whole interface between a method's file and the rest of the package."""
+
+    def init(self, key: jax.Array, frozen: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
+        """The trained nets at step 0, usually copies of frozen["teacher"]; batch shows shapes only."""
+
+    def turns(self) -> dict[str, Turn]:
+        """The algorithm box, in order of play."""
+
+    def ema(self) -> dict[str, float]:
+        """Nets that have an average, seen by losses as n.<name>_ema, and their decay per step."""
+
+    def sample(self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], key: jax.Array, steps: int) -> jax.Array:
+        """Generate x0 [b, h, w, c] from unit noise and batch["text" | "null" | "cond" | "index"] in `steps` steps."""
+
+    def nfe(self, steps: int) -> int:
+        """Network evaluations that `sample` spends on one image."""
+
+
+def per_sample(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per sample, made from its number in the global batch: the same on any number of devices and hosts."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Unit Gaussian noise [b, *shape] that follows the sample, not the device."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, index))
+
+
+def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Uniform numbers in [0, 1), shape [b], that follow the sample."""
+    return jax.vmap(jax.random.uniform)(per_sample(key, index))
