@@ -1,0 +1,66 @@
+"""The embedded images: Fluent Emoji 3D at 32 px, (c) Microsoft, MIT (see assets/LICENSE.fluentui-emoji)."""
+
+import collections
+import csv
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cddistill.data.images import resize
+from cddistill.data.splits import members
+
+ASSETS = Path(__file__).parent / "assets"
+TONES = ["light", "medium-light", "medium", "medium-dark", "dark"]
+SIZE = 32
+
+
+class Emoji:
+    """1852 bases in 9 groups, the labels by name; an element is a base, so that six skin tones weigh as one image."""
+
+    num_labels = 9
+
+    def __init__(self, config, split):
+        if config.size > SIZE:
+            raise ValueError(f"emoji are {SIZE} px; data.size must be at most that, not {config.size}")
+        self.size = config.size
+        self.drawings = pack()
+        self.bases = members(self.drawings, split)
+
+    def __len__(self):
+        return len(self.bases)
+
+    def element(self, i, rng):
+        """Base i; one of its drawings by chance if there is an rng, else the first, which has no skin tone."""
+        drawings = self.drawings[self.bases[i]]
+        image, label, caption = drawings[0 if rng is None else rng.integers(len(drawings))]
+        return {"image": resize(image, self.size), "label": label, "caption": caption}
+
+
+@functools.cache
+def pack():
+    """All drawings, {base: [(uint8 [32,32,3], label, caption), ...]}."""
+    with (ASSETS / "emoji.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = {group: i for i, group in enumerate(sorted({row["group"] for row in rows}))}
+    images, steps = tiles("emoji_bases.webp"), tiles("emoji_tones.webp")
+    drawings, used = collections.defaultdict(list), 0
+    for row, image in zip(rows, images, strict=False):  # the last tiles of the sheet are padding
+        n = int(row["tones"])
+        deltas = steps[used : used + n] - np.uint8(128)  # each tone minus the one before it, mod 256
+        used += n
+        toned = np.cumsum([image, *deltas], axis=0, dtype=np.uint8)
+        captions = [row["caption"], *(f"{row['caption']}: {tone} skin tone" for tone in TONES[:n])]
+        label = labels[row["group"]]
+        drawings[row["base"]].extend((x, label, caption) for x, caption in zip(toned, captions, strict=True))
+    return dict(drawings)
+
+
+def tiles(name):
+    """The 32x32 tiles of a sheet, row by row, uint8 [n,32,32,3]."""
+    with Image.open(ASSETS / name) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    h, w, _ = sheet.shape
+    grid = sheet.reshape(h // SIZE, SIZE, w // SIZE, SIZE, 3).swapaxes(1, 2)
+    return grid.reshape(-1, SIZE, SIZE, 3)

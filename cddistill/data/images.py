@@ -1,0 +1,40 @@
+"""From files and arrays to uint8 RGB images of one size."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+"""Modes that are read, and what each is read as; transparency is then composited on white."""
+
+
+def to_rgb(image, name):
+    """A PIL image as RGB: grey is repeated, alpha composited on white, orientation tags obeyed."""
+    if image.mode not in FORMATS:
+        bands = len(image.getbands())
+        raise ValueError(f"{name} has {bands} channel(s) of mode {image.mode}; convert it to 8-bit grey or RGB")
+    image = ImageOps.exif_transpose(image).convert(FORMATS[image.mode])
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def from_array(array, name):
+    """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image."""
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}; expected uint8 [h,w] or [h,w,c] with 1 to 4 channels")
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def fit(image, size):
+    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then the centre cropped."""
+    scale = size / min(image.size)
+    w, h = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - size) // 2, (h - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def resize(array, size):
+    """A square uint8 array [h,h,3] at another size."""
+    return array if len(array) == size else fit(Image.fromarray(array), size)

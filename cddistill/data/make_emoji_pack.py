@@ -1,0 +1,40 @@
+"""Make the embedded emoji pack: python -m cddistill.data.make_emoji_pack fluent3d_32.npz; needed only to change it."""
+
+import csv
+import sys
+
+import numpy as np
+from PIL import Image
+
+from cddistill.data.emoji import ASSETS, TONES
+
+
+def sheet(tiles, columns):
+    """Tiles [n,h,w,3], row by row, as one image; missing tiles at the end are white."""
+    n, h, w, c = tiles.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * columns, h, w, c), 255, np.uint8)
+    grid[:n] = tiles
+    return Image.fromarray(grid.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c))
+
+
+def make(npz, out):
+    """Write emoji.csv, emoji_bases.webp and emoji_tones.webp (each tone minus the one before it, mod 256)."""
+    data = np.load(npz)
+    row_of = {caption: i for i, caption in enumerate(data["captions"])}
+    bases, tones, rows = [], [], []
+    for i in np.flatnonzero(~data["toned"]):
+        caption = str(data["captions"][i])
+        toned = [row_of[name] for name in (f"{caption}: {tone} skin tone" for tone in TONES) if name in row_of]
+        bases.append(data["images"][i])
+        tones.extend(np.diff(data["images"][[i, *toned]], axis=0) + np.uint8(128))  # uint8 wraps, so lossless
+        rows.append([data["base"][i], data["group"][i], caption, len(toned)])
+    lossless = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
+    sheet(np.stack(bases), 40).save(out / "emoji_bases.webp", **lossless)
+    sheet(np.stack(tones), len(TONES)).save(out / "emoji_tones.webp", **lossless)
+    with (out / "emoji.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["base", "group", "caption", "tones"], *rows])
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], ASSETS)

@@ -1,0 +1,223 @@
+"""Procedural scenes: one to three solids on a chequered floor, with exact depth, caption and edit by instruction."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from cddistill.data.splits import SPLITS
+
+COLOURS = {
+    "red": (0.85, 0.12, 0.10), "green": (0.15, 0.65, 0.20), "blue": (0.12, 0.25, 0.85), "yellow": (0.95, 0.80, 0.10),
+    "purple": (0.55, 0.20, 0.70), "cyan": (0.10, 0.75, 0.80), "white": (0.92, 0.92, 0.92), "orange": (0.95, 0.50, 0.10),
+}  # fmt: skip
+SHAPES = ("ball", "cube", "cylinder")
+SIZES = {"small": 0.40, "big": 0.62}  # radius or half an edge, metres
+COUNTS = {"train": 10_000, "validation": 1_000, "test": 1_000}
+EYE = np.array([0.0, 2.1, -4.6])  # metres; x right, y up, z into the scene
+FAR = 25.0  # metres: where the floor ends and the depth of the sky
+SUPERSAMPLING = 2  # rays per pixel and axis
+
+
+class Solid(NamedTuple):
+    """A thing standing on the floor."""
+
+    shape: str
+    size: str
+    colour: str
+    tint: np.ndarray  # added to the colour
+    yaw: float  # radians, about the vertical axis
+    x: float
+    z: float
+
+    def __str__(self):
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+class World(NamedTuple):
+    """What is seen besides the solids."""
+
+    light: np.ndarray  # unit vector towards it
+    tiles: float  # of the floor, per metre
+    floor: tuple[np.ndarray, np.ndarray]  # its two colours
+    sky: np.ndarray
+
+
+class Scenes:
+    """Element i of a split is a pure function of both; the label, 0 .. 23, is shape and colour of the nearest solid."""
+
+    num_labels = len(SHAPES) * len(COLOURS)
+
+    def __init__(self, config, split):
+        self.split, self.size = split, config.size
+
+    def __len__(self):
+        return COUNTS[self.split]
+
+    def element(self, i, rng):
+        """Scene i."""
+        return dict(scene((SPLITS.index(self.split), i), self.size))
+
+
+@functools.lru_cache(maxsize=sum(COUNTS.values()))  # a scene takes about 10 ms at 32 px
+def scene(seed, size):
+    """image and edited uint8 [size,size,3], depth float32 [size,size] in metres, caption, instruction, label."""
+    rng = np.random.default_rng(seed)
+    world, solids = random_world(rng), random_solids(rng)
+    instruction, changed = random_edit(rng, solids)
+    (image, depth), (edited, _) = render(world, solids, size), render(world, changed, size)
+    nearest = min(solids, key=lambda s: s.z)
+    for array in (image, depth, edited):
+        array.flags.writeable = False  # they are cached
+    return {
+        "image": image,
+        "depth": depth,
+        "edited": edited,
+        "caption": " and ".join(f"a {s}" for s in sorted(solids, key=lambda s: s.x)),
+        "instruction": instruction,
+        "label": SHAPES.index(nearest.shape) * len(COLOURS) + list(COLOURS).index(nearest.colour),
+    }
+
+
+def random_world(rng):
+    """Light, floor and sky."""
+    light = np.array([rng.uniform(-0.8, 0.8), 1.1, rng.uniform(-0.9, -0.2)])
+    floor = (rng.uniform(0.35, 0.75, 3), rng.uniform(0.35, 0.75, 3))
+    return World(light / np.linalg.norm(light), rng.choice([0.8, 1.2, 2.0]), floor, rng.uniform(0.45, 0.85, 3))
+
+
+def random_solids(rng):
+    """One to three solids, each of another colour and in another place."""
+    n = rng.integers(1, 4)
+    places = rng.permutation([-1.3, 0.0, 1.3])[:n]
+    colours = rng.choice(list(COLOURS), n, replace=False)
+    return [
+        Solid(
+            shape=str(rng.choice(SHAPES)),
+            size=str(rng.choice(list(SIZES))),
+            colour=str(colour),
+            tint=rng.normal(0, 0.03, 3),
+            yaw=rng.uniform(0, np.pi / 2),
+            x=place + rng.uniform(-0.25, 0.25),
+            z=rng.uniform(-0.8, 1.4),
+        )
+        for place, colour in zip(places, colours, strict=True)
+    ]
+
+
+def random_edit(rng, solids):
+    """An instruction about the first solid, which its colour identifies, and the solids after it was followed."""
+    first, *others = solids
+    kind = rng.choice(["colour", "shape", "remove"] if others else ["colour", "shape"])
+    if kind == "colour":
+        new = str(rng.choice([c for c in COLOURS if c not in [s.colour for s in solids]]))
+        return f"make the {first.colour} {first.shape} {new}", [first._replace(colour=new), *others]
+    if kind == "shape":
+        new = str(rng.choice([s for s in SHAPES if s != first.shape]))
+        return f"turn the {first.colour} {first.shape} into a {new}", [first._replace(shape=new), *others]
+    return f"remove the {first}", others
+
+
+def render(world, solids, size):
+    """Ray-traced image uint8 [size,size,3] and depth float32 [size,size], metres along the ray."""
+    rays = camera(size * SUPERSAMPLING)
+    down = rays[..., 1] < -1e-3
+    t = np.where(down, EYE[1] / -np.where(down, rays[..., 1], -1.0), np.inf)
+    solid_or_floor = t < FAR
+    normal = np.broadcast_to([0.0, 1.0, 0.0], rays.shape)
+    floor_at = EYE + np.where(solid_or_floor, t, 0)[..., None] * rays
+    tile = np.floor(floor_at[..., 0] * world.tiles) + np.floor(floor_at[..., 2] * world.tiles)
+    albedo = np.where(tile[..., None] % 2, *world.floor)
+    albedo = np.where(solid_or_floor[..., None], albedo, world.sky + 0.25 * rays[..., 1:2])
+    shiny = np.zeros_like(solid_or_floor)
+    for solid in solids:
+        hit, hit_normal = intersect(solid, EYE, rays)
+        nearer = hit < t
+        t = np.where(nearer, hit, t)
+        normal = np.where(nearer[..., None], hit_normal, normal)
+        albedo = np.where(nearer[..., None], np.clip(COLOURS[solid.colour] + solid.tint, 0, 1), albedo)
+        shiny, solid_or_floor = shiny | nearer, solid_or_floor | nearer
+    t = np.minimum(t, FAR)
+    lit = shade(world, solids, rays, EYE + t[..., None] * rays, normal, albedo, shiny)
+    image = pool(np.where(solid_or_floor[..., None], lit, albedo))
+    return (np.clip(image, 0, 1) ** 0.85 * 255 + 0.5).astype(np.uint8), pool(t).astype(np.float32)
+
+
+def shade(world, solids, rays, points, normal, albedo, shiny):
+    """Blinn-Phong shading with hard shadows; only what is shiny has a highlight."""
+    start = points + 1e-2 * normal  # off the surface, so that it does not shadow itself
+    light = np.broadcast_to(world.light, rays.shape)
+    bright = ~np.any([np.isfinite(intersect(solid, start, light)[0]) for solid in solids], axis=0)
+    diffuse = np.clip(normal @ world.light, 0, 1) * bright
+    half = world.light - rays
+    half = half / np.linalg.norm(half, axis=-1, keepdims=True)
+    highlight = 0.35 * np.clip((normal * half).sum(-1), 0, 1) ** 40 * bright * shiny
+    return albedo * (0.32 + 0.72 * diffuse[..., None]) + highlight[..., None]
+
+
+def camera(size):
+    """Unit directions [size,size,3] of the rays through the pixels' centres."""
+    v, u = 1 - (np.mgrid[:size, :size] + 0.5) / size * 2
+    forward, right = np.array([0, -0.34, 1.0]) / np.hypot(0.34, 1.0), np.array([1.0, 0, 0])
+    up = np.cross(forward, right)
+    rays = forward - 0.45 * u[..., None] * right + 0.45 * v[..., None] * up
+    return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+
+def intersect(solid, origin, rays):
+    """Distance along each ray to a solid (inf = missed) and the outward normal there."""
+    radius = SIZES[solid.size]
+    return {"ball": ball, "cube": cube, "cylinder": cylinder}[solid.shape](
+        origin - np.array([solid.x, radius, solid.z]), rays, radius, solid.yaw
+    )
+
+
+def ball(origin, rays, radius, yaw):
+    """A sphere round 0: |origin + t ray| = radius."""
+    b = (origin * rays).sum(-1)
+    t = first_root(1.0, b, (origin * origin).sum(-1) - radius**2)
+    return t, (origin + finite(t)[..., None] * rays) / radius
+
+
+def cube(origin, rays, radius, yaw):
+    """A cube round 0, turned by yaw: the ray is inside where it is between all three pairs of planes."""
+    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    origin, rays = origin @ turn, rays @ turn
+    with np.errstate(divide="ignore", invalid="ignore"):
+        planes = np.stack([(-radius - origin) / rays, (radius - origin) / rays])
+    enter, leave = planes.min(0), planes.max(0)
+    t = enter.max(-1)
+    t = np.where((t < leave.min(-1)) & (t > 1e-3), t, np.inf)
+    face = np.eye(3)[enter.argmax(-1)]
+    return t, -np.sign(rays) * face @ turn.T
+
+
+def cylinder(origin, rays, radius, yaw):
+    """An upright cylinder round 0, as high as wide: its side, or its lid if that is nearer."""
+    (ox, oy, oz), (dx, dy, dz) = np.moveaxis(origin, -1, 0), np.moveaxis(rays, -1, 0)
+    side = first_root(dx**2 + dz**2, ox * dx + oz * dz, ox**2 + oz**2 - radius**2)
+    side = np.where(np.abs(oy + finite(side) * dy) <= radius, side, np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lid = (radius - oy) / dy
+    at = origin + finite(lid)[..., None] * rays
+    lid = np.where((np.hypot(at[..., 0], at[..., 2]) <= radius) & (lid > 1e-3), lid, np.inf)
+    outward = (origin + finite(side)[..., None] * rays) * [1, 0, 1] / radius
+    return np.minimum(side, lid), np.where((lid < side)[..., None], [0.0, 1.0, 0.0], outward)
+
+
+def first_root(a, b, c):
+    """The smaller root of a t^2 + 2 b t + c, if it is real and in front, else inf."""
+    discriminant = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(discriminant, 0))) / np.maximum(a, 1e-9)
+    return np.where((discriminant > 0) & (t > 1e-3), t, np.inf)
+
+
+def finite(t):
+    """Distances with 0 for a miss, to compute on."""
+    return np.where(np.isfinite(t), t, 0)
+
+
+def pool(image):
+    """Mean over the rays of a pixel."""
+    n = len(image) // SUPERSAMPLING
+    return image.reshape(n, SUPERSAMPLING, n, SUPERSAMPLING, *image.shape[2:]).mean((1, 3))

@@ -1,0 +1,453 @@
+"""Sources, splits and batches: nothing but seed and position may matter, and bad input must be named."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cddistill.data import DataConfig, batches, emoji, examples, load, loader, scenes, splits
+
+SR = DataConfig(task="sr")
+
+
+def take(n, *args, **kwargs):
+    return list(itertools.islice(batches(*args, **kwargs), n))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        if isinstance(a[name], dict):
+            assert_same(a[name], b[name])
+        else:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def join(halves):
+    first = halves[0]
+    return {k: join([x[k] for x in halves]) if isinstance(v, dict) else np.concatenate([x[k] for x in halves])
+            for k, v in first.items()}  # fmt: skip
+
+
+# --- splits
+
+
+def test_splits_are_disjoint_complete_and_never_change():
+    parts = {split: splits.members(emoji.pack(), split) for split in splits.SPLITS}
+    assert sorted(itertools.chain(*parts.values())) == sorted(emoji.pack())
+    assert {split: len(names) for split, names in parts.items()} == {"train": 1490, "validation": 170, "test": 192}
+    assert splits.split_of("1f385") == "train"  # golden: another hash would leak test images of old runs into training
+    assert parts["test"][:2] == ["1f1f2-1f1e6", "1f4e4"]
+    assert all(splits.split_of(name) == split for split, names in parts.items() for name in names)
+
+
+def test_a_split_is_in_an_order_that_new_names_do_not_change():
+    names = [f"{i}.png" for i in range(200)]
+    few, many = splits.members(names[:100], "train"), splits.members(names, "train")
+    assert [name for name in many if name in set(few)] == few
+    assert few != sorted(few)
+
+
+# --- the embedded images
+
+
+def test_emoji_pack():
+    pack = emoji.pack()
+    drawings = list(itertools.chain(*pack.values()))
+    assert len(pack) == 1852
+    assert len(drawings) == 3388
+    assert {label for _, label, _ in drawings} == set(range(9))
+    santa = pack["1f385"]
+    assert [caption for _, _, caption in santa][:2] == ["Santa Claus", "Santa Claus: light skin tone"]
+    checksum = sum(int(image.sum()) for image, _, _ in drawings)  # of the images that the pack was made from
+    assert checksum == 2097239887
+
+
+def test_emoji_draws_skin_tones_in_training_only():
+    train, test = load(DataConfig(flip=False), "train"), load(DataConfig(), "test")
+    santa = train.source.bases.index("1f385")
+    drawn = {train.item(santa, np.random.default_rng(k))["caption"] for k in range(40)}
+    assert drawn == {caption for _, _, caption in emoji.pack()["1f385"]}
+    captions = examples(DataConfig(), "train")["caption"]
+    captions += [test.item(i, np.random.default_rng(i))["caption"] for i in range(len(test))]
+    assert not any("skin tone" in caption for caption in captions)
+
+
+def test_flip_mirrors_half_of_the_training_images_and_no_others():
+    dataset, still = load(DataConfig(), "train"), load(DataConfig(flip=False), "train")
+    i = next(i for i, base in enumerate(dataset.source.bases) if len(emoji.pack()[base]) == 1)
+    plain = examples(DataConfig(), "train")["x0"][i]
+    seen = [dataset.item(i, np.random.default_rng(k))["x0"] for k in range(100)]
+    mirrored = sum(np.array_equal(x, plain[:, ::-1]) for x in seen)
+    assert mirrored + sum(np.array_equal(x, plain) for x in seen) == 100
+    assert 30 < mirrored < 70
+    assert all(np.array_equal(still.item(i, np.random.default_rng(k))["x0"], plain) for k in range(20))
+
+
+def test_smaller_emoji():
+    assert examples(DataConfig(size=16), "test", 2)["x0"].shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match="emoji are 32 px; data.size must be at most that, not 64"):
+        load(DataConfig(size=64))
+
+
+# --- batches
+
+
+def test_batch_layout():
+    batch = next(batches(SR, batch_size=6, seed=0))
+    assert {name: value.shape for name, value in batch.items() if name not in ("text", "null")} == {
+        "x0": (6, 32, 32, 3), "cond": (6, 32, 32, 3), "index": (6,)}  # fmt: skip
+    assert batch["x0"].dtype == batch["cond"].dtype == np.float32
+    assert -1 <= batch["x0"].min() < -0.5
+    assert 0.5 < batch["x0"].max() <= 1
+    assert 0 <= batch["cond"].min() < batch["cond"].max() <= 1
+    labels, null = batch["text"]["class_labels"], batch["null"]["class_labels"]
+    assert labels.dtype == null.dtype == batch["index"].dtype == np.int32
+    assert labels.max() < 9
+    assert null.tolist() == [9] * 6
+    assert batch["index"].tolist() == list(range(6))
+
+
+def test_same_seed_same_batches_other_seed_others():
+    a, b = take(3, SR, batch_size=8, seed=1), take(3, SR, batch_size=8, seed=1)
+    for x, y in zip(a, b, strict=True):
+        assert_same(x, y)
+    assert not np.array_equal(a[0]["x0"], next(batches(SR, batch_size=8, seed=2))["x0"])
+    assert not np.array_equal(a[0]["x0"], a[1]["x0"])
+
+
+@pytest.mark.parametrize(
+    ("config", "start"),
+    [
+        (DataConfig(), 400),  # 3200 images on: in the third epoch
+        (SR, 3),
+        (DataConfig(task="sr", degradation="realesrgan"), 3),
+    ],
+)
+def test_resuming_changes_nothing(config, start):
+    straight = take(start + 2, config, batch_size=8, seed=3)[start:]
+    for x, y in zip(straight, take(2, config, batch_size=8, seed=3, start=start), strict=True):
+        assert_same(x, y)
+
+
+def test_number_of_hosts_changes_nothing():
+    whole = take(3, SR, batch_size=8, seed=0)
+    halves = [take(3, SR, batch_size=8, seed=0, rows=slice(4 * host, 4 * host + 4)) for host in range(2)]
+    for step, batch in enumerate(whole):
+        assert_same(batch, join([half[step] for half in halves]))
+
+
+def test_every_epoch_has_each_element_once_in_a_new_order():
+    class Numbers:
+        def __len__(self):
+            return 23
+
+        def item(self, i, rng):
+            return i, int(rng.integers(10**9))
+
+    stream = loader.shuffled(Numbers(), seed=5)
+    epochs = [[stream[23 * epoch + k] for k in range(23)] for epoch in range(4)]
+    orders = [[i for i, _ in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert len({tuple(order) for order in [*orders, list(range(23))]}) == 5
+    assert len({number for epoch in epochs for _, number in epoch}) == 4 * 23  # chance does not repeat either
+    other = [loader.shuffled(Numbers(), seed=6)[k] for k in range(23)]
+    assert [i for i, _ in other] not in orders
+    assert not {number for _, number in other} & {number for epoch in epochs for _, number in epoch}
+
+
+def test_examples_are_always_the_same():
+    config = DataConfig(task="sr", degradation="realesrgan")
+    a, b = examples(config, "test", 5), examples(config, "test", 5)
+    assert a.pop("caption") == b.pop("caption")
+    assert_same(a, b)
+    np.testing.assert_array_equal(a["cond"][:3], examples(config, "test", 3)["cond"])
+    assert not np.array_equal(a["cond"], examples(config, "test", 5, seed=1)["cond"])
+    assert len(examples(DataConfig(), "test")["caption"]) == 192
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"source": "emojis"}, "data.source must be one of emoji, scenes, folder, tfds, arrays, not 'emojis'"),
+        ({"task": "blur"}, "data.task must be one of none, sr, not 'blur'"),
+        ({"size": 0}, "data.size must be at least 1"),
+        ({"task": "sr", "scale": 5}, "data.size 32 must be divisible by data.scale 5"),
+    ],
+)
+def test_wrong_config(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DataConfig(**changes)
+
+
+def test_wrong_split_or_number_of_classes():
+    with pytest.raises(ValueError, match="split must be one of train, validation, test, not 'val'"):
+        load(DataConfig(), "val")
+    with pytest.raises(ValueError, match="scenes has 24 labels; data.num_classes is 9"):
+        load(DataConfig(source="scenes"))
+
+
+# --- scenes
+
+
+def test_scenes_are_pure_and_splits_differ():
+    a, b = scenes.scene.__wrapped__((0, 7), 16), scenes.scene.__wrapped__((0, 7), 16)
+    assert a.pop("caption") == b.pop("caption")
+    assert_same({k: np.asarray(v) for k, v in a.items()}, {k: np.asarray(v) for k, v in b.items()})
+    config = DataConfig(source="scenes", size=16, num_classes=24)
+    train, test = examples(config, "train", 12), examples(config, "test", 12)
+    assert train["x0"].shape == train["edited"].shape == (12, 16, 16, 3)
+    assert not set(train["caption"]) & set(test["caption"])
+    assert not (train["x0"] == (train["edited"] / 127.5 - 1).astype(np.float32)).all((1, 2, 3)).any()
+    assert train["depth"].min() > 1
+    assert train["depth"].max() == scenes.FAR
+    assert train["label"].max() < 24
+
+
+def test_depth_is_the_distance_along_the_ray():
+    """A ball seen through the centre of the picture, and the floor under it, by school geometry."""
+    forward = np.array([0, -0.34, 1]) / np.hypot(0.34, 1)
+    floor = scenes.EYE[1] / -forward[1]
+    world = scenes.random_world(np.random.default_rng(0))
+    centre = scenes.render(world, [], 65)[1][32, 32]  # the mean over 2 x 2 rays round the axis
+    assert centre == pytest.approx(floor, rel=1e-3)
+    radius = scenes.SIZES["big"]
+    rays = np.broadcast_to(forward, (1, 1, 3))
+    above = scenes.EYE + floor * forward + [0, radius, 0]
+    ball = scenes.Solid("ball", "big", "red", np.zeros(3), 0.0, above[0], above[2])
+    distance, normal = scenes.intersect(ball, scenes.EYE, rays)
+    point = scenes.EYE + distance[0, 0] * forward
+    assert np.linalg.norm(point - above) == pytest.approx(radius)
+    np.testing.assert_allclose(normal[0, 0], (point - above) / radius, atol=1e-9)
+    assert distance[0, 0] < floor
+    behind = ball._replace(z=ball.z + 2, colour="blue")
+    for solids in ([ball, behind], [behind, ball]):
+        image, depth = scenes.render(world, solids, 65)
+        assert depth[32, 32] == pytest.approx(distance[0, 0], rel=5e-3)  # the mean of four rays
+        assert image[32, 32].argmax() == 0  # red
+
+
+def test_flip_takes_depth_and_edit_along():
+    config = DataConfig(source="scenes", size=16, num_classes=24)
+    plain, dataset = examples(config, "train", 1), load(config, "train")
+    items = [dataset.item(0, np.random.default_rng(k)) for k in range(8)]
+    flipped = next(item for item in items if not np.array_equal(item["x0"], plain["x0"][0]))
+    for name in ("x0", "depth", "edited"):
+        np.testing.assert_array_equal(flipped[name], plain[name][0][:, ::-1])
+
+
+# --- folders of images
+
+
+def save(path, value=100, mode="RGB", size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fill = value if mode in ("L", "I;16") else (value,) * (len(mode) - mode.count("A")) + (0,) * mode.count("A")
+    Image.new(mode, size, fill).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(30):
+        save(tmp_path / f"sub/{i}.png", value=8 * i)
+    return tmp_path
+
+
+def of(path, **changes):
+    return DataConfig(source="folder", path=str(path), **({"size": 16} | changes))
+
+
+def test_folder_splits_captions_and_labels(folder):
+    (folder / "sub/0.txt").write_text("a dark square\n")
+    lines = [{"file_name": f"sub/{i}.png", "text": f"grey {8 * i}", "label": i % 3} for i in range(1, 30)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    captions, levels = [], []
+    for split in splits.SPLITS:
+        data = examples(of(folder), split)
+        captions += data["caption"]
+        for caption, label, x0 in zip(data["caption"], data["label"], data["x0"], strict=True):
+            level = round((x0.mean() + 1) * 127.5)
+            levels.append(level)
+            assert (caption, label) == (("a dark square", 9) if level == 0 else (f"grey {level}", level // 8 % 3))
+    assert sorted(levels) == [8 * i for i in range(30)]
+    assert sorted(captions) == sorted(["a dark square", *(line["text"] for line in lines)])
+
+
+def test_folder_with_its_own_splits(tmp_path):
+    for split, value in (("train", 10), ("test", 200)):
+        for i in range(3):
+            save(tmp_path / f"{split}/{i}.jpg", value)
+    assert len(load(of(tmp_path), "train")) == 3
+    assert examples(of(tmp_path), "test")["x0"].mean() == pytest.approx(200 / 127.5 - 1, abs=0.01)
+    with pytest.raises(ValueError, match="the validation split of folder .* is empty"):
+        load(of(tmp_path), "validation")
+
+
+def test_crop_is_central_and_keeps_the_aspect(tmp_path):
+    stripes = np.zeros((20, 60, 3), np.uint8)
+    stripes[:, 20:40] = 255
+    (tmp_path / "train").mkdir()
+    Image.fromarray(stripes).save(tmp_path / "train/a.png")
+    x0 = examples(of(tmp_path, size=10), "train")["x0"][0]
+    assert (x0[:, 2:8] > 0.9).all()  # the white third, with blurred edges
+
+
+def test_grey_and_alpha_are_converted(tmp_path):
+    save(tmp_path / "train/grey.png", 128, "L")
+    save(tmp_path / "train/clear.png", 128, "RGBA")
+    save(tmp_path / "train/clear_grey.png", 128, "LA")
+    data = examples(of(tmp_path), "train")
+    names = load(of(tmp_path), "train").source.names
+    level = dict(zip(names, data["x0"], strict=True))
+    np.testing.assert_allclose(level["train/grey.png"], 128 / 127.5 - 1, atol=1e-6)
+    assert (level["train/clear.png"] == 1).all()  # transparent is white
+    assert (level["train/clear_grey.png"] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["not an image", "cut off", "cmyk"])
+def test_bad_image_is_named_before_the_first_step_or_skipped(folder, kind, caplog):
+    name = next(f"sub/{i}.jpg" for i in itertools.count(100) if splits.split_of(f"sub/{i}.jpg") == "train")
+    bad = folder / name
+    if kind == "not an image":
+        bad.write_bytes(b"hello")
+    else:
+        pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).convert("CMYK" if kind == "cmyk" else "RGB").save(bad)
+        if kind == "cut off":
+            bad.write_bytes(bad.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=rf"1 of \d+ images .* cannot be used: {name}") as error:
+        batches(of(folder), batch_size=2, seed=0)
+    assert kind != "cmyk" or "4 channel(s) of mode CMYK; convert it" in str(error.value)
+    good = load(of(folder, skip_bad=True), "train")
+    assert name not in good.source.names
+    assert f"{name}" in caplog.text
+    examples(of(folder, skip_bad=True), "train")
+
+
+def test_no_folder_no_images_and_bad_metadata(tmp_path, folder):
+    with pytest.raises(ValueError, match="data.path '' is not a folder"):
+        load(DataConfig(source="folder"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="there is no image in"):
+        load(of(tmp_path / "empty"))
+    for line in ("{", '{"text": "no name"}', "[]", '{"file_name": "a.png", "label": -1}'):
+        (folder / "metadata.jsonl").write_text(line)
+        with pytest.raises(ValueError, match="line 1 of .*metadata.jsonl is not like"):
+            load(of(folder))
+    (folder / "metadata.jsonl").write_text('{"file_name": "sub/1.png", "label": 9}')
+    with pytest.raises(ValueError, match="folder has 10 labels; data.num_classes is 9"):
+        load(of(folder))
+
+
+# --- precomputed arrays
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x0.npy", rng.normal(size=(40, 8, 8, 4)).astype(np.float16))
+    np.save(tmp_path / "text.npy", rng.normal(size=(40, 5, 6)).astype(np.float16))
+    np.save(tmp_path / "null.npy", np.zeros((5, 6), np.float32))
+    (tmp_path / "captions.json").write_text(json.dumps([f"row {i}" for i in range(40)]))
+    return tmp_path
+
+
+def latents(path, **changes):
+    return DataConfig(source="arrays", path=str(path), **changes)
+
+
+def test_arrays(arrays):
+    x0, text = np.load(arrays / "x0.npy"), np.load(arrays / "text.npy")
+    seen = []
+    for split in splits.SPLITS:
+        data = examples(latents(arrays), split)
+        rows = [int(caption.split()[1]) for caption in data["caption"]]
+        seen += rows
+        assert data["x0"].dtype == data["text"]["encoder_hidden_states"].dtype == np.float32
+        np.testing.assert_array_equal(data["x0"], x0[rows])
+        np.testing.assert_array_equal(data["text"]["encoder_hidden_states"], text[rows])
+        np.testing.assert_array_equal(data["null"]["encoder_hidden_states"], np.zeros((len(rows), 5, 6)))
+    assert sorted(seen) == list(range(40))
+    batch = next(batches(latents(arrays), batch_size=4, seed=0))
+    assert batch["x0"].shape == (4, 8, 8, 4)
+    assert batch.keys() == {"x0", "text", "null", "index"}
+
+
+def test_arrays_for_sdxl_and_with_cond(arrays):
+    np.save(arrays / "text_embeds.npy", np.ones((40, 7)))
+    np.save(arrays / "null_text_embeds.npy", np.zeros(7))
+    np.save(arrays / "time_ids.npy", np.full((40, 6), 64))
+    np.save(arrays / "cond.npy", np.ones((40, 64, 64, 3), np.float16))
+    batch = next(batches(latents(arrays, task="sr"), batch_size=4, seed=0))
+    assert batch["cond"].shape == (4, 64, 64, 3)
+    added, null = batch["text"]["added_cond_kwargs"], batch["null"]["added_cond_kwargs"]
+    assert added["text_embeds"].shape == (4, 7)
+    assert null["text_embeds"].max() == 0 < added["text_embeds"].min()
+    np.testing.assert_array_equal(added["time_ids"], null["time_ids"])
+
+
+def test_arrays_with_labels_and_their_own_splits(tmp_path):
+    for split in splits.SPLITS:
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "x0.npy", np.zeros((3, 8, 8, 4), np.float32))
+        np.save(tmp_path / split / "class_labels.npy", np.arange(3))
+    data = examples(latents(tmp_path), "validation")
+    assert data["text"]["class_labels"].tolist() == data["label"].tolist() == [0, 1, 2]
+    assert data["null"]["class_labels"].tolist() == [9] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        ("x0.npy", np.zeros((40, 8, 8)), "x0.npy in .* is .* expected 4 axes"),
+        ("text.npy", np.zeros((39, 5, 6)), "text.npy in .* expected 3 axes, the first of length 40 as in x0.npy"),
+        ("null.npy", np.zeros((5, 7)), r"null.npy is \(5, 7\); expected \(5, 6\)"),
+        ("null.npy", None, "text.npy needs .*null.npy beside it"),
+        ("x0.npy", None, "there is no x0.npy in"),
+        ("class_labels.npy", np.arange(40), "class_labels.npy in .* must be in 0 .. 9, the null label"),
+        ("text_embeds.npy", np.zeros((40, 7)), "text_embeds.npy and time_ids.npy belong together"),
+    ],
+)
+def test_arrays_that_do_not_fit(arrays, name, array, sentence):
+    (arrays / name).unlink(missing_ok=True)
+    if array is not None:
+        np.save(arrays / name, array)
+    with pytest.raises(ValueError, match=sentence):
+        load(latents(arrays))
+
+
+def test_task_on_arrays_needs_cond(arrays):
+    with pytest.raises(ValueError, match=r"task sr on precomputed arrays needs .*cond.npy"):
+        load(latents(arrays, task="sr"))
+
+
+# --- tensorflow-datasets
+
+
+def test_tfds():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=6):
+        data = examples(DataConfig(source="tfds", path="mnist", num_classes=10), "test", 3)
+        batch = next(batches(DataConfig(source="tfds", path="mnist", num_classes=10, size=16), batch_size=2, seed=0))
+        faces = examples(DataConfig(source="tfds", path="celeb_a"), "validation", 2)
+    assert data["x0"].shape == (3, 32, 32, 3)
+    assert data["label"].max() < 10
+    assert batch["x0"].shape == (2, 16, 16, 3)
+    assert faces["label"].tolist() == [9, 9]  # it has no labels
+    with pytest.raises(ValueError, match="tensorflow-datasets has no dataset 'no_such_set'"):
+        load(DataConfig(source="tfds", path="no_such_set"))
+
+
+def test_tfds_splits():
+    from cddistill.data.tfds_images import slices
+
+    assert slices(["train"]) == {"test": "train[90%:100%]", "validation": "train[80%:90%]", "train": "train[:80%]"}
+    assert slices(["train", "test"]) == {"test": "test", "validation": "train[90%:100%]", "train": "train[:90%]"}
+    assert slices(["train", "validation", "test"])["train"] == "train[:100%]"
+
+
+def test_tfds_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    with pytest.raises(ValueError, match=r"needs tensorflow-datasets: pip install cddistill\[tfds\]"):
+        load(DataConfig(source="tfds", path="mnist"))
