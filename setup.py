@@ -1,4 +1,4 @@
-"""Packaging of cddistill: `pip install -e .` or, with the versions that were tested, `pip install -c constraints.txt -e .`."""
+"""Packaging: `pip install -e .`, or with the versions that were tested `pip install -c constraints.txt -e .`."""
 
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ CORE = [
     "flatbuffers>=25",  # jax.export serialises with it but does not depend on it
     "flax>=0.12.8,<0.13",
     "grain>=0.2.16",
+    "huggingface_hub>=1",  # teachers by their Hub id
     "jax>=0.10.2,<0.13",
     "jaxtyping>=0.3.9",
     "jinja2>=3.1",
@@ -36,7 +37,14 @@ EXTRAS = {
     "text": ["tokenizers>=0.22", "transformers>=5,<6"],
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
-    "test": ["beartype>=0.22", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.15", "tokenizers>=0.22"],
+    "test": [
+        "beartype>=0.22",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.15",
+        "tokenizers>=0.22",
+    ],
 }
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
     *(f"cddistill[{extra}]" for extra in ("eval", "text", "tfds", "test")),

@@ -1,8 +1,8 @@
 """Forward process and parameterisations: z_t = alpha_t x0 + sigma_t eps.
 
-A schedule gives alpha and sigma at its own native time t and places n times on a grid. Everything else in the package is
-written with (alpha, sigma), so a new schedule is one small class. All of it is float32, whatever the networks compute in:
-Stable Diffusion divides by alpha = 0.068 at t = 999.
+A schedule gives alpha and sigma at its own native time t and places n times on a grid. Everything else in the package
+is written with (alpha, sigma), so a new schedule is one small class. All of it is float32, whatever the networks
+compute in: Stable Diffusion divides by alpha = 0.068 at t = 999.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ class Schedule(Protocol):
         """Signal and noise amplitude at native time t, float32, of the shape of t."""
 
     def at(self, u: jax.Array) -> jax.Array:
-        """Native time at the fraction u of the way from data (0) to noise (1); what grids and random times are made of."""
+        """Native time at the fraction u of the way from data (0) to noise (1), for random times."""
 
-
-def grid(schedule: Schedule, n: int) -> jax.Array:
-    """Native times of an n-step sampler from most to least noisy: `at` of 1, (n-1)/n, ..., 1/n ("trailing" spacing)."""
-    return schedule.at(1.0 - jnp.arange(n) / n)
+    def grid(self, n: int) -> jax.Array:
+        """Native times of an n-step sampler, from most to least noisy; a step to x0 follows the last."""
 
 
 @functools.cache
-def ddpm_alphas(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float, zero_snr: bool) -> np.ndarray:
+def ddpm_alphas(
+    num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float, zero_snr: bool
+) -> np.ndarray:
     """sqrt(alphas_cumprod) in float64, the table behind `DDPM`."""
     if beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
         bar = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -73,6 +73,9 @@ class DDPM:
     def at(self, u):
         return jnp.clip(jnp.round(u * self.num_timesteps).astype(jnp.int32) - 1, 0, self.num_timesteps - 1)
 
+    def grid(self, n):
+        return self.at(1.0 - jnp.arange(n) / n)  # "trailing" spacing: T - 1, ..., T/n - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
@@ -89,6 +92,9 @@ class EDM:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
 
+    def grid(self, n):
+        return self.at(1.0 - jnp.arange(n) / max(n - 1, 1))  # from sigma_max to sigma_min
+
 
 @dataclasses.dataclass(frozen=True)
 class RectifiedFlow:
@@ -99,6 +105,9 @@ class RectifiedFlow:
 
     def at(self, u):
         return jnp.asarray(u, jnp.float32)
+
+    def grid(self, n):
+        return self.at(1.0 - jnp.arange(n) / n)
 
 
 def coefficients(kind: str, alpha, sigma):

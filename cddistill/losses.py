@@ -1,6 +1,5 @@
 """Distances and adversarial losses: arrays [b, ...] in, one number per sample [b] out."""
 
-import jax
 import jax.numpy as jnp
 
 
@@ -10,7 +9,8 @@ def mse(a, b):
 
 
 def pseudo_huber(a, b, c: float = 1e-3):
-    """sqrt(|a - b|^2 + c^2) - c of each sample's mean square: quadratic near zero, linear far away (Song & Dhariwal 2024)."""
+    """sqrt(|a - b|^2 + c^2) - c of each sample's mean square: quadratic near zero, linear far away (Song & Dhariwal
+    2024)."""
     return jnp.sqrt(mse(a, b) + c**2) - c
 
 

@@ -12,8 +12,8 @@ Loss = Callable[[SimpleNamespace, dict[str, Any], jax.Array], tuple[jax.Array, d
 class Turn(NamedTuple):
     """One line of an algorithm box: which nets move, down which loss, how often.
 
-    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role. Gradients reach
-    the nets named in `moves` and nothing else, by construction.
+    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role. Gradients
+    reach the nets named in `moves` and nothing else, by construction.
     """
 
     moves: tuple[str, ...]
@@ -34,7 +34,9 @@ class Method(Protocol):
     def ema(self) -> dict[str, float]:
         """Nets that have an average, seen by losses as n.<name>_ema, and their decay per step."""
 
-    def sample(self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], key: jax.Array, steps: int) -> jax.Array:
+    def sample(
+        self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], key: jax.Array, steps: int
+    ) -> jax.Array:
         """Generate x0 [b, h, w, c] from unit noise and batch["text" | "null" | "cond" | "index"] in `steps` steps."""
 
     def nfe(self, steps: int) -> int:

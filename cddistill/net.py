@@ -39,7 +39,8 @@ class Denoiser(Net):
         return tuple(diffusion.like(c, x) for c in self.schedule.alpha_sigma(jnp.broadcast_to(t, x.shape[:1])))
 
     def noise(self, x0, eps, t):
-        """Sample q(z_t | x0): alpha_t x0 + sigma_t eps. With predicted x0 and eps it is a DDIM step (Song 2021, eq. 12)."""
+        """Sample q(z_t | x0): alpha_t x0 + sigma_t eps. With predicted x0 and eps it is a DDIM step (Song 2021, eq.
+        12)."""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * eps
 

@@ -1,0 +1,134 @@
+"""From an experiment to its parts: frozen nets, the state at step 0 and how to sample from it."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cddistill import data, models, sharding
+from cddistill.config import Experiment
+from cddistill.method import normal
+from cddistill.net import Autoencoder
+from cddistill.optim import optimizer
+from cddistill.step import TrainState, init_state, namespace, train_step
+
+
+class Parts(NamedTuple):
+    """A run, ready to start; nothing has been computed but the loading of frozen weights."""
+
+    experiment: Experiment
+    mesh: jax.sharding.Mesh
+    rows: slice  # of the global batch, loaded by this host
+    frozen: dict[str, Any]  # on the mesh
+    abstract: TrainState  # shapes of the state, laid out on the mesh
+
+    def init(self) -> TrainState:
+        """The state at step 0, every array made where it will live."""
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract)
+        return jax.jit(functools.partial(initial, self.experiment), out_shardings=layout)(self.frozen)
+
+    def driver(self) -> sharding.Driver:
+        """The train step, compiled for config.parallel."""
+        run = self.experiment.run
+        step = functools.partial(
+            train_step,
+            turns=self.experiment.method.turns(),
+            optimizers=make_optimizers(self.experiment),
+            ema=self.experiment.method.ema(),
+            seed=run.seed,
+            accumulate=run.accumulate,
+        )
+        return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
+
+
+def build(experiment: Experiment) -> Parts:
+    """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step."""
+    run, method = experiment.run, experiment.method
+    mesh = sharding.make_mesh(run.fsdp)
+    rows = sharding.local_rows(run.batch_size, run.accumulate)
+    load = functools.partial(from_scratch, seed=run.seed) if run.scratch else models.load
+    frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat), "autoencoder": Autoencoder()}
+    if getattr(method, "signal", "") == "lpips":
+        frozen["lpips"] = models.lpips.load("vgg")
+    frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
+    check_shapes(frozen["teacher"], batch_shapes(experiment))
+    shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
+    layout = sharding.by_shape(mesh, shapes)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    return Parts(experiment, mesh, rows, frozen, abstract)
+
+
+def from_scratch(folder, seed, **kwargs):
+    """Random weights for the architecture and schedule that a diffusers folder describes; it needs no weights file."""
+    root = models.resolve(folder)
+    config = models.convert.read_json(root / "unet" / "config.json")
+    return models.init(
+        config, seed, *models.convert.read_scheduler(root / "scheduler" / "scheduler_config.json"), **kwargs
+    )
+
+
+def make_optimizers(experiment: Experiment):
+    """One optax transformation per turn, its schedule as long as the turn's updates."""
+    turns, steps = experiment.method.turns(), experiment.run.steps
+    return {name: optimizer(experiment.optim[name], -(-steps // turn.every)) for name, turn in turns.items()}
+
+
+def initial(experiment: Experiment, frozen) -> TrainState:
+    """State at step 0 as a pure function of the frozen nets."""
+    method = experiment.method
+    nets = method.init(jax.random.key(experiment.run.seed), frozen, batch_shapes(experiment))
+    return init_state(nets, method.turns(), make_optimizers(experiment), method.ema())
+
+
+@functools.cache
+def first_rows(data_config):
+    """Two training rows: what shows the shapes of a batch."""
+    return next(data.batches(data_config, batch_size=2, seed=0))
+
+
+def batch_shapes(experiment: Experiment):
+    """Shapes of the global batch."""
+    size = experiment.run.batch_size
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), first_rows(experiment.data))
+
+
+def check_shapes(teacher, batch):
+    """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
+    jax.eval_shape(lambda n, b: n(b["x0"], jnp.zeros(1, jnp.int32), b["text"]), teacher, batch)
+
+
+def sampler(parts: Parts):
+    """sample(nets, batch, steps, seed) -> images [n, h, w, c] in [0, 1], numpy; `nets` is a state or anything with
+    nets, ema.
+
+    Rows are padded to a whole number of batches, so one program serves any n; noise follows batch["index"].
+    """
+    method, mesh = parts.experiment.method, parts.mesh
+
+    @functools.partial(jax.jit, static_argnums=4, out_shardings=sharding.replicated(mesh))
+    def draw(nets, ema, frozen, batch, steps, seed):
+        n = namespace(SimpleNamespace(step=0, ema=ema), frozen, nets)
+        key = jax.random.key(seed)
+        noise = normal(key, batch["index"], batch["x0"].shape[1:])
+        x0 = method.sample(n, noise, batch, jax.random.fold_in(key, 1), steps)
+        return jnp.clip(n.autoencoder.decode(x0) * 0.5 + 0.5, 0.0, 1.0)
+
+    def sample(state, batch, steps, seed=0, chunk=64):
+        total = len(batch["index"])
+        chunk = -(-min(chunk, total) // mesh.size) * mesh.size
+        images = []
+        for start in range(0, total, chunk):
+            part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
+            rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
+            images.append(np.asarray(draw(state.nets, state.ema, parts.frozen, rows, steps, seed)))
+        return np.concatenate(images)[:total]
+
+    return sample
+
+
+def pad(x, n):
+    """Repeat the last row up to n rows."""
+    return np.concatenate([x, np.repeat(x[-1:], n - len(x), 0)]) if len(x) < n else x

@@ -1,0 +1,200 @@
+"""Looking at a student: sample grids while it trains, the comparison with its baselines, the report, and single
+pictures."""
+
+import importlib.metadata
+import pathlib
+import platform
+import time
+
+import jax
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cddistill import data, evals, models, sharding
+from cddistill.build import Parts, sampler
+from cddistill.data import tasks
+from cddistill.evals import grids, pairs
+from cddistill.methods import METHODS
+from cddistill.step import TrainState
+
+
+def unit(x0):
+    """Images in [-1, 1] to [0, 1]."""
+    return np.clip(np.asarray(x0) * 0.5 + 0.5, 0.0, 1.0)
+
+
+def arrays(examples):
+    """The numeric part of `data.examples`, with the row numbers that noise follows."""
+    kept = {k: examples[k] for k in ("x0", "text", "null", "cond") if k in examples}
+    return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
+
+
+class Preview:
+    """A grid of fixed validation examples, drawn now and then while training."""
+
+    def __init__(self, parts: Parts, n: int = 8):
+        self.parts, self.n, self.batch = parts, n, None
+        self.sample = sampler(parts)
+
+    def __call__(self, state, step: int, workdir: pathlib.Path, writer) -> dict[str, float] | None:
+        """Write samples/<step>.png; the validation PSNR of the largest number of steps, if there is a truth."""
+        if self.batch is None:
+            self.batch = arrays(data.examples(self.parts.experiment.data, "validation", self.n))
+        run = self.parts.experiment.run
+        students = {f"{k} steps": self.sample(state, self.batch, k, run.seed) for k in run.sample_steps}
+        paired = "cond" in self.batch
+        rows = {"input": self.batch["cond"]} | students | {"truth": unit(self.batch["x0"])} if paired else students
+        scores = (
+            {"val/psnr": float(np.mean(pairs.psnr(list(students.values())[-1], unit(self.batch["x0"]))))}
+            if paired
+            else None
+        )
+        if sharding.is_host0():
+            grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
+            writer.write_images(step, {"samples": np.concatenate([np.asarray(x)[..., :3] for x in rows.values()])})
+            if scores:
+                writer.write_scalars(step, scores)
+        return scores
+
+
+def report(
+    parts: Parts, state: TrainState, workdir: pathlib.Path, timings: dict[str, float], config: dict
+) -> list[evals.Row]:
+    """Score the student and what it is compared with on the test split, print the table and write report.html."""
+    run, began = parts.experiment.run, time.monotonic()
+    examples = data.examples(parts.experiment.data, "test", run.eval_images)
+    batch, truth = arrays(examples), unit(examples["x0"])
+    paired = "cond" in batch
+    sets, nfe = {}, {}
+    if paired and parts.experiment.data.task == "sr":
+        sets["bicubic"] = np.asarray(batch["cond"])
+    for name, compared in {"baseline": baseline(parts), "student": (parts, state)}.items():
+        if compared is None:
+            continue
+        its_parts, its_state = compared
+        draw = sampler(its_parts)
+        for steps in run.baseline_steps if name == "baseline" else run.sample_steps:
+            label = (
+                f"{'fine-tuned, not distilled' if name == 'baseline' else 'student'}, {steps} step{'s' * (steps > 1)}"
+            )
+            start = time.monotonic()
+            sets[label], nfe[label] = draw(its_state, batch, steps, run.seed), its_parts.experiment.method.nfe(steps)
+            timings |= {f"sampling: {label}, s": time.monotonic() - start}
+    if not sharding.is_host0():
+        return []
+    rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired)
+    timings |= {"evaluation, s": time.monotonic() - began}
+    print(evals.markdown(rows), flush=True)
+    shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
+    evals.write_report(
+        workdir / "report.html",
+        title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
+        grids=[
+            (
+                f"The first images of the test split, never seen in training ({len(truth)} in all).",
+                grids.side_by_side(shown),
+            )
+        ],
+        rows=rows,
+        metrics_path=workdir / "metrics.jsonl",
+        config=config,
+        timings=timings,
+        versions=versions(),
+        notes=notes(parts),
+    )
+    print(f"report: {workdir / 'report.html'}", flush=True)
+    return rows
+
+
+def baseline(parts: Parts):
+    """(parts, state) of the network that was fine-tuned without distillation, or None if the config names none."""
+    run = parts.experiment.run
+    if not run.baseline:
+        return None
+    if parts.experiment.data.task == "none":
+        raise ValueError("a baseline is a network with a condition branch: set data.task, or baseline=''")
+    method = METHODS["diffusion"](adapter="controlnet")
+    backbone, branch = models.load(run.baseline), models.load(run.baseline, subfolder="controlnet")
+    nets = {"backbone": backbone, "branch": branch}
+    state = TrainState(np.int32(0), nets, nets, {})
+    return parts._replace(experiment=parts.experiment._replace(method=method)), state
+
+
+def notes(parts: Parts) -> list[str]:
+    """What a reader of the report must know to judge it."""
+    run = parts.experiment.run
+    lines = [
+        f"All rows start from the same noise (seed {run.seed}); error bars are over images, not over training seeds."
+    ]
+    if run.baseline == "emoji_sr":
+        lines.append("The fine-tuned network ships with the package; configs/finetune_sr.py made it.")
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    names = ("cddistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    found = {name: importlib.metadata.version(name) for name in names if has(name)}
+    return found | {"python": platform.python_version(), "devices": f"{jax.device_count()} x {device.device_kind}"}
+
+
+def has(name: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pictures(source: pathlib.Path) -> list[pathlib.Path]:
+    """One picture, or all of a folder."""
+    found = (
+        sorted(p for p in source.iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+        if source.is_dir()
+        else [source]
+    )
+    if not found or not found[0].is_file():
+        raise ValueError(f"--input={source} is neither a picture nor a folder of pictures")
+    return found
+
+
+def read_condition(path: pathlib.Path, config: data.DataConfig) -> np.ndarray:
+    """A low-resolution picture as the condition [size, size, 3] in [0, 1]; larger pictures are first made small."""
+    try:
+        with Image.open(path) as file:
+            image = np.asarray(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is not a readable picture ({error})") from error
+    small, (height, width) = config.size // config.scale, image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
+    if side != small:
+        image = np.asarray(Image.fromarray(image).resize((small, small), Image.Resampling.BICUBIC))
+    return tasks.upsample(image, config.size)
+
+
+def sample(parts: Parts, state: TrainState, source: str | None, output: str, steps: int | None = None) -> None:
+    """Draw pictures with a trained student: one for each picture in `source` (its condition), or a sheet without
+    one."""
+    config, run = parts.experiment.data, parts.experiment.run
+    steps = steps or max(run.sample_steps)
+    examples = arrays(data.examples(config, "validation", 64 if source is None else 1))
+    if source is None and "cond" in examples:
+        raise ValueError("--mode=sample needs --input: a picture, or a folder of pictures, to condition on")
+    if source is None:
+        return grids.save_png(output, grids.grid(sampler(parts)(state, examples, steps, run.seed), scale=2))
+    if config.task != "sr":
+        raise ValueError(f"--mode=sample with --input knows the task sr, not {config.task!r}")
+    paths = pictures(pathlib.Path(source))
+    conditions = np.stack([read_condition(path, config) for path in paths])
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), examples)
+    batch |= {"cond": conditions, "text": batch["null"], "index": np.arange(len(paths), dtype=np.int32)}
+    images = sampler(parts)(state, batch, steps, run.seed)
+    for path, image in zip(paths, images, strict=True):
+        to = pathlib.Path(output) / f"{path.stem}.png" if pathlib.Path(source).is_dir() else pathlib.Path(output)
+        grids.save_png(to, grids.to_uint8(image[None])[0])
+    print(f"{len(paths)} drawn in {steps} steps ({parts.experiment.method.nfe(steps)} network calls each): {output}")
+    return None

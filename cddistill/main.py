@@ -1,0 +1,86 @@
+"""Command line: flags -> config -> train, evaluate, sample or export; nothing else.
+
+python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ("train", "evaluate", "sample", "export", "pairs")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pictures) that conditions the student.")
+OUTPUT = flags.DEFINE_string("output", None, "sample: the picture to write; export: the folder to write.")
+
+
+def default_workdir() -> pathlib.Path:
+    """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+
+
+def main(_):
+    """Dispatch; heavy imports happen here, so that a wrong flag is answered at once."""
+    logging.set_verbosity(logging.WARNING)
+    from cddistill import sharding, train
+
+    sharding.initialize()
+    workdir = pathlib.Path(WORKDIR.value or default_workdir())
+    if MODE.value == "train":
+        return train.train(CONFIG.value, workdir)
+    if MODE.value == "evaluate":
+        return train.evaluate_run(CONFIG.value, workdir)
+    if MODE.value == "pairs":
+        raise ValueError(
+            "--mode=pairs writes noise-to-image pairs for method diffusion2gan, which this version does not have yet"
+        )
+    if not OUTPUT.value:
+        raise ValueError(f"--mode={MODE.value} needs --output")
+    if MODE.value == "export":
+        return train.export_run(CONFIG.value, workdir, OUTPUT.value)
+    return train.sample(CONFIG.value, workdir, INPUT.value, OUTPUT.value)
+
+
+def parse(argv):
+    """absl's flag parser, with what can go wrong in a config file or an override said in one sentence."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise ValueError("--config is missing: try --config=configs/ccd_sr.py")
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}: options start with --, values follow =")
+    except (flags.Error, AttributeError, KeyError, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        fail(error)
+    return rest
+
+
+def fail(error: BaseException):
+    """Print the error as one sentence and leave with status 2 (1 is for crashes)."""
+    print(f"cddistill: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
+
+
+def guarded(argv):
+    """`main`, with every foreseen error as one sentence; anything else keeps its traceback."""
+    try:
+        return main(argv)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("CDDISTILL_TRACEBACK"):
+            raise
+        fail(error)
+
+
+def run():
+    """Entry point of the console script `cddistill`."""
+    app.run(guarded, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    run()

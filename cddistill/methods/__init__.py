@@ -1,0 +1,6 @@
+"""Distillation methods. To add one, write its file and add a line here."""
+
+from cddistill.methods.codi import CoDi
+from cddistill.methods.denoising import Denoising
+
+METHODS = {"diffusion": Denoising, "codi": CoDi}

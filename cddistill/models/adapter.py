@@ -1,0 +1,155 @@
+"""Branches that teach a frozen or moving UNet a conditioning image.
+
+Both are a copy of the UNet's encoder that leaves the UNet exactly as it was until the first update:
+* controlnet (Zhang et al. 2023; what CoDi's figure and code do): h' = h + ZeroConv(h_copy(z_t + E(c)))
+* mu_blend (CoDi, Mei et al. 2024, sec. 3.1 as written):           h' = (1 - mu) h + mu h_copy(E(c)),  mu = 0 at first
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cddistill.models.blocks import conv
+from cddistill.models.init import draw, weight_shapes
+from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel
+from cddistill.net import Denoiser, Net
+
+# Options of our encoder that diffusers' ControlNet does not have, at the only values a branch may have.
+UNET_ONLY = {"center_input_sample": False, "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3}
+COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks_", "mid_block")
+
+
+class ControlNetConditioningEmbedding(nn.Module):
+    """E(c): convolutions from the conditioning image to the UNet's first features, halving between widths."""
+
+    widths: tuple[int, ...]
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, cond):
+        h = nn.silu(conv(self.widths[0], 3, self.dtype, "conv_in")(cond))
+        for i, (narrow, wide) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
+            h = nn.silu(conv(narrow, 3, self.dtype, f"blocks_{2 * i}")(h))
+            h = nn.silu(conv(wide, 3, self.dtype, f"blocks_{2 * i + 1}", stride=2)(h))
+        return conv(self.features, 3, self.dtype, "conv_out")(h)
+
+
+class Branch(Encoder):
+    """What both branches share: E(c) and the check of its input."""
+
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+
+    def to_config(self) -> dict:
+        return {k: v for k, v in super().to_config().items() if k not in UNET_ONLY}
+
+    def embed(self, cond, z_t):
+        """E(c) at z_t's resolution, or zero without a condition."""
+        factor, c = 2 ** (len(self.conditioning_embedding_out_channels) - 1), self.conditioning_channels
+        expected = (z_t.shape[0], z_t.shape[1] * factor, z_t.shape[2] * factor, c)
+        if cond is None:
+            return jnp.zeros((*z_t.shape[:3], self.block_out_channels[0]), self.dtype)
+        if cond.shape != expected:
+            raise ValueError(
+                f"the conditioning image has shape {cond.shape}, this branch needs {expected}: "
+                f"{c} channels and {factor} times the size of z_t"
+            )
+        e = ControlNetConditioningEmbedding(
+            self.conditioning_embedding_out_channels, self.block_out_channels[0], self.dtype,
+            name="controlnet_cond_embedding",
+        )  # fmt: skip
+        return e(cond)
+
+
+class ControlNetModel(Branch):
+    """diffusers' ControlNet."""
+
+    @nn.compact
+    def __call__(
+        self, z_t, t, cond=None, *, conditioning_scale=1.0, encoder_hidden_states=None, class_labels=None,
+        added_cond_kwargs=None, concat=None,
+    ):  # fmt: skip
+        """Residuals for z_t [b, h, w, c], times t [b], image cond [b, k h, k w, c] in [0, 1] or None."""
+        context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
+        emb = self.embedding(t, class_labels, added_cond_kwargs, None)
+        h = self.start(z_t, concat, context)
+        h = h if cond is None else h + self.embed(cond, z_t)
+        skips, mid = self.encode(h, emb, context)
+
+        def zero_conv(h, name):
+            return conditioning_scale * conv(h.shape[-1], 1, self.dtype, name)(h)
+
+        down = tuple(zero_conv(h, f"controlnet_down_blocks_{i}") for i, h in enumerate(skips))
+        return Residuals(down, zero_conv(mid, "controlnet_mid_block"))
+
+
+class MuBlendModel(Branch):
+    """CoDi's blend as the paper writes it: an encoder that sees only E(c), mixed in by one learnable scalar."""
+
+    @nn.compact
+    def __call__(
+        self, z_t, t, cond=None, *, conditioning_scale=1.0, encoder_hidden_states=None, class_labels=None,
+        added_cond_kwargs=None, concat=None,
+    ):  # fmt: skip
+        """Residuals as of ControlNetModel; z_t and concat only give the shape."""
+        context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
+        emb = self.embedding(t, class_labels, added_cond_kwargs, None)
+        skips, mid = self.encode(self.embed(cond, z_t), emb, context)
+        mu = conditioning_scale * self.param("mu", nn.initializers.zeros, ())
+        return Residuals(tuple(mu * h for h in skips), mu * mid, 1.0 - mu)
+
+
+BRANCHES = {"controlnet": ControlNetModel, "mu_blend": MuBlendModel}
+
+
+def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels: int = 3, embedding_channels=(16,)):
+    """A branch for the teacher that changes nothing yet: Net with apply(params, z_t, t, text, cond) -> Residuals.
+
+    kind is "controlnet" or "mu_blend". The conditioning image has cond_channels channels and 2^(n-1) times the size of
+    z_t, n = len(embedding_channels): (16,) for pixel models, ControlNet's (16, 32, 96, 256) for Stable Diffusion's
+    latents. The encoder's weights are copies of the teacher's. Raises ValueError for a teacher that is no UNet of this
+    package or whose options diffusers' ControlNet lacks.
+    """
+    unet = getattr(teacher.apply, "module", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError("only a UNet2DConditionModel, as models.load or models.init give it, can have a branch")
+    if kind not in BRANCHES:
+        raise ValueError(f"branch kind {kind!r} is not one of {', '.join(BRANCHES)}")
+    config = unet.to_config()
+    for name, default in UNET_ONLY.items():
+        if config[name] != default:
+            raise ValueError(f"a branch cannot be made for a UNet with {name} = {config[name]!r}")
+    shared = {f: v for f, v in config.items() if f in Encoder.__dataclass_fields__}
+    embed = {"conditioning_channels": cond_channels, "conditioning_embedding_out_channels": tuple(embedding_channels)}
+    module = BRANCHES[kind].from_config(shared | embed, dtype=unet.dtype, remat=unet.remat)
+    return Net(branch_params(module, teacher.params, key), Apply(module))
+
+
+def branch_params(module, unet_params, key):
+    """The encoder copied from the UNet (real copies, so that either may be donated), the rest fresh, its end zero."""
+    shapes = weight_shapes(module)
+    copied = {name: jax.tree.map(jnp.copy, unet_params[name]) for name in shapes if name.startswith(COPIED)}
+    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(shapes["controlnet_cond_embedding"]))))
+    fresh = draw(
+        shapes["controlnet_cond_embedding"],
+        lambda shape, bound: jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound),
+        lambda shape: jax.random.normal(next(keys), shape),
+    )
+    if isinstance(module, ControlNetModel):
+        fresh["conv_out"] = jax.tree.map(jnp.zeros_like, fresh["conv_out"])
+    zeros = {k: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), v) for k, v in shapes.items() if k not in copied}
+    return zeros | copied | {"controlnet_cond_embedding": fresh}
+
+
+def embedding_widths(cond, x0) -> tuple[int, ...]:
+    """Widths of E(c) for these batch arrays: ControlNet's (16, 32, 96, 256), as many as there are halvings, plus one.
+
+    Raises ValueError if cond is not x0's size times 1, 2, 4 or 8.
+    """
+    ratio = cond.shape[1] / x0.shape[1]
+    if ratio not in (1, 2, 4, 8) or cond.shape[2] != ratio * x0.shape[2]:
+        raise ValueError(f"a condition of {cond.shape[1:3]} is not 1, 2, 4 or 8 times as large as x0, {x0.shape[1:3]}")
+    return (16, 32, 96, 256)[: int(ratio).bit_length()]

@@ -1,0 +1,116 @@
+"""The convolutional pieces of diffusers' networks, NHWC; statistics in float32, parameter names as in diffusers."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over the trailing channel axis, computed in float32."""
+
+    groups: int
+    eps: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        if c % self.groups:
+            raise ValueError(f"{c} channels cannot be split into norm_num_groups = {self.groups} groups")
+        scale, bias = self.param("scale", nn.initializers.ones, (c,)), self.param("bias", nn.initializers.zeros, (c,))
+        x32 = x.astype(jnp.float32).reshape(x.shape[0], -1, c)
+
+        def mean(y):  # per group, given back per channel: only [b, c] is ever reshaped
+            y = y.mean(1).reshape(-1, self.groups, c // self.groups).mean(-1)
+            return jnp.repeat(y, c // self.groups, axis=1)[:, None]
+
+        centred = x32 - mean(x32)
+        gain = jax.lax.rsqrt(mean(centred**2) + self.eps) * scale[None, None]
+        return (centred * gain + bias[None, None]).reshape(x.shape).astype(self.dtype)
+
+
+def conv(features: int, kernel: int, dtype, name: str, stride: int = 1, padding=None) -> nn.Conv:
+    """A square convolution with PyTorch's symmetric padding unless told otherwise."""
+    padding = (kernel - 1) // 2 if padding is None else padding
+    return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name)
+
+
+def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: int):
+    """Transformer position features of a time: [b] -> float32 [b, dim], sin then cos (or flipped)."""
+    half = dim // 2
+    frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angle = t.astype(jnp.float32)[:, None] * frequency[None]
+    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate(parts, -1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer perceptron from time features (plus an optional conditioning vector) to the embedding."""
+
+    features: int
+    cond_proj_dim: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, cond=None):
+        if self.cond_proj_dim is not None:
+            zero = jnp.zeros((x.shape[0], self.cond_proj_dim), self.dtype)
+            project = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x + project(zero if cond is None else cond)
+        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, silu, conv, twice, with the time embedding in between and a 1x1 shortcut where the width changes."""
+
+    channels: int
+    groups: int
+    eps: float
+    scale_shift: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, emb=None):
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = conv(self.channels, 3, self.dtype, "conv1")(h)
+        norm2 = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")
+        if emb is not None:  # None in autoencoders
+            width = self.channels * (2 if self.scale_shift else 1)
+            emb = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.silu(emb))[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(emb, 2, -1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h if emb is None else h + emb)
+        h = conv(self.channels, 3, self.dtype, "conv2")(nn.silu(h))
+        shortcut = conv(self.channels, 1, self.dtype, "conv_shortcut") if x.shape[-1] != self.channels else lambda y: y
+        return shortcut(x) + h
+
+
+class Downsample2D(nn.Module):
+    """Strided convolution; padding 0 means one row below and one column to the right, as in diffusers."""
+
+    channels: int
+    padding: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        padding = self.padding or ((0, 1), (0, 1))
+        return conv(self.channels, 3, self.dtype, "conv", stride=2, padding=padding)(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    channels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return conv(self.channels, 3, self.dtype, "conv")(x)

@@ -1,0 +1,55 @@
+"""Shapes of a network's weights without computing them, and weights drawn the way PyTorch's layers draw theirs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def weight_shapes(module):
+    """The parameter tree of a UNet or branch as shapes; nothing is computed or allocated."""
+    args, kwargs = example(module)
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+
+
+def example(module):
+    """The smallest inputs that touch every weight of the module, as (args, kwargs)."""
+    size = 2 ** (len(module.block_out_channels) - 1)
+    args, kwargs = (jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)), {}
+    if hasattr(module, "conditioning_channels"):
+        size *= 2 ** (len(module.conditioning_embedding_out_channels) - 1)
+        args += (jnp.zeros((1, size, size, module.conditioning_channels)),)
+    kwargs["encoder_hidden_states"] = jnp.zeros((1, 1, module.per_block(module.cross_attention_dim)[-1]))
+    if module.class_embed_type or module.num_class_embeds:
+        vector = jnp.zeros((1, module.projection_class_embeddings_input_dim or 1))
+        per_type = {None: jnp.zeros((1,), jnp.int32), "timestep": jnp.zeros((1,))}
+        kwargs["class_labels"] = per_type.get(module.class_embed_type, vector)
+    if module.addition_embed_type == "text_time":
+        pooled = module.projection_class_embeddings_input_dim - 6 * module.addition_time_embed_dim
+        kwargs["added_cond_kwargs"] = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
+    return args, kwargs
+
+
+def draw(shapes, uniform, normal):
+    """Weights for a tree of shapes as PyTorch's layers start: U(+-1/sqrt(fan_in)) for kernels and their biases.
+
+    uniform(shape, bound) and normal(shape) are the sources of randomness, called in a fixed order. Norms start as the
+    identity, embedding tables as N(0, 1).
+    """
+    if "kernel" in shapes:
+        bound = 1.0 / np.sqrt(np.prod(shapes["kernel"].shape[:-1]))  # kaiming_uniform(a=sqrt(5)) is this bound
+        return {name: uniform(leaf.shape, bound) for name, leaf in sorted(shapes.items())}
+    if "scale" in shapes:
+        return {"scale": jnp.ones(shapes["scale"].shape), "bias": jnp.zeros(shapes["bias"].shape)}
+    if "embedding" in shapes:
+        return {"embedding": normal(shapes["embedding"].shape)}
+    return {name: draw(sub, uniform, normal) for name, sub in sorted(shapes.items())}
+
+
+def draw_numpy(shapes, seed: int):
+    """`draw` with numpy's generator: a UNet in a second, where one small program per shape would be compiled."""
+    rng = np.random.default_rng(seed)
+    return draw(
+        shapes,
+        lambda shape, bound: jnp.asarray(rng.uniform(-bound, bound, shape), jnp.float32),
+        lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    )

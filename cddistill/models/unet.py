@@ -1,0 +1,364 @@
+"""diffusers' UNet2DConditionModel in Flax: Stable Diffusion 1.x, 2.x, XL, their editing variants, small pixel models.
+
+Parameter paths are diffusers' names with ".3" written "_3", so `convert` is a rule and not a table. Fields are the keys
+of a diffusers config.json. Weights are float32; `dtype` is what the layers compute in; norms and softmax are float32.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cddistill.models.attention import SpatialAttention, Transformer2DModel
+from cddistill.models.blocks import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+    conv,
+    sinusoid,
+)
+
+DOWN_BLOCKS = {"DownBlock2D": "none", "CrossAttnDownBlock2D": "cross", "AttnDownBlock2D": "self"}
+UP_BLOCKS = {"UpBlock2D": "none", "CrossAttnUpBlock2D": "cross", "AttnUpBlock2D": "self"}
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
+CLASS_EMBEDS = (None, "timestep", "projection", "simple_projection")
+
+# Options of diffusers of which only these values are supported: the choices, and for the rest what changes nothing.
+SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "mid_block_type": MID_BLOCKS,
+    "class_embed_type": CLASS_EMBEDS,
+    "addition_embed_type": (None, "text_time"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_padding": (0, 1),
+    "dropout": (0, None),
+    "mid_block_scale_factor": (1,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "class_embeddings_concat": (False,),
+    "cross_attention_norm": (None,),
+    "attention_type": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
+    "reverse_transformer_layers_per_block": (None,),
+    "global_pool_conditions": (False,),
+    "controlnet_conditioning_channel_order": ("rgb",),
+}
+# Options of diffusers that change no number in the networks above.
+NO_EFFECT = {
+    "upcast_attention",
+    "use_memory_efficient_attention",
+    "split_head_dim",
+    "mid_block_only_cross_attention",
+    "addition_embed_type_num_heads",
+}
+
+
+class Residuals(NamedTuple):
+    """What a condition branch does to a UNet: every skip and the mid feature h becomes keep * h + r."""
+
+    down: tuple[jax.Array, ...]
+    mid: jax.Array
+    keep: jax.Array | float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """A module as a pure function. Equal when the modules are: nets that are built alike have one pytree structure."""
+
+    module: nn.Module
+
+    def __call__(self, params, z_t, t, text=None, *args, **kwargs):
+        return self.module.apply({"params": params}, z_t, t, *args, **conditioning(text), **kwargs)
+
+
+def conditioning(text) -> dict:
+    """Keyword arguments for a UNet: a dict is taken as it is, a bare array is encoder_hidden_states."""
+    if text is None or isinstance(text, dict):
+        return dict(text or {})
+    return {"encoder_hidden_states": text}
+
+
+class DownBlock2D(nn.Module):
+    """Resnets, each with its attention if any, then a downsampler if any; every result is a skip."""
+
+    num_layers: int
+    resnet: Any  # constructors, to be called with a name
+    attention: Any
+    downsampler: Any
+
+    @nn.compact
+    def __call__(self, h, emb, context):
+        skips = ()
+        for i in range(self.num_layers):
+            h = self.resnet(name=f"resnets_{i}")(h, emb)
+            h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
+            skips += (h,)
+        if self.downsampler:
+            h = self.downsampler(name="downsamplers_0")(h)
+            skips += (h,)
+        return h, skips
+
+
+class MidBlock2D(nn.Module):
+    """A resnet, and with attention one more behind it."""
+
+    resnet: Any
+    attention: Any
+
+    @nn.compact
+    def __call__(self, h, emb, context):
+        h = self.resnet(name="resnets_0")(h, emb)
+        if self.attention:
+            h = self.attention(name="attentions_0")(h, context)
+            h = self.resnet(name="resnets_1")(h, emb)
+        return h
+
+
+class UpBlock2D(nn.Module):
+    """Resnets, each fed one more skip, with attention if any, then an upsampler if any."""
+
+    resnet: Any
+    attention: Any
+    upsampler: Any
+
+    @nn.compact
+    def __call__(self, h, skips, emb, context):
+        for i, skip in enumerate(reversed(skips)):
+            h = self.resnet(name=f"resnets_{i}")(jnp.concatenate([h, skip], -1), emb)
+            h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
+        return self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
+
+
+class Encoder(nn.Module):
+    """What a UNet and its ControlNet share: the options, the embeddings, the way down and the middle."""
+
+    in_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5  # of resnets and output; transformer blocks have 1e-6
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads; in Attn*Block2D their width (so in diffusers)
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+    conv_in_kernel: int = 3
+    dtype: Any = jnp.float32
+    remat: bool = False  # recompute each block's inside in the backward pass
+
+    @classmethod
+    def from_config(cls, config: dict, **ours):
+        """The module of a diffusers config.json.
+
+        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
+        that is unknown, or whose value is not supported.
+        """
+        defaults = cls().options()
+        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
+
+        def supported(k, v):
+            if k in SUPPORTED:
+                return v in SUPPORTED[k]
+            return k in defaults and (v is not None or defaults[k] is None)
+
+        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
+            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/unet.py lists what it supports")
+        as_tuple = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in defaults}
+        module = cls(**as_tuple, **ours)
+        module.check()
+        return module
+
+    def options(self) -> dict:
+        """The fields that are keys of a diffusers config."""
+        ours = {"parent", "name", "dtype", "remat"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
+
+    def to_config(self) -> dict:
+        """The config.json of this module, as diffusers reads it."""
+        return {"_class_name": type(self).__name__, **self.options()}
+
+    def check(self):
+        """Lengths of the per-block options and names of the blocks."""
+        n, up_block_types = len(self.block_out_channels), getattr(self, "up_block_types", ())
+        for name, value in self.options().items():
+            per_block = name in Encoder.__dataclass_fields__ or name == "up_block_types"
+            if per_block and isinstance(value, tuple) and len(value) != n:
+                raise ValueError(f"{name} has {len(value)} entries but block_out_channels has {n}")
+        if unknown := sorted({*self.down_block_types} - {*DOWN_BLOCKS} | {*up_block_types} - {*UP_BLOCKS}):
+            known = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
+            raise ValueError(f"block types {', '.join(unknown)} are not supported, only {known} are")
+
+    def per_block(self, value):
+        """An option as one value per block."""
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    def resnet(self, i):
+        """Constructor of the resnets of block i."""
+        return partial(
+            ResnetBlock2D, self.block_out_channels[i], self.norm_num_groups, self.norm_eps,
+            self.resnet_time_scale_shift == "scale_shift", self.dtype,
+        )  # fmt: skip
+
+    def attention(self, kind, i, head_dim_of=None):
+        """Constructor of the attentions of block i, or None."""
+        heads = self.per_block(self.num_attention_heads or self.attention_head_dim)[i]
+        head_dim = self.per_block(self.attention_head_dim)[i if head_dim_of is None else head_dim_of]
+        depth = self.per_block(self.transformer_layers_per_block)[i]
+        only_cross = self.per_block(self.only_cross_attention)[i]
+        cross = partial(Transformer2DModel, heads, depth, self.norm_num_groups, self.use_linear_projection)
+        return {
+            "none": None,
+            "cross": partial(cross, only_cross_attention=only_cross, dtype=self.dtype),
+            "mid": partial(cross, dtype=self.dtype),
+            "self": partial(SpatialAttention, head_dim, self.norm_num_groups, self.norm_eps, self.dtype),
+        }[kind]
+
+    def block(self, cls):
+        """The block's class, rematerialised on request."""
+        return nn.remat(cls) if self.remat else cls
+
+    def check_inputs(self, z_t, context):
+        """One sentence for what would otherwise be a shape error deep inside."""
+        factor, (_, h, w, c) = 2 ** (len(self.block_out_channels) - 1), z_t.shape
+        if h % factor or w % factor:
+            raise ValueError(f"height {h} and width {w} must be divisible by {factor}: this network halves them")
+        if c != self.in_channels:
+            raise ValueError(f"the network takes in_channels = {self.in_channels} but z_t (with concat) has {c}")
+        dims = [d for d, b in zip(self.per_block(self.cross_attention_dim), self.down_block_types, strict=True)
+                if DOWN_BLOCKS[b] == "cross"]  # fmt: skip
+        dims += [self.per_block(self.cross_attention_dim)[-1]] * (self.mid_block_type == "UNetMidBlock2DCrossAttn")
+        if dims and context is None:
+            raise ValueError("this network has cross-attention: pass text embeddings as encoder_hidden_states")
+        if dims and context.shape[-1] not in dims:
+            raise ValueError(f"encoder_hidden_states have width {context.shape[-1]}, cross_attention_dim is {dims[0]}")
+
+    def embedding(self, t, class_labels, added_cond_kwargs, timestep_cond):
+        """The vector that every resnet receives: time, plus class and SDXL's pooled text and sizes where configured."""
+        wave = partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+        features = self.time_embedding_dim or 4 * self.block_out_channels[0]
+        mlp = partial(TimestepEmbedding, features, dtype=self.dtype)
+        time = wave(t, self.block_out_channels[0]).astype(self.dtype)
+        emb = mlp(self.time_cond_proj_dim, name="time_embedding")(time, timestep_cond)
+        if self.class_embed_type or self.num_class_embeds:
+            if class_labels is None:
+                raise ValueError("this network is class-conditional: pass class_labels [b]")
+            if self.class_embed_type is None:
+                table = nn.Embed(self.num_class_embeds, features, dtype=self.dtype, name="class_embedding")
+                emb = emb + table(class_labels)
+            elif self.class_embed_type == "simple_projection":
+                emb = emb + nn.Dense(features, dtype=self.dtype, name="class_embedding")(class_labels)
+            else:
+                waved = self.class_embed_type == "timestep"
+                labels = wave(class_labels, self.block_out_channels[0]) if waved else class_labels
+                emb = emb + mlp(name="class_embedding")(labels.astype(self.dtype))
+        elif class_labels is not None:
+            raise ValueError("class_labels were passed to a network without classes (num_class_embeds is not set)")
+        if self.addition_embed_type == "text_time":
+            if not {"text_embeds", "time_ids"} <= {*(added_cond_kwargs or ())}:
+                raise ValueError("this network needs added_cond_kwargs with text_embeds [b, d] and time_ids [b, 6]")
+            pooled, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+            sizes = wave(ids.reshape(-1), self.addition_time_embed_dim).reshape(ids.shape[0], -1)
+            added = jnp.concatenate([pooled.astype(self.dtype), sizes.astype(self.dtype)], -1)
+            emb = emb + mlp(name="add_embedding")(added)
+        return emb
+
+    def encode(self, h, emb, context):
+        """From conv_in's output to all skips and the mid feature."""
+        skips = (h,)
+        for i, kind in enumerate(self.down_block_types):
+            last = i == len(self.block_out_channels) - 1
+            down = partial(Downsample2D, self.block_out_channels[i], self.downsample_padding, self.dtype)
+            block = self.block(DownBlock2D)(
+                self.per_block(self.layers_per_block)[i], self.resnet(i), self.attention(DOWN_BLOCKS[kind], i),
+                None if last else down, name=f"down_blocks_{i}",
+            )  # fmt: skip
+            h, new = block(h, emb, context)
+            skips += new
+        if self.mid_block_type is not None:
+            attention = self.attention("mid" if self.mid_block_type == "UNetMidBlock2DCrossAttn" else "none", -1)
+            h = self.block(MidBlock2D)(self.resnet(-1), attention, name="mid_block")(h, emb, context)
+        return skips, h
+
+    def start(self, z_t, concat, context):
+        """conv_in on z_t and, for editing and inpainting models, the channels concatenated to it."""
+        z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
+        self.check_inputs(z_t, context)
+        return conv(self.block_out_channels[0], self.conv_in_kernel, self.dtype, "conv_in")(z_t)
+
+
+class UNet2DConditionModel(Encoder):
+    """The denoiser. `encoder_hidden_states` etc. are diffusers' names; `concat` is appended to z_t's channels."""
+
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    center_input_sample: bool = False
+    conv_out_kernel: int = 3
+    sample_size: int | tuple[int, ...] | None = None  # only written to configs
+
+    @nn.compact
+    def __call__(
+        self, z_t, t, residuals: Residuals | None = None, *, encoder_hidden_states=None, class_labels=None,
+        added_cond_kwargs=None, timestep_cond=None, concat=None,
+    ):  # fmt: skip
+        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels]."""
+        context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
+        z_t = 2.0 * z_t - 1.0 if self.center_input_sample else z_t
+        emb = self.embedding(t, class_labels, added_cond_kwargs, timestep_cond)
+        skips, h = self.encode(self.start(z_t, concat, context), emb, context)
+        if residuals is not None:
+            skips, h = adjust(residuals, skips, h)
+        h = self.decode(h, skips, emb, context)
+        h = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(h))
+        return conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
+
+    def decode(self, h, skips, emb, context):
+        """The way up; block j has the widths and options of down block n-1-j."""
+        n = len(self.block_out_channels)
+        for j, kind in enumerate(self.up_block_types):
+            i = n - 1 - j
+            num = self.per_block(self.layers_per_block)[i] + 1
+            up = partial(Upsample2D, self.block_out_channels[i], self.dtype) if i else None
+            # diffusers does not reverse attention_head_dim for AttnUpBlock2D, hence j
+            attention = self.attention(UP_BLOCKS[kind], i, head_dim_of=j)
+            block = self.block(UpBlock2D)(self.resnet(i), attention, up, name=f"up_blocks_{j}")
+            h, skips = block(h, skips[-num:], emb, context), skips[:-num]
+        return h
+
+
+def adjust(residuals: Residuals, skips, mid):
+    """keep * h + r on every skip and on the mid feature."""
+    if len(residuals.down) != len(skips):
+        raise ValueError(f"the UNet has {len(skips)} skips but the branch gives {len(residuals.down)} residuals")
+    for h, r in zip((*skips, mid), (*residuals.down, residuals.mid), strict=True):
+        if h.shape != r.shape:
+            raise ValueError(f"a residual of shape {r.shape} cannot be added to a feature of shape {h.shape}")
+
+    def blend(h, r):
+        return (residuals.keep * h + r).astype(h.dtype)
+
+    return tuple(map(blend, skips, residuals.down)), blend(mid, residuals.mid)

@@ -1,0 +1,146 @@
+"""A run from its config to its report: build, restore, loop, log, checkpoint, evaluate. The file to read first."""
+
+import pathlib
+import resource
+import time
+
+import jax
+
+from cddistill import build, checkpoint, config, data, evaluate, export, metrics, sharding
+from cddistill.step import active
+
+
+def train(settings, workdir: pathlib.Path) -> None:
+    """Train to config.steps, continuing what the workdir holds; then evaluate and write report.html.
+
+    Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
+    FloatingPointError for a loss that is not finite, OSError when the disk is full.
+    """
+    began = time.monotonic()
+    experiment = config.resolve(settings)
+    free = config.FREE if all(o.decay == "constant" for o in experiment.optim.values()) else config.FREE[1:]
+    claim(workdir)
+    checkpoint.check_config(workdir, config.plain(settings), free)
+    cache_programs()
+    parts = build.build(experiment)
+    checkpoint.write_config(workdir, config.plain(settings))
+    checkpoints = open_checkpoints(workdir, experiment)
+    state = parts.init() if checkpoints.latest_step() is None else checkpoints.restore(parts.abstract)
+    with checkpoint.Preemption() as stop:
+        state, timings = loop(parts, state, workdir, checkpoints, stop, began)
+    checkpoints.close()
+    if int(state.step) < experiment.run.steps:
+        print(f"stopped at step {int(state.step)}; the same command goes on from {checkpoints.last_good()}")
+    elif experiment.run.report:
+        evaluate.report(
+            parts, state, workdir, timings | {"training, s": time.monotonic() - began}, config.plain(settings)
+        )
+
+
+def loop(parts, state, workdir, checkpoints, stop, began):
+    """All remaining steps. The host only ever waits for the step before the one in flight."""
+    run, first = parts.experiment.run, int(state.step)
+    turns, driver = parts.experiment.method.turns(), parts.driver()
+    preview = evaluate.Preview(parts)
+    writer = metrics.make_writer(workdir, run.steps, run.batch_size, first, sharding.is_host0())
+    late, means, timings = metrics.Delayed(checkpoints.last_good), metrics.Means(), {}
+    state, frozen = driver.put_state(state), driver.put_frozen(parts.frozen)
+    stream = data.batches(parts.experiment.data, batch_size=run.batch_size, seed=run.seed, start=first, rows=parts.rows)
+
+    def log(known):
+        step, values = known
+        means.add(values)
+        if not timings:
+            timings["time to first step, s"] = time.monotonic() - began
+            print(
+                f"first step after {timings['time to first step, s']:.1f} s, peak memory {peak_memory():.2f} GB",
+                flush=True,
+            )
+        if step % run.log_every == 0 or step == run.steps:
+            writer.write_scalars(step, means.take())
+
+    try:
+        for step in range(first + 1, run.steps + 1):
+            batch = driver.put_batch(next(stream))
+            state, values = driver.step(state, frozen, batch, active(turns, step - 1))
+            if (known := late.push(step, values)) is not None:
+                log(known)
+            stopping = stop.requested(step)
+            last = step == run.steps or stopping
+            if not (last or step % run.eval_every == 0 or step % run.checkpoint_every == 0):
+                continue
+            if (known := late.flush()) is not None:
+                log(known)
+            scores = None
+            if step % run.eval_every == 0:
+                scores = preview(driver.get_state(state), step, workdir, writer)
+            if last or step % run.checkpoint_every == 0:
+                checkpoints.save(step, driver.get_state(state), metrics=scores)
+            if stopping:
+                break
+        checkpoints.wait()
+    finally:
+        writer.close()
+    return driver.get_state(state), timings | {"peak memory, GB": peak_memory()}
+
+
+def open_checkpoints(workdir, experiment, read_only=False) -> checkpoint.Checkpoints:
+    """The run's checkpoints; runs with a target to compare with also keep the one of the best validation PSNR."""
+    best = "val/psnr" if experiment.data.task != "none" else None
+    return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)
+
+
+def finished(settings, workdir):
+    """(parts, trained weights) of a run, for the modes that only look."""
+    experiment = config.resolve(settings)
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"{workdir} holds no run: train first, with --mode=train --workdir={workdir}")
+    checkpoint.check_config(workdir, config.plain(settings), config.FREE)
+    cache_programs()
+    parts = build.build(experiment)
+    return parts, open_checkpoints(workdir, experiment, read_only=True).restore_weights(parts.abstract)
+
+
+def evaluate_run(settings, workdir: pathlib.Path) -> None:
+    """Score the newest checkpoint on the test split and write the report anew."""
+    parts, state = finished(settings, workdir)
+    evaluate.report(parts, state, workdir, {}, config.plain(settings))
+
+
+def sample(settings, workdir: pathlib.Path, source: str | None, output: str) -> None:
+    """Draw with the newest checkpoint: see `evaluate.sample`."""
+    parts, state = finished(settings, workdir)
+    evaluate.sample(parts, state, source, output)
+
+
+def export_run(settings, workdir: pathlib.Path, output: str) -> None:
+    """Write the newest checkpoint as a diffusers folder."""
+    parts, state = finished(settings, workdir)
+    worst = export.export(parts, state, output)
+    print(f"exported to {output}; read back, weights differ by at most {worst:.2g} (float16)")
+
+
+def claim(workdir: pathlib.Path) -> None:
+    """Make the workdir, and find out now whether it can be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"workdir {workdir} cannot be written ({error.strerror}); choose another with --workdir"
+        ) from error
+
+
+def cache_programs() -> None:
+    """Keep compiled programs in the user's cache, so that the next start is quick."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "cddistill" / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def peak_memory() -> float:
+    """Largest amount of memory in use so far, in GB: the device's if it says, else this process's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9

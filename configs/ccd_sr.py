@@ -1,0 +1,48 @@
+"""CoDi super-resolution: one stage from an unconditional teacher to a 1-4-step conditional student.
+
+    python -m cddistill.main --config=configs/ccd_sr.py            emoji 8 px -> 32 px on a CPU; minutes
+    python -m cddistill.main --config=configs/ccd_sr.py:pe         PE-CoDi: only the condition branch trains
+    python -m cddistill.main --config=configs/ccd_sr.py:sd21       Stable Diffusion 2.1, 512 px; needs accelerators
+    and weights
+
+The paper gives neither learning rate, batch size nor number of steps; those values are ours.
+"""
+
+from cddistill.config import defaults
+
+
+def get_config(variant="emoji"):
+    config = defaults("codi")
+    config.data.task = "sr"
+    config.optim.warmup = 50
+    if variant in ("emoji", "pe"):
+        config.method.freeze_backbone = variant == "pe"
+        config.teacher = "emoji"
+        config.steps = 600
+        config.batch_size = 16
+        config.optim.lr = 1e-3
+        config.optim.decay = "cosine"
+        config.method.ema_decay = 0.99
+        config.eval_every = 100
+        config.checkpoint_every = 200
+        config.baseline = "emoji_sr"
+    elif variant == "sd21":
+        config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
+        config.data.source = "arrays"  # latents, text embeddings and conditions computed beforehand
+        config.data.path = "data/df2k_sd21"
+        config.data.degradation = "realesrgan"
+        config.steps = 200_000
+        config.batch_size = 256
+        config.fsdp = -1
+        config.dtype = "bfloat16"
+        config.remat = True
+        config.optim.lr = 1e-5
+        config.optim.warmup = 1000
+        config.optim.weight_decay = 1e-2  # the released code's AdamW
+        config.method.ema_decay = 0.9999
+        config.checkpoint_every = 2000
+        config.eval_every = 2000
+        config.eval_images = 3000  # the paper's number of pairs
+    else:
+        raise ValueError(f"configs/ccd_sr.py has no variant {variant!r}: emoji, pe, sd21")
+    return config

@@ -1,0 +1,151 @@
+"""Reference outputs of PyTorch diffusers for tiny random networks: python tests/golden/make_models.py
+
+Recorded with torch 2.13.0 (CPU), diffusers 0.42.1. Weights and inputs come from a numpy seed, here and in the tests, so
+models.npz holds only outputs and gradient norms. Neither torch nor diffusers is needed to run the tests.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SD = {
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "cross_attention_dim": 12,
+}
+XL = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 10 + 6 * 8,
+}
+PIXEL = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [16, 16, 32],
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 8,
+    "num_class_embeds": 10,
+}
+ODD = {  # options that no model above uses
+    "attention_head_dim": [4, 8, 16],  # not reversed on the way up in diffusers
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "center_input_sample": True,
+    "norm_eps": 1e-3,
+    "conv_in_kernel": 1,
+    "conv_out_kernel": 5,
+    "num_class_embeds": None,
+    "class_embed_type": "timestep",
+    "time_embedding_dim": 24,
+}
+UNETS = {
+    "sd15": SD,
+    "sd21_unclip": SD | {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True,
+                         "layers_per_block": [2, 1], "class_embed_type": "projection",
+                         "projection_class_embeddings_input_dim": 6},
+    "sdxl": SD | XL,
+    "upscaler": SD | {"in_channels": 7, "only_cross_attention": [True, False], "num_class_embeds": 9,
+                      "time_cond_proj_dim": 5, "norm_eps": 1e-3},
+    "pixel": PIXEL,
+    "odd": PIXEL | ODD,
+}  # fmt: skip
+UNET_KEYS = {"sample_size", "out_channels", "up_block_types"}
+CONTROLNETS = {
+    "sd15": {"conditioning_embedding_out_channels": [4, 8, 16]},
+    "pixel": {"conditioning_embedding_out_channels": [4], "conditioning_channels": 1},
+}
+
+
+def controlnet_config(name):
+    """The ControlNet's config that goes with a UNet's."""
+    return {k: v for k, v in UNETS[name].items() if k not in UNET_KEYS} | CONTROLNETS[name]
+
+
+def weights(shapes: dict) -> dict:
+    """Random weights for {PyTorch name: shape}: of the size of trained ones, zero-initialised layers included."""
+    out = {}
+    for name, shape in shapes.items():
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        x = x / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1 * x + name.endswith("weight")
+        out[name] = x.astype(np.float32)
+    return out
+
+
+def inputs(config: dict, cond_size: int = 1, seed: int = 0) -> dict:
+    """Batch of two: z_t and cond in NCHW, and whatever the config asks for, by diffusers' names."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    size = config.get("sample_size", 8)
+    x = {"sample": normal(2, config.get("in_channels", 4), size, size), "timestep": np.array([17, 940])}
+    x["encoder_hidden_states"] = normal(2, 5, config.get("cross_attention_dim", 1280))
+    if config.get("num_class_embeds"):
+        x["class_labels"] = np.array([3, 7])
+    if kind := config.get("class_embed_type"):
+        x["class_labels"] = np.array([5, 250]) if kind == "timestep" else normal(2, 6)
+    if config.get("addition_embed_type"):
+        ids = np.array([[512, 512, 0, 0, 512, 512], [768, 512, 0, 64, 1024, 1024]], np.float32)
+        x["added_cond_kwargs"] = {"text_embeds": normal(2, 10), "time_ids": ids}
+    if config.get("time_cond_proj_dim"):
+        x["timestep_cond"] = normal(2, 5)
+    if "conditioning_embedding_out_channels" in config:
+        factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+        shape = (2, config.get("conditioning_channels", 3), size * factor, size * factor)
+        x["controlnet_cond"] = rng.uniform(size=shape).astype(np.float32)
+    return x
+
+
+def main():
+    """Run diffusers and write models.npz beside this file."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    def network(cls, config):
+        net = cls(**config)
+        shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+        net.load_state_dict({k: torch.from_numpy(v) for k, v in weights(shapes).items()})
+        return net
+
+    def tensors(tree):
+        return {k: tensors(v) if isinstance(v, dict) else torch.from_numpy(v) for k, v in tree.items()}
+
+    out = {}
+    for name, config in UNETS.items():
+        net, x = network(UNet2DConditionModel, config), tensors(inputs(config))
+        y = net(**x).sample
+        (y**2).mean().backward()
+        out[f"{name}/out"] = y.detach().numpy()
+        names = sorted(k for k, _ in net.named_parameters())
+        grads = dict(net.named_parameters())
+        out[f"{name}/grad_norm"] = np.array([grads[k].grad.norm().item() for k in names], np.float32)
+        if name in CONTROLNETS:
+            control = controlnet_config(name)
+            xc = tensors(inputs(control | {"sample_size": config["sample_size"]}, seed=1))
+            down, mid = network(ControlNetModel, control)(**xc, conditioning_scale=0.7, return_dict=False)
+            cond = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            y = net(**x, **cond).sample
+            out[f"{name}/controlled"] = y.detach().numpy()
+            out[f"{name}/mid"] = mid.detach().numpy()
+    np.savez_compressed(Path(__file__).parent / "models.npz", **out)
+    print({k: (v.shape, float(np.abs(v).mean())) for k, v in out.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Imports may only point down this list, so data flows one way and no file knows too much."""
+
+import ast
+import pathlib
+
+LAYERS = [  # a file may import from strictly lower lines; names on one line do not see each other
+    {"diffusion", "sharding"},
+    {"net"},
+    {"models", "method"},
+    {"losses", "sampling"},
+    {"methods"},
+    {"step", "optim", "data"},
+    {"checkpoint", "evals", "metrics"},
+    {"config"},
+    {"build"},
+    {"evaluate", "export"},
+    {"train"},
+    {"main"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
+
+
+def imported(path):
+    """The top-level modules of this package that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cddistill":
+            tail = node.module.split(".")[1:]
+            yield from [tail[0]] if tail else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("cddistill.")]
+
+
+def test_imports_point_down():
+    for path in ROOT.rglob("*.py"):
+        unit = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for other in set(imported(path)) - {unit, "__version__"}:
+            assert unit in LEVEL, f"{unit} has no place in LAYERS"
+            assert LEVEL[other] < LEVEL[unit], f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_files_stay_small():
+    for path in ROOT.rglob("*.py"):
+        limit = 300 if "methods" in path.parts else 400
+        assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_only_one_module_differentiates():
+    """Gradients and optimiser updates live in step.py and nowhere else."""
+    for path in ROOT.rglob("*.py"):
+        if path.name != "step.py":
+            text = path.read_text()
+            assert "value_and_grad" not in text, path
+            assert "apply_updates" not in text, path

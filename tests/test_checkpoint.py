@@ -1,0 +1,412 @@
+"""Checkpoints: exact resume, kill -9, other meshes, what is kept, damage, full disks; the workdir's config; signals."""
+
+import errno
+import functools
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cddistill.checkpoint import CheckpointMismatch, Checkpoints, Preemption, check_config, write_config
+from cddistill.metrics import JsonlWriter
+from cddistill.net import Net
+from cddistill.step import TrainState, init_state
+
+
+def initial(width=64) -> TrainState:
+    """Two nets, one average and two optimisers, one of them with empty parts."""
+    kernel = jnp.arange(64.0 * width).reshape(64, width)
+    student = Net({"conv": {"kernel": kernel, "bias": jnp.zeros(width, jnp.bfloat16)}}, jnp.dot)
+    fake = Net({"layers": [{"kernel": kernel + 1}, {"kernel": kernel - 1}]}, jnp.dot)
+    turns = {"critic": SimpleNamespace(moves=("fake",)), "student": SimpleNamespace(moves=("student",))}
+    optimizers = {"critic": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), "student": optax.sgd(0.1)}
+    return init_state({"student": student, "fake": fake}, turns, optimizers, {"student": 0.9})
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def advance(state: TrainState) -> TrainState:
+    """A step whose result depends on all the steps before it, and in its last bit not on how it is sharded."""
+    return jax.tree.map(
+        lambda x: x // 2 + 1 if x.dtype == jnp.int32 else 0.5 * x + state.step.astype(x.dtype), state
+    ).replace(step=state.step + 1)
+
+
+def run(steps, state=None) -> TrainState:
+    state = initial() if state is None else state
+    for _ in range(steps):
+        state = advance(state)
+    return state
+
+
+def abstract(state, devices=1):
+    """Shapes, laid out by rows over some devices where that is possible."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), "fsdp")
+
+    def place(x):
+        rows = x.ndim > 0 and x.shape[0] % devices == 0
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("fsdp") if rows else P()))
+
+    return jax.tree.map(place, state)
+
+
+def assert_same(a, b):
+    """Equal to the last bit, in structure and values."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """opened(...) makes Checkpoints in the test's folder, closed when the test ends."""
+    made = []
+
+    def make(**kwargs):
+        made.append(Checkpoints(tmp_path / "checkpoints", **kwargs))
+        return made[-1]
+
+    yield make
+    for checkpoints in made:
+        checkpoints.close()
+
+
+def saved(checkpoints, *steps):
+    """The same checkpoints, with some steps of `run` on disk."""
+    for step in steps:
+        checkpoints.save(step, run(step))
+    checkpoints.wait()
+    return checkpoints
+
+
+def steps_on_disk(checkpoints):
+    return sorted(int(p.name) for p in checkpoints.folder.iterdir() if p.name.isdigit())
+
+
+def test_resume_is_bit_identical_although_saved_buffers_are_donated_at_once(opened):
+    checkpoints = opened()
+    state = run(3)
+    checkpoints.save(3, state)
+    state = run(4, state)  # donates what is being written
+    checkpoints.save(3, state)  # there already: left alone
+    checkpoints.wait()
+    restored = opened().restore(abstract(initial()))
+    assert opened().best_step() == 3
+    assert_same(restored, run(3))
+    assert_same(run(4, restored), state)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_restores_on_another_mesh(opened, devices):
+    layout = jax.tree.map(lambda x: x.sharding, abstract(initial(), devices=4))
+    checkpoints = opened()
+    checkpoints.save(3, jax.device_put(run(3), layout))
+    checkpoints.wait()
+    wanted = abstract(initial(), devices)
+    restored = opened().restore(wanted)
+    assert_same(restored, run(3))
+    for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == want.sharding
+    assert len(restored.nets["student"].params["conv"]["kernel"].addressable_shards) == devices
+
+
+def test_weights_alone_need_no_optimiser(opened):
+    saved(opened(), 3)
+    shapes = jax.eval_shape(initial)
+    other = shapes.replace(
+        opt={"student": (jax.ShapeDtypeStruct((3,), jnp.float32),)}
+    )  # fits no optimiser that was saved
+    checkpoints = opened(read_only=True)
+    weights = checkpoints.restore_weights(other)
+    assert_same(weights, run(3).replace(opt={}))
+    assert isinstance(weights.nets["student"].params["conv"]["kernel"], np.ndarray)
+    student = checkpoints.restore_weights(abstract(initial()), names=["student"])
+    assert student.nets.keys() == student.ema.keys() == {"student"}
+    fake = checkpoints.restore_weights(shapes, names=["fake"])
+    assert_same(fake.nets["fake"], run(3).nets["fake"])
+    assert fake.ema == {}
+    with pytest.raises(ValueError, match="no net is called 'disc'; this run trains fake, student"):
+        checkpoints.restore_weights(shapes, names=["disc"])
+
+
+def test_keeps_the_newest_and_the_best(opened):
+    checkpoints = opened(keep=2, best_metric="kid")
+    kid = {1: 5.0, 2: 1.0, 3: 7.0, 4: None, 5: 3.0}
+    for step, value in kid.items():
+        checkpoints.save(step, run(step), metrics=value and {"kid": value})
+    checkpoints.wait()
+    assert steps_on_disk(checkpoints) == [2, 4, 5]
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 2)
+    again = opened(keep=1, best_metric="kid")  # a restart remembers what was best
+    again.save(6, run(6), metrics={"kid": 0.5})
+    again.wait()
+    assert steps_on_disk(again) == [6]
+    with pytest.raises(ValueError, match=r"chosen by 'kid', not among \['fid'\]"):
+        again.save(7, run(7), metrics={"fid": 1.0})
+
+
+def test_keeps_the_largest_if_that_is_best(opened):
+    checkpoints = opened(keep=1, best_metric="psnr", best_mode="max")
+    for step, value in {1: 20.0, 2: 30.0, 3: 25.0}.items():
+        checkpoints.save(step, run(step), metrics={"psnr": value})
+    checkpoints.wait()
+    assert steps_on_disk(checkpoints) == [2, 3]
+    assert checkpoints.best_step() == 2
+
+
+def test_nothing_saved_yet(opened):
+    checkpoints = opened()
+    assert checkpoints.latest_step() is None
+    assert checkpoints.best_step() is None
+    assert checkpoints.last_good() == "none yet"
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoints.restore(abstract(initial()))
+    checkpoints.save(3, run(3))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 4 in .*there are \[3\]"):
+        checkpoints.restore(abstract(initial()), step=4)
+
+
+def wider(state):
+    return initial(width=32)
+
+
+def without_bias(state):
+    conv = {k: v for k, v in state.nets["student"].params["conv"].items() if k != "bias"}
+    return state.replace(nets=state.nets | {"student": state.nets["student"].replace(params={"conv": conv})})
+
+
+def with_disc(state):
+    return state.replace(nets=state.nets | {"disc": Net({"kernel": jnp.zeros(3)}, jnp.dot)})
+
+
+def in_bf16(state):
+    return state.replace(ema=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.ema))
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (
+            wider,
+            r"ema.student.params.conv.kernel is float32\[64, 64\] there and float32\[64, 32\] here; .*and \d+ more",
+        ),
+        (without_bias, r"nets.student.params.conv.bias is bfloat16\[64\] there and absent here"),
+        (with_disc, r"nets.disc.params.kernel is absent there and float32\[3\] here"),
+        (in_bf16, r"ema.student.params.conv.kernel is float32\[64, 64\] there and bfloat16\[64, 64\] here"),
+    ],
+)
+def test_another_model_is_refused_naming_the_difference(opened, other, sentence):
+    saved(opened(), 3)
+    checkpoints = opened()
+    with pytest.raises(CheckpointMismatch, match=sentence):
+        checkpoints.restore(abstract(other(initial())))
+    with pytest.raises(CheckpointMismatch):
+        checkpoints.restore_weights(abstract(other(initial())))
+    assert steps_on_disk(checkpoints) == [3]
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut(folder):
+    for path in Path(folder).glob("default/**/d/*"):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(folder):
+    for path in Path(folder).glob("default/**/d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(data)
+
+
+def headless(folder):
+    (folder / "default/_METADATA").unlink()
+
+
+@pytest.mark.parametrize("damage", [empty, cut, flip, headless])
+def test_an_unreadable_checkpoint_is_set_aside_and_the_one_before_is_taken(opened, damage, caplog):
+    checkpoints = saved(opened(), 1, 2, 3)
+    damage(checkpoints.folder / "3")
+    assert_same(opened(read_only=True).restore(abstract(initial())), run(2))
+    assert steps_on_disk(checkpoints) == [1, 2, 3]
+    again = opened()
+    with caplog.at_level(logging.WARNING):
+        assert_same(again.restore(abstract(initial())), run(2))
+    assert "checkpoints/3 cannot be read" in caplog.text
+    assert "going on from" in caplog.text
+    assert steps_on_disk(again) == [1, 2]
+    assert list(again.folder.glob("3.unreadable-*"))
+    saved(again, 3)
+    assert_same(opened().restore(abstract(initial())), run(3))
+
+
+def test_only_unreadable_checkpoints_are_an_error_and_stay_where_they_are(opened):
+    checkpoints = saved(opened(), 1)
+    headless(checkpoints.folder / "1")
+    with pytest.raises(OSError, match="no checkpoint in .* can be read .*move it away to begin anew"):
+        checkpoints.restore(abstract(initial()))
+    assert steps_on_disk(checkpoints) == [1]
+
+
+CHILD = """
+import sys, jax
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import Checkpoints, JsonlWriter, abstract, advance, initial
+assert jax.device_count() == 1
+checkpoints = Checkpoints(sys.argv[1] + "/checkpoints", keep=2)
+state = checkpoints.restore(abstract(initial()))
+log = JsonlWriter(sys.argv[1], first_step=int(state.step))
+while True:
+    state = advance(state)
+    log.write_scalars(int(state.step), {"student/loss": float(state.step)})
+    checkpoints.save(int(state.step), state)
+    print(int(state.step), flush=True)
+"""
+
+
+def test_kill_9_in_the_middle_of_saving_costs_no_more_than_the_step_in_flight(tmp_path, opened):
+    """Each child resumes on 1 device what was saved on 4 and dies at a random moment of saving every step."""
+    layout = jax.tree.map(lambda x: x.sharding, abstract(initial(), devices=4))
+    checkpoints = opened()
+    checkpoints.save(1, jax.device_put(run(1), layout))
+    checkpoints.wait()
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    args = [sys.executable, "-c", CHILD, str(tmp_path), os.path.dirname(__file__)]
+    moment = random.Random(0)
+    for _ in range(4):
+        child = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, text=True)
+        printed = [int(child.stdout.readline()) for _ in range(3)]
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=moment.uniform(0.0, 0.3))
+        child.kill()
+        printed += [int(line) for line in child.communicate()[0].split("\n")[:-1]]
+
+        checkpoints = opened(read_only=True)
+        step = checkpoints.latest_step()
+        assert step >= printed[-1] - 1  # only the last save can have been in flight
+        state = checkpoints.restore(abstract(initial(), devices=4))
+        assert int(state.step) == step
+        assert_same(state, run(step))
+    JsonlWriter(tmp_path, first_step=step).close()
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(2, step + 1))  # nothing twice, nothing missing, nothing after
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def noise(step):
+    """60,000 numbers that do not compress."""
+    return initial().replace(opt={"x": jax.random.normal(jax.random.key(step), (60_000,))})
+
+
+def test_a_full_disk_is_one_sentence_and_spares_the_checkpoints_before(small_disk):
+    checkpoints = Checkpoints(small_disk / "run")
+    sentence = "cannot write a checkpoint to .*run: the disk is full; the last good one is"
+    with pytest.raises(OSError, match=sentence) as error:
+        [checkpoints.save(step, noise(step)) for step in range(1, 9)]
+    assert error.value.errno == errno.ENOSPC
+    last = checkpoints.latest_step()
+    assert str(error.value).endswith(f"run/{last}")
+    checkpoints.close()
+    again = Checkpoints(small_disk / "run")  # and clears the half-written one away
+    assert_same(again.restore(abstract(noise(last))), noise(last))
+    again.close()
+    assert not list(again.folder.glob("*tmp*"))
+    assert steps_on_disk(again) == list(range(1, last + 1))[-3:]
+
+
+def test_an_error_of_the_background_thread_reaches_the_next_save(opened, monkeypatch):
+    checkpoints = saved(opened(), 1)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.manager, "_finalize_checkpoint", fail)
+    checkpoints.save(2, run(2))
+    with pytest.raises(OSError, match="the disk is full; the last good one is"):
+        checkpoints.save(3, run(3))
+    monkeypatch.undo()
+
+
+def test_a_restart_with_another_config_names_each_key(tmp_path):
+    config = {"seed": 0, "optim": {"lr": 1e-3, "betas": (0.0, 0.99)}, "method": {"name": "dmd2"}, "steps": 100}
+    check_config(tmp_path / "new", config)  # nothing recorded: nothing to say
+    write_config(tmp_path, config)
+    check_config(tmp_path, config)
+    check_config(tmp_path, config | {"steps": 200}, free=("steps",))
+    check_config(tmp_path, config | {"method": {"name": "codi"}}, free=("method",))
+    with pytest.raises(ValueError, match="steps: 100 in the workdir, 200 now"):
+        check_config(tmp_path, config | {"steps": 200}, free=("step", "steps.a"))
+    other = {"seed": 0, "optim": {"lr": 0.01, "betas": (0.0, 0.99), "clip": 1.0}, "steps": 200}
+    with pytest.raises(ValueError, match="holds another run") as error:
+        check_config(tmp_path, other, free=("steps",))
+    assert "optim.lr: 0.001 in the workdir, 0.01 now" in str(error.value)
+    assert "optim.clip: absent in the workdir, 1.0 now" in str(error.value)
+    assert "method.name: dmd2 in the workdir, absent now" in str(error.value)
+    assert "steps" not in str(error.value)
+    assert "betas" not in str(error.value)
+
+
+def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_config(tmp_path, {"seed": 0})
+
+    def half(path, text):
+        Path(path).write_text(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_config(tmp_path, {"seed": 1})
+    monkeypatch.undo()
+    check_config(tmp_path, {"seed": 0})
+    write_config(tmp_path, {"seed": 1})
+    check_config(tmp_path, {"seed": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_next_one_kills(number):
+    before = signal.signal(number, lambda *_: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with Preemption() as stop:
+            assert not stop.requested(1)
+            os.kill(os.getpid(), number)
+            assert stop.requested(2)
+            with pytest.raises(InterruptedError):
+                os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,261 @@
+"""Weights go out to diffusers folders and come back unchanged; every broken folder is told apart in a sentence."""
+
+import hashlib
+import json
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cddistill import models
+from cddistill.diffusion import DDPM
+from cddistill.models import convert
+from cddistill.models.unet import UNet2DConditionModel
+from cddistill.net import Denoiser, Net
+
+TEXT = {
+    "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 6,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "num_class_embeds": 3,
+}  # fmt: skip
+FILE = convert.TORCH_FILE
+
+
+@pytest.fixture(scope="module")
+def net():
+    return models.init(TEXT, seed=3, zero_out=False)
+
+
+@pytest.fixture
+def folder(net, tmp_path):
+    """A saved model: unet/ and scheduler/."""
+    models.save(tmp_path, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    write_scheduler(tmp_path, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    return tmp_path
+
+
+def write_scheduler(folder, config):
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+
+
+def rewrite(folder, change):
+    """Save the tensors again after change(tensors)."""
+    tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "unet" / FILE)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(a))
+    assert all(jnp.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_round_trip_is_exact(net, folder):
+    back = models.load(folder)
+    assert isinstance(back, Denoiser)
+    assert_equal(back.params, net.params)
+    assert jax.tree.structure(back) == jax.tree.structure(net)  # same module, schedule and prediction type
+    assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+
+
+def test_the_unet_may_lie_alone_or_in_another_subfolder(net, folder):
+    assert_equal(models.load(folder / "unet").params, net.params)
+    (folder / "unet").rename(folder / "student")
+    assert_equal(models.load(str(folder), "student").params, net.params)
+    assert models.load(folder, "student", dtype=jnp.bfloat16, remat=True).apply.module.remat
+
+
+def test_names_and_layout_are_pytorchs(net, folder):
+    tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
+    block = net.params["down_blocks_0"]
+    attn = block["attentions_0"]["transformer_blocks_0"]
+    np.testing.assert_array_equal(
+        tensors["down_blocks.0.resnets.0.conv1.weight"], block["resnets_0"]["conv1"]["kernel"].transpose(3, 2, 0, 1)
+    )
+    prefix = "down_blocks.0.attentions.0.transformer_blocks.0"
+    np.testing.assert_array_equal(tensors[f"{prefix}.attn1.to_out.0.weight"], attn["attn1"]["to_out_0"]["kernel"].T)
+    np.testing.assert_array_equal(tensors[f"{prefix}.ff.net.0.proj.bias"], attn["ff"]["net_0"]["proj"]["bias"])
+    time = net.params["time_embedding"]["linear_1"]["bias"]
+    np.testing.assert_array_equal(tensors["time_embedding.linear_1.bias"], time)
+    np.testing.assert_array_equal(tensors["class_embedding.weight"], net.params["class_embedding"]["embedding"])
+    np.testing.assert_array_equal(tensors["conv_norm_out.weight"], net.params["conv_norm_out"]["scale"])
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float16, 1e-3), (ml_dtypes.bfloat16, 1e-2)])
+def test_half_precision_files_become_float32(net, folder, dtype, rtol):
+    models.save(folder, "unet", net.params, net.apply.module.to_config(), dtype=dtype)
+    (folder / "unet" / FILE).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    back = models.load(folder).params
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(back))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), back, net.params)
+
+
+def test_shards_are_joined(net, folder):
+    tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
+    (folder / "unet" / FILE).unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        safetensors.numpy.save_file({k: tensors[k] for k in part}, folder / "unet" / file)
+    weight_map = {k: file for file, part in shards.items() for k in part}
+    (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_equal(models.load(folder).params, net.params)
+    (folder / "unet" / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b\.safetensors is missing, but the index lists it"):
+        models.load(folder)
+
+
+def test_former_flax_folders_load(net, folder):
+    (folder / "unet" / FILE).unlink()
+    data = flax.serialization.msgpack_serialize(jax.device_get(net.params))
+    (folder / "unet" / convert.FLAX_FILE).write_bytes(data)
+    config = net.apply.module.to_config() | {"_class_name": "FlaxUNet2DConditionModel", "split_head_dim": False}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    assert_equal(models.load(folder).params, net.params)
+    (folder / "unet" / convert.FLAX_FILE).write_bytes(data[:1000])
+    with pytest.raises(ValueError, match="truncated or not a Flax msgpack file"):
+        models.load(folder)
+
+
+def test_parameter_paths_are_those_of_former_flax_diffusers():
+    """Fingerprint of a file written by diffusers 0.39.0's FlaxUNet2DConditionModel with this configuration."""
+    module, shapes = models.abstract(
+        {
+            "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 8,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        }
+    )  # fmt: skip
+    lines = [f"{k} {tuple(v.shape)}" for k, v in flax.traverse_util.flatten_dict(shapes, sep="/").items()]
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert digest == "35eece22830b630da89083d230d67f79509af22a63893f0ae1c53ad826701653"
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "mu_blend"])
+def test_branches_round_trip(net, tmp_path, kind):
+    branch = models.make_branch(net, jax.random.key(0), kind, cond_channels=1, embedding_channels=(4, 8))
+    models.save(tmp_path, kind, branch.params, branch.apply.module.to_config(), dtype=np.float32)
+    back = models.load(tmp_path, kind)
+    assert type(back) is Net
+    assert_equal(back.params, branch.params)
+    assert back.apply == branch.apply
+    theirs = {"time_embedding_dim", "time_cond_proj_dim", "conv_in_kernel", "out_channels", "sample_size"}
+    assert not theirs & {*json.loads((tmp_path / kind / "config.json").read_text())}  # not options of a ControlNet
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda x: x.pop("conv_in.weight"), r"lacks conv_in\.weight: the weights do not belong"),
+        (lambda x: x.update({"mid_block.extra": np.zeros(1)}), r"has mid_block\.extra, which this config.json"),
+        (lambda x: x.update({"conv_out.bias": np.zeros(5)}), r"wrong shape .* conv_out\.bias \(5,\), not \(4,\)"),
+        (lambda x: [x.pop(k) for k in sorted(x) if "attn1" in k], r"attn1\.to_k\.weight, .* and \d+ more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, sentence):
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=sentence):
+        models.load(folder)
+
+
+def test_broken_files_are_named(folder):
+    file = folder / "unet" / FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is truncated"):
+        models.load(folder)
+    file.rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds neither .*: convert its \.bin"):
+        models.load(folder)
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        models.load(folder)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"unet/config\.json is missing"):
+        models.load(folder)
+
+
+def test_unsupported_networks_are_named(folder):
+    for change, sentence in (
+        ({"_class_name": "FluxTransformer2DModel"}, "_class_name 'FluxTransformer2DModel' is not supported"),
+        ({"addition_embed_type": "image"}, "does not support addition_embed_type = 'image'"),
+    ):
+        (folder / "unet" / "config.json").write_text(json.dumps(TEXT | change))
+        with pytest.raises(ValueError, match=sentence):
+            models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule", "predicts"),
+    [
+        (None, DDPM(), "eps"),
+        ({}, DDPM(1000, "linear", 0.0001, 0.02), "eps"),  # diffusers' defaults
+        (
+            {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "num_train_timesteps": 50},
+            DDPM(50, "squaredcos_cap_v2", 0.0001, 0.02), "x0",
+        ),
+        (
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "trained_betas": None,
+             "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "steps_offset": 1},
+            DDPM(zero_snr=True), "v",
+        ),
+    ],
+)  # fmt: skip
+def test_schedule_comes_from_the_scheduler(net, folder, config, schedule, predicts):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    if config is not None:
+        write_scheduler(folder, config)
+    back = models.load(folder)
+    assert (back.schedule, back.predicts) == (schedule, predicts)
+
+
+def test_unsupported_schedules_are_named(folder):
+    for config in ({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"trained_betas": [0.1, 0.2]}):
+        write_scheduler(folder, config)
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json: {[*config][0]} = .* is not supported"):
+            models.load(folder)
+
+
+def test_names_that_are_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"could not be downloaded .* pass the path of the folder instead"):
+        models.load("nobody/no-such-model")
+    with pytest.raises(ValueError, match="'emojy' is neither a folder nor an embedded model"):
+        models.load("emojy")
+    monkeypatch.setattr(convert, "ASSETS", tmp_path)
+    (tmp_path / "emoji").mkdir()
+    assert models.resolve("emoji") == tmp_path / "emoji"
+
+
+def test_init_is_pytorchs_default():
+    """U(+-1/sqrt(fan_in)) for kernels and their biases; norms 1 and 0; tables N(0, 1); conv_out 0 if asked."""
+    wide = {"block_out_channels": [64, 64], "norm_num_groups": 4, "num_class_embeds": 500}
+    net = models.init(TEXT | wide, seed=0)
+    conv = net.params["down_blocks_0"]["resnets_0"]["conv1"]
+    bound = 1.0 / np.sqrt(9 * 64)
+    assert 0.99 * bound < np.abs(conv["kernel"]).max() <= bound
+    np.testing.assert_allclose(conv["kernel"].std(), bound / np.sqrt(3), rtol=0.02)
+    assert 0.8 * bound < np.abs(conv["bias"]).max() <= bound
+    np.testing.assert_allclose(net.params["class_embedding"]["embedding"].std(), 1.0, rtol=0.02)
+    norm = net.params["conv_norm_out"]
+    assert (norm["scale"] == 1).all() and (norm["bias"] == 0).all()  # noqa: PT018
+    assert not any(x.any() for x in jax.tree.leaves(net.params["conv_out"]))
+    assert models.init(TEXT, zero_out=False).params["conv_out"]["kernel"].any()
+
+
+def test_init_depends_on_the_seed_alone(net):
+    assert_equal(models.init(TEXT, seed=3, zero_out=False).params, net.params)
+    assert not jnp.array_equal(models.init(TEXT, seed=4).params["conv_in"]["kernel"], net.params["conv_in"]["kernel"])
+    assert models.init(TEXT, 0, DDPM(zero_snr=True), "v").predicts == "v"
+
+
+def test_every_unet_option_survives_its_config(net):
+    config = net.apply.module.to_config()
+    assert UNet2DConditionModel.from_config(json.loads(json.dumps(config))) == net.apply.module

@@ -1,0 +1,322 @@
+"""UNet and branches: equal to PyTorch diffusers, harmless at the start, clear about bad input."""
+
+import functools
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_models as golden
+
+from cddistill import models
+from cddistill.diffusion import DDPM
+from cddistill.models import convert
+from cddistill.models.adapter import ControlNetModel, MuBlendModel
+from cddistill.models.init import weight_shapes
+from cddistill.models.unet import Apply, Residuals, UNet2DConditionModel, adjust, conditioning
+from cddistill.net import Denoiser
+
+RECORDED = np.load(Path(golden.__file__).parent / "models.npz")
+SD1 = {"cross_attention_dim": 768}
+SD2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SDXL = {
+    "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SMALL = golden.PIXEL | {
+    "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+LABELS = {"class_labels": np.array([1, 2])}
+
+
+def nhwc(x):
+    return np.moveaxis(x, 1, -1)
+
+
+def recorded_weights(module):
+    """The weights that make_models.py gave to diffusers."""
+    shapes = flax.traverse_util.flatten_dict(weight_shapes(module))
+    theirs = {convert.torch_name(p): convert.to_torch(p, np.empty(s.shape)).shape for p, s in shapes.items()}
+    arrays = golden.weights(theirs)
+    return convert.unflatten(convert.match(arrays, shapes, convert.torch_name, convert.from_torch, "golden"))
+
+
+@functools.cache
+def recorded_net(name):
+    """(net, z_t, t, text) of a recorded configuration."""
+    module = UNet2DConditionModel.from_config(golden.UNETS[name])
+    x = golden.inputs(golden.UNETS[name])
+    return Denoiser(recorded_weights(module), Apply(module), DDPM(), "eps"), nhwc(x.pop("sample")), x.pop("timestep"), x
+
+
+def assert_close(ours, theirs):
+    """1e-5 of the largest value: sums in another order give 1e-6, the tanh approximation of GELU would give 5e-5."""
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21_unclip", "sdxl", "upscaler", "odd"])
+def test_unet_equals_diffusers(name):
+    net, z_t, t, text = recorded_net(name)
+    assert_close(jax.jit(net.apply)(net.params, z_t, t, text), nhwc(RECORDED[f"{name}/out"]))
+
+
+def test_unet_and_every_gradient_equal_diffusers():
+    net, z_t, t, text = recorded_net("pixel")
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        out = net.apply(params, z_t, t, text)
+        return (out**2).mean(), out
+
+    (_, out), grads = jax.jit(loss)(net.params)
+    assert_close(out, nhwc(RECORDED["pixel/out"]))
+    norms = {convert.torch_name(p): np.linalg.norm(g) for p, g in flax.traverse_util.flatten_dict(grads).items()}
+    assert_close(np.array([norms[k] for k in sorted(norms)]), RECORDED["pixel/grad_norm"])
+
+
+@pytest.mark.parametrize("name", sorted(golden.CONTROLNETS))
+def test_controlnet_equals_diffusers(name):
+    net, z_t, t, text = recorded_net(name)
+    config = golden.controlnet_config(name)
+    module = ControlNetModel.from_config(config)
+    x = golden.inputs(config | {"sample_size": golden.UNETS[name]["sample_size"]}, seed=1)
+    z_c, cond, t_c = nhwc(x.pop("sample")), nhwc(x.pop("controlnet_cond")), x.pop("timestep")
+
+    @jax.jit
+    def run(unet, branch):
+        residuals = Apply(module)(branch, z_c, t_c, x, cond, conditioning_scale=0.7)
+        return net.apply(unet, z_t, t, text, residuals), residuals
+
+    out, residuals = run(net.params, recorded_weights(module))
+    assert_close(residuals.mid, nhwc(RECORDED[f"{name}/mid"]))
+    assert_close(out, nhwc(RECORDED[f"{name}/controlled"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "unet", "controlnet"),
+    [
+        (SD1, 859_520_964, 361_279_120),
+        (SD2, 865_910_724, 364_228_240),
+        (SDXL, 2_567_463_684, None),
+        (SD1 | {"in_channels": 8}, 859_532_484, None),  # InstructPix2Pix
+        (SD1 | {"in_channels": 9}, 859_535_364, None),  # inpainting
+    ],
+)
+def test_sizes_of_the_real_models(config, unet, controlnet):
+    def count(tree):
+        return sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
+
+    module, shapes = models.abstract(config)
+    assert count(shapes) == unet
+    if controlnet:
+        make = functools.partial(models.make_branch, embedding_channels=(16, 32, 96, 256))
+        branch = jax.eval_shape(make, Denoiser(shapes, Apply(module), DDPM(), "eps"), jax.random.key(0))
+        assert count(branch) == controlnet
+        assert sum(k.startswith("controlnet_") for k in branch.params) == 1 + 13
+
+
+@functools.cache
+def small(seed=0):
+    """(teacher, z_t, t, text) with two blocks, the second with attention: enough for what compiles often."""
+    module = UNet2DConditionModel.from_config(SMALL)
+    rng = np.random.default_rng(seed)
+    z_t, t = rng.normal(size=(2, 8, 8, 3)).astype(np.float32), np.array([20, 900])
+    return Denoiser(recorded_weights(module), Apply(module), DDPM(), "eps"), z_t, t, LABELS
+
+
+@functools.cache
+def small_branch(kind):
+    """(branch, student(params, cond, conditioning_scale), cond) for the small teacher."""
+    teacher, z_t, t, text = small()
+    branch = models.make_branch(teacher, jax.random.key(1), kind, embedding_channels=(8,))
+
+    @jax.jit
+    def run(params, unet, cond, scale):
+        return teacher.apply(unet, z_t, t, text, branch.apply(params, z_t, t, text, cond, conditioning_scale=scale))
+
+    cond = np.random.default_rng(0).uniform(size=z_t.shape).astype(np.float32)
+    return branch, lambda params, cond, scale=1.0: run(params, teacher.params, cond, scale), cond
+
+
+@functools.cache
+def small_outputs():
+    net, *x = small()
+    return jax.jit(net.apply)(net.params, *x)
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "mu_blend"])
+def test_a_new_branch_changes_nothing_and_a_used_one_does(kind):
+    branch, student, cond = small_branch(kind)
+    _, *x = small()
+    residuals = jax.jit(branch.apply)(branch.params, *x, cond)
+    features = jax.tree.map(lambda r: jax.random.normal(jax.random.key(0), r.shape), (residuals.down, residuals.mid))
+    adjusted = adjust(residuals, *features)
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, adjusted, features)))  # not one bit
+    for c in (cond, None):  # as whole programs they are fused differently, so equal but for rounding
+        np.testing.assert_allclose(student(branch.params, c), small_outputs(), atol=1e-5)
+    moved = jax.tree.map(lambda x: x + 0.1, branch.params)
+    assert jnp.abs(student(moved, cond) - small_outputs()).max() > 1e-2
+    assert jnp.abs(student(moved, cond) - student(moved, None)).max() > 1e-3  # the image matters
+    np.testing.assert_allclose(student(moved, cond, 0.0), small_outputs(), atol=1e-5)  # conditioning_scale
+
+
+def moving(grads):
+    """Which parts of a branch receive gradient."""
+    return {name for name, part in grads.items() if any(jnp.any(g != 0) for g in jax.tree.leaves(part))}
+
+
+def test_gradient_reaches_a_controlnet_from_its_end():
+    branch, student, cond = small_branch("controlnet")
+    grad = jax.jit(jax.grad(lambda params: (student(params, cond) ** 2).mean()))
+    params, seen = branch.params, []
+    for _ in range(3):
+        g = grad(params)
+        seen.append(moving(g) | {f"E/{name}" for name in moving(g["controlnet_cond_embedding"])})
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, g)
+    zero_convs = {name for name in branch.params if name.startswith(("controlnet_down_blocks", "controlnet_mid"))}
+    assert seen[0] == zero_convs
+    encoder = {name for name in branch.params if not name.startswith("controlnet_")}
+    assert seen[1] == zero_convs | encoder | {"controlnet_cond_embedding", "E/conv_out"}
+    assert seen[2] == seen[1] | {"E/conv_in"}
+
+
+def test_a_blend_is_the_papers_equation_and_only_mu_moves_at_first():
+    branch, student, cond = small_branch("mu_blend")
+    _, *x = small()
+    apply = jax.jit(branch.apply)
+    quarter, whole = (apply(branch.params | {"mu": jnp.float32(mu)}, *x, cond) for mu in (0.25, 1.0))
+    assert (quarter.keep, whole.keep) == (0.75, 0.0)
+    blended, mid = adjust(quarter, tuple(jnp.ones_like(h) for h in whole.down), 2 * jnp.ones_like(whole.mid))
+    np.testing.assert_allclose(blended[3], 0.75 + 0.25 * whole.down[3], rtol=1e-5)
+    np.testing.assert_allclose(mid, 1.5 + 0.25 * whole.mid, rtol=1e-5)
+    assert "conv_in" not in branch.params  # it sees E(c) alone
+    noise = apply(branch.params | {"mu": jnp.float32(1.0)}, x[0] + 1.0, *x[1:], cond)
+    assert jnp.array_equal(noise.mid, whole.mid)
+    grads = jax.jit(jax.grad(lambda params: (student(params, cond) ** 2).mean()))(branch.params)
+    assert moving(grads) == {"mu"}
+
+
+def test_branch_copies_share_no_buffer_with_the_teacher():
+    branch, teacher = small_branch("controlnet")[0], small()[0]
+    for name in ("conv_in", "time_embedding", "class_embedding", "down_blocks_0", "down_blocks_1", "mid_block"):
+        ours, theirs = jax.tree.leaves(branch.params[name]), jax.tree.leaves(teacher.params[name])
+        assert all(jnp.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_remat_and_bfloat16_compute_the_same():
+    net, *x = small()
+    other = UNet2DConditionModel.from_config(SMALL, dtype=jnp.bfloat16, remat=True)
+    assert jax.tree.structure(weight_shapes(other)) == jax.tree.structure(net.params)
+    half = jax.jit(Apply(other))(net.params, *x)
+    assert half.dtype == small_outputs().dtype == jnp.float32
+    np.testing.assert_allclose(half, small_outputs(), atol=0.1)  # bfloat16 has 8 bits
+    assert jnp.abs(half - small_outputs()).max() > 1e-4
+
+
+def test_remat_stores_less_for_the_backward_pass():
+    net, *x = small()
+
+    def stored(**kwargs):
+        module = UNet2DConditionModel.from_config(SMALL, **kwargs)
+        _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: Apply(module)(p, *x), p), net.params)
+        return sum(np.prod(x.shape) for x in jax.tree.leaves(backward))
+
+    assert stored(remat=True) < 0.5 * stored()
+
+
+def test_concatenated_channels_are_channels_and_time_may_be_a_float():
+    net, z_t, t, text = small()
+    split = jax.jit(net.apply)(net.params, z_t[..., :1], t.astype(np.float32), text | {"concat": z_t[..., 1:]})
+    np.testing.assert_allclose(split, small_outputs(), atol=1e-6)
+
+
+def test_text_may_be_a_bare_array_a_dict_or_nothing():
+    tokens = np.zeros((2, 5, 12))
+    assert conditioning(tokens) == {"encoder_hidden_states": tokens}
+    assert conditioning(LABELS) == LABELS
+    assert conditioning(None) == {}
+
+
+def test_nets_built_alike_share_one_structure():
+    a, b = models.init(SMALL, seed=0), models.init(SMALL, seed=1)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert hash(a.apply) == hash(b.apply)
+    assert jax.tree.structure(a) != jax.tree.structure(models.init(SMALL, dtype=jnp.bfloat16))
+
+
+def test_branch_class_is_preserved_by_its_config():
+    for kind, cls in (("controlnet", ControlNetModel), ("mu_blend", MuBlendModel)):
+        module = small_branch(kind)[0].apply.module
+        assert isinstance(module, cls)
+        assert convert.build(module.to_config()) == module
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "text", "sentence"),
+    [
+        ("pixel", (2, 18, 16, 3), LABELS, "height 18 and width 16 must be divisible by 4"),
+        ("pixel", (2, 16, 16, 4), LABELS, "in_channels = 3 but z_t .* has 4"),
+        ("pixel", (2, 16, 16, 3), None, "class-conditional: pass class_labels"),
+        ("sd15", (2, 8, 8, 4), None, "cross-attention: pass text embeddings"),
+        ("sd15", (2, 8, 8, 4), np.zeros((2, 5, 7), np.float32), "have width 7, cross_attention_dim is 12"),
+        ("sd15", (2, 8, 8, 4), {"encoder_hidden_states": np.zeros((2, 5, 12))} | LABELS, "without classes"),
+        ("sdxl", (2, 8, 8, 4), np.zeros((2, 5, 12), np.float32), "added_cond_kwargs with text_embeds"),
+    ],
+)
+def test_bad_inputs_are_named(name, shape, text, sentence):
+    net, _, t, _ = recorded_net(name)
+    with pytest.raises(ValueError, match=sentence):
+        jax.eval_shape(net.apply, net.params, np.zeros(shape, np.float32), t, text)
+
+
+def test_bad_conditions_are_named():
+    teacher, z_t, t, text = small()
+    branch = models.make_branch(teacher, jax.random.key(0), embedding_channels=(8, 8))
+    with pytest.raises(ValueError, match=r"needs \(2, 16, 16, 3\): 3 channels and 2 times the size of z_t"):
+        jax.eval_shape(branch.apply, branch.params, z_t, t, text, np.zeros((2, 8, 8, 3)))
+    r = jax.eval_shape(branch.apply, branch.params, z_t, t, text, np.zeros((2, 16, 16, 3)))
+    with pytest.raises(ValueError, match="4 skips but the branch gives 3"):
+        jax.eval_shape(teacher.apply, teacher.params, z_t, t, text, r._replace(down=r.down[1:]))
+    with pytest.raises(ValueError, match="a residual of shape"):
+        jax.eval_shape(teacher.apply, teacher.params, z_t, t, text, Residuals(r.down[::-1], r.mid))
+
+
+def test_branches_that_cannot_be_made_are_named():
+    teacher = small()[0]
+    with pytest.raises(ValueError, match="'control' is not one of controlnet, mu_blend"):
+        models.make_branch(teacher, jax.random.key(0), "control")
+    with pytest.raises(ValueError, match="only a UNet2DConditionModel"):
+        models.make_branch(teacher.replace(apply=lambda *_: 0.0), jax.random.key(0))
+    with pytest.raises(ValueError, match="center_input_sample = True"):
+        models.make_branch(recorded_net("odd")[0], jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"encoder_hid_dim": 4}, "does not support encoder_hid_dim = 4"),
+        ({"act_fn": "gelu", "dropout": 0.1}, "act_fn = 'gelu', dropout = 0.1"),
+        ({"new_option": None}, "new_option = None"),
+        ({"norm_num_groups": None}, "norm_num_groups = None"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "UNetMidBlock2DSimpleCrossAttn"),
+        ({"down_block_types": ["KDownBlock2D"] * 3}, "block types KDownBlock2D are not supported"),
+        ({"layers_per_block": [1, 2]}, "layers_per_block has 2 entries but block_out_channels has 3"),
+        ({"norm_num_groups": 7}, "16 channels cannot be split into norm_num_groups = 7"),
+        ({"attention_head_dim": 5}, "32 channels cannot be split into heads of width attention_head_dim = 5"),
+    ],
+)
+def test_unsupported_options_are_named(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.abstract(golden.PIXEL | change)
+
+
+def test_harmless_options_are_ignored():
+    harmless = {"_diffusers_version": "0.6.0", "dropout": 0.0, "upcast_attention": True, "encoder_hid_dim": None}
+    assert models.abstract(golden.PIXEL | harmless)[0] == models.abstract(golden.PIXEL)[0]

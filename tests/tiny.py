@@ -1,0 +1,115 @@
+"""A UNet of a few thousand weights, batches for it, and every method as the contract tests run it."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cddistill import models, sharding
+from cddistill.diffusion import DDPM
+from cddistill.methods import METHODS
+from cddistill.net import Autoencoder
+from cddistill.step import active, init_state, train_step
+
+UNET = {
+    "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+    "mid_block_type": "UNetMidBlock2D", "num_class_embeds": 4, "norm_num_groups": 4,
+}  # fmt: skip
+VARIANTS = {
+    "diffusion": METHODS["diffusion"](text_dropout=0.5),
+    "finetune": METHODS["diffusion"](adapter="controlnet"),
+    "codi": METHODS["codi"](ema_decay=0.9),
+    "codi_pe": METHODS["codi"](ema_decay=0.9, freeze_backbone=True),
+    "codi_released": METHODS["codi"](
+        ode="teacher",
+        noise="predicted",
+        space="x0",
+        boundary="lcm",
+        shared_t=False,
+        grid_size=50,
+        guidance_range=(2.0, 4.0),
+    ),
+}
+
+
+@functools.cache
+def teacher(predicts="v", zero_out=False, seed=0):
+    return models.init(UNET, seed, DDPM(beta_schedule="squaredcos_cap_v2", zero_snr=True), predicts, zero_out)
+
+
+def frozen():
+    return {"teacher": teacher(), "autoencoder": Autoencoder()}
+
+
+def make_batch(step=0, size=16):
+    rng = np.random.default_rng(step)
+    x0, cond = rng.normal(size=(size, 8, 8, 3)).astype("f"), rng.uniform(size=(size, 8, 8, 3)).astype("f")
+    labels = rng.integers(0, 3, size).astype("i")
+    return {"x0": x0, "cond": cond, "text": {"class_labels": labels}, "null": {"class_labels": np.full(size, 3, "i")},
+            "index": np.arange(size, dtype="i")}  # fmt: skip
+
+
+def jitter(state, scale=0.1):
+    """A state whose nets have left their special starting point (zero convolutions, averages equal to weights)."""
+    leaves, tree = jax.tree.flatten(state.nets)
+    rng = np.random.default_rng(1)
+    leaves = [x + scale * rng.normal(size=x.shape).astype("f") / np.sqrt(max(x.size, 1) ** 0.5) for x in leaves]
+    return state.replace(nets=jax.tree.unflatten(tree, leaves))
+
+
+@functools.cache
+def parts(name, lr=1e-3):
+    """(method, turns, optimizers) of a variant."""
+    method = VARIANTS[name]
+    return method, method.turns(), {turn: optax.adam(lr) for turn in method.turns()}
+
+
+@functools.cache
+def start(name):
+    """The state at step 0, in numpy: whoever takes it makes arrays of its own."""
+    method, turns, optimizers = parts(name)
+
+    def init(frozen, batch):
+        return init_state(method.init(jax.random.key(0), frozen, batch), turns, optimizers, method.ema())
+
+    return jitter(jax.tree.map(np.asarray, jax.jit(init)(frozen(), make_batch())))
+
+
+@functools.cache
+def driver(name, parallel="jit", devices=8, fsdp=1, accumulate=1):
+    """A compiled driver, shared by all tests of one layout; weights are sharded from 64 elements on."""
+    method, turns, optimizers = parts(name)
+    step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema(), accumulate=accumulate)
+    if parallel == "pmap":
+        return sharding.pmap_driver(functools.partial(step, axis="devices"), sharding.make_mesh())
+    mesh = jax.make_mesh(
+        (devices // fsdp, fsdp),
+        ("data", "fsdp"),
+        devices=jax.devices()[:devices],
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
+    return sharding.jit_driver(step, mesh, jax.eval_shape(lambda: start(name)), min_elements=64)
+
+
+def run(name, steps=3, state=None, first=0, **layout):
+    """(final state as numpy, metrics of every step)."""
+    d, turns = driver(name, **layout), parts(name)[1]
+    state, held, logs = d.put_state(state or start(name)), d.put_frozen(frozen()), []
+    for i in range(first, first + steps):
+        state, metrics = d.step(state, held, d.put_batch(make_batch(i)), active(turns, i))
+        logs.append(jax.tree.map(float, metrics))
+    return jax.tree.map(np.asarray, d.get_state(state)), logs
+
+
+def namespace(name, state=None):
+    """n for calling a loss by hand."""
+    state = state or start(name)
+    return types.SimpleNamespace(step=0, **frozen(), **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
+
+
+def randn(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
