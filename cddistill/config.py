@@ -63,7 +63,7 @@ def defaults(method: str) -> ConfigDict:
     config.method = ConfigDict({"name": method} | dataclasses.asdict(choose("method.name", METHODS, method)()))
     config.data = ConfigDict(dataclasses.asdict(DataConfig()))
     config.optim = ConfigDict(dataclasses.asdict(OptimConfig()))
-    return config
+    return config.lock()
 
 
 def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:

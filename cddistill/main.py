@@ -63,7 +63,10 @@ def parse(argv):
 
 def fail(error: BaseException):
     """Print the error as one sentence and leave with status 2 (1 is for crashes)."""
-    print(f"cddistill: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if any("Traceback" in line for line in said):  # config_flags wraps a config file's own error in its traceback
+        said = [said[-1].partition(": ")[2]]
+    print(f"cddistill: {' '.join(' '.join(said).split())}", file=sys.stderr, flush=True)
     os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 

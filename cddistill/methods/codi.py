@@ -37,9 +37,7 @@ class CoDi:
     """Hyper-parameters of CoDi; "ours" marks what the paper does not give."""
 
     freeze_backbone: bool = False  # PE-CoDi: train the branch only (sec. 3.4)
-    adapter: str = (
-        "controlnet"  # zero convolutions, as in the paper's figure and code; or "mu_blend", eq. 5 of its text
-    )
+    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" is eq. 5 of the text
     ode: str = "adapted"  # whose x^ makes z_s: the student itself (paper) or the frozen "teacher" (released code)
     noise: str = "real"  # in z_s: the "real" eps (PREv, eq. 7) or the "predicted" one (DDIM, the paper's appendix)
     space: str = "eps"  # of the consistency term: noise (paper) or "x0" (released code)
@@ -63,8 +61,8 @@ class CoDi:
                 raise ValueError(f"method.{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.ode == "teacher" and self.space == "eps":
             raise ValueError(
-                "method.ode='teacher' with method.space='eps' is incoherent: noise consistency asks for trajectories that "
-                "are straight in (alpha, sigma), and the frozen teacher's are curved; use space='x0', or ode='adapted'"
+                "method.ode='teacher' with method.space='eps' is incoherent: noise consistency asks for trajectories "
+                "straight in (alpha, sigma), and the frozen teacher's are curved; use space='x0', or ode='adapted'"
             )
         if self.boundary == "lcm" and self.space == "eps":
             raise ValueError("method.boundary='lcm' would equate the noise at t = 0 with the data; it needs space='x0'")

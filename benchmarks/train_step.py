@@ -1,0 +1,151 @@
+"""What a CoDi step costs, and against what: every figure also as a ratio to a plain reference in the same run.
+
+    python benchmarks/train_step.py                       the embedded config
+    python benchmarks/train_step.py --shape=sd --width=320 --size=64 --batch=8 --dtype=bfloat16
+                                                          Stable Diffusion 2.1's shape; --width=64 fits a laptop
+
+Reference: the bare network, forward and backward once and forward once more, each jitted alone: the sum of what a CoDi
+step must compute. Peak: the best rate of a large matrix product in the same dtype on the same device, measured here.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cddistill import config, data, metrics, models, sharding
+from cddistill.build import build, make_optimizers
+from cddistill.diffusion import DDPM
+from cddistill.net import Adapted, Autoencoder
+from cddistill.step import active, init_state, train_step
+
+
+def seconds(f, repeats):
+    """Median time of a call, after one to warm up; f returns what to wait for."""
+    jax.block_until_ready(f())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_flops(dtype, n):
+    """FLOP/s of an n x n matrix product."""
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return 2 * n**3 / min(seconds(lambda: product(a), 1) for _ in range(10))
+
+
+def embedded(args):
+    """The experiment of configs/ccd_sr.py and its first batch."""
+    settings = config.defaults("codi")
+    settings.data.task = "sr"
+    settings.batch_size = args.batch
+    settings.dtype = args.dtype
+    parts = build(config.resolve(settings))
+    stream = data.batches(parts.experiment.data, batch_size=args.batch, seed=0, rows=parts.rows)
+    return parts.experiment, parts.frozen, stream
+
+
+def sd(args):
+    """CoDi on a UNet of Stable Diffusion 2.1's shape, with latents, text and pictures of noise."""
+    w = args.width
+    shape = {
+        "block_out_channels": [w, 2 * w, 4 * w, 4 * w],
+        "attention_head_dim": [max(w * k // 64, 1) for k in (1, 2, 4, 4)],
+        "use_linear_projection": True, "cross_attention_dim": 1024,
+    }  # fmt: skip
+    settings = config.defaults("codi")
+    settings.update(batch_size=args.batch, dtype=args.dtype, remat=args.remat)
+    teacher = models.init(shape, 0, DDPM(), "v", False, jnp.dtype(args.dtype), args.remat)
+    rng, size = np.random.default_rng(0), args.size
+    text = {"encoder_hidden_states": rng.normal(size=(args.batch, 77, 1024)).astype("f")}
+    batch = {"x0": rng.normal(size=(args.batch, size, size, 4)).astype("f"), "text": text, "null": text,
+             "cond": rng.uniform(size=(args.batch, 8 * size, 8 * size, 3)).astype("f"),
+             "index": np.arange(args.batch, dtype="i")}  # fmt: skip
+    return config.resolve(settings), {"teacher": teacher, "autoencoder": Autoencoder()}, iter(lambda: batch, None)
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("embedded", "sd"), default="embedded")
+    parser.add_argument("--width", type=int, default=64, help="sd: channels of the first block (320 = SD)")
+    parser.add_argument("--size", type=int, default=32, help="sd: latent pixels")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+
+    experiment, frozen, stream = {"embedded": embedded, "sd": sd}[args.shape](args)
+    method, optimizers = experiment.method, make_optimizers(experiment)
+    turns, batch = method.turns(), next(stream)
+    nets = jax.jit(method.init)(jax.random.key(0), frozen, batch)
+    state = jax.jit(lambda nets: init_state(nets, turns, optimizers, method.ema()))(nets)
+    step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema())
+
+    driver = sharding.make_driver("jit", step, sharding.make_mesh(), state)
+    state, frozen, on_device = driver.put_state(state), driver.put_frozen(frozen), driver.put_batch(batch)
+    start = time.perf_counter()
+    compiled = driver.step.lower(state, frozen, on_device, tuple(turns)).compile()
+    compile_s = time.perf_counter() - start
+    flops = compiled.cost_analysis()["flops"]
+    memory = compiled.memory_analysis()
+
+    student = Adapted(nets["backbone"], nets["branch"])
+    t, z = jnp.array([500]), on_device["x0"]
+    loss = jax.jit(jax.grad(lambda net, b: (net(z, t, b["text"], b["cond"]).eps ** 2).mean()))
+    forward = jax.jit(lambda net, b: net(z, t, b["text"], b["cond"]).eps)
+    parts_s = seconds(lambda: loss(student, on_device), args.repeats) + seconds(
+        lambda: forward(student, on_device), args.repeats
+    )
+    parts_flops = sum(f.lower(student, on_device).compile().cost_analysis()["flops"] for f in (loss, forward))
+
+    def bare():
+        nonlocal state
+        state, values = driver.step(state, frozen, on_device, tuple(turns))
+        return values
+
+    step_s = seconds(bare, args.repeats)
+    bare_s = timed(lambda: [bare() for _ in range(3 * args.repeats)]) / (3 * args.repeats)
+    late, number = metrics.Delayed(lambda: "none"), 0
+
+    def loop(n):
+        nonlocal state, number
+        for _ in range(n):
+            number += 1
+            state, values = driver.step(state, frozen, driver.put_batch(next(stream)), active(turns, number))
+            late.push(number, values)
+        return state
+
+    loop(2)
+    loop_s = timed(lambda: loop(3 * args.repeats)) / (3 * args.repeats)
+    peak = peak_flops(args.dtype, 4096 if jax.default_backend() == "cpu" else 16384) * jax.device_count()
+
+    device, rate = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops / step_s
+    print(f"{args.shape}, batch {args.batch}, {args.dtype}, {device}, median of {args.repeats}")
+    print(f"compile           {compile_s:8.1f} s")
+    print(f"step              {step_s * 1e3:8.1f} ms   {args.batch / step_s:.1f} images/s")
+    print(f"temporaries       {memory.temp_size_in_bytes / 1e9:8.2f} GB")
+    print(f"XLA's FLOPs       {flops / 1e9:8.1f} G    {rate / 1e9:.1f} GFLOP/s")
+    print(f"share of peak     {rate / peak:8.1%}      of a matrix product's {peak / 1e9:.0f} GFLOP/s")
+    print(f"step / its parts  {step_s / parts_s:8.3f}      (aim: <= 1.15; FLOPs {flops / parts_flops:.3f})")
+    print(f"loop / bare step  {bare_s / loop_s:8.3f}      of the throughput (aim: >= 0.97)")
+
+
+def timed(f):
+    """Seconds until f's result is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(f())
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

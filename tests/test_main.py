@@ -1,0 +1,39 @@
+"""The command line as a shell sees it: exit codes, one sentence, nothing written."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def cddistill(*flags, cwd):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "cddistill.main", *flags], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--config.optim.lrr=1"], 'Did you mean "lr"'),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--config.batch_size=many"], "batch_size"),
+        ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
+        ([f"--config={ROOT}/configs/ccd_sr.py:huge"], "no variant 'huge'"),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=play"], "mode"),
+        ([], "--config is missing"),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=sample"], "needs --output"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path):
+    done = cddistill(*flags, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("cddistill: ")
+    assert sentence in last
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,163 @@
+"""The report: one file, nothing from outside, nothing unescaped, and sentences that follow from the numbers."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from cddistill.evals import Row, grids, report, write_report
+
+
+def row(name, lpips, nfe=None, error=0.01, **kwargs):
+    return Row(name, {"PSNR": (20.0 + (nfe or 0), 0.1), "LPIPS-VGG": lpips and (lpips, error)}, 100, nfe, **kwargs)
+
+
+ROWS = [
+    row("bicubic", 0.35),
+    row("undistilled, 50 steps", 0.12, 50),
+    row("student, 1 step", 0.2, 1),
+    row("student, 4 steps", 0.125, 4, note="the <b>bold</b> one"),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report with everything in it."""
+    folder = tmp_path_factory.mktemp("report")
+    records = [
+        {"step": s, "time": 1.7e9, "student/loss": 1.0 / s, "critic/<dsm>": 0.5, "lr": 1.0} for s in range(1, 41)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records) + '{"step": 41, "stu')
+    path = write_report(
+        folder / "report.html",
+        title="A <run> & its $1 title",
+        grids=[
+            ('four "pictures" <here>', grids.grid(np.zeros((4, 8, 8, 3)))),
+            ("bytes", grids.png(np.zeros((2, 2, 3), np.uint8))),
+        ],
+        rows=[
+            *ROWS,
+            Row(
+                "LPIPS-less", {"PSNR": (1.0, np.nan), "LPIPS-VGG": None}, 9, missing=("LPIPS-VGG: not computed (why)",)
+            ),
+        ],
+        metrics_path=folder / "metrics.jsonl",
+        config={"method": {"name": "codi", "betas": (0.9, 0.99)}, "steps": 100},
+        timings={"training": 3725.0, "peak memory, GB": 1.5},
+        versions={"jax": "0.10.2"},
+        notes=["<script>alert(1)</script>"],
+    )
+    assert [p.name for p in folder.iterdir() if p.suffix != ".jsonl"] == ["report.html"]
+    return path.read_text()
+
+
+def test_report_is_self_contained_and_escaped(page):
+    links = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"'\s)>]+)""", page)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links), links
+    assert len([link for link in links if link.startswith("data:")]) == 2
+    assert "<script" not in page
+    assert "<metadata" not in page
+    assert "<b>bold</b>" not in page
+    for text in (
+        "A &lt;run&gt; &amp; its $1 title",
+        "&lt;script&gt;",
+        "&lt;dsm&gt;",
+        "four &#34;pictures&#34; &lt;here&gt;",
+    ):
+        assert text in page
+
+
+def test_report_shows_what_it_was_given(page):
+    assert "on 100 images" in page.lower()
+    for text in (
+        "student, 4 steps",
+        "method.betas",
+        "(0.9, 0.99)",
+        "1 h 02 min",
+        "1.5 GB",
+        "0.10.2",
+        "not computed (why)",
+    ):
+        assert text in page
+    assert page.count("<svg") == 2 + 1  # curves; quality against speed; neither lr (not a turn's) nor time
+    assert "0.025" in page  # the last loss; the torn line is left out
+    assert "currentColor" in page
+    assert report.FOREGROUND not in page
+    assert "LPIPS v0.1 on VGG16" in page
+    assert "FID" not in re.sub(r"[Nn]ot comparable with[^.]*\.", "", page)
+
+
+def test_best_of_each_column_is_marked():
+    lines = report.table(ROWS)["lines"]
+    marked = [(r.name, [best for *_, best in cells]) for r, cells in lines]
+    assert marked[1] == ("undistilled, 50 steps", [True, True])
+    assert not any(any(best) for name, best in marked if name != "undistilled, 50 steps")
+    assert report.table(ROWS)["columns"] == [("PSNR", "↑"), ("LPIPS-VGG", "↓")]
+    assert not any(best for _, cells in report.table(ROWS[:1])["lines"] for *_, best in cells)
+
+
+def test_headline_compares_few_calls_with_none_and_with_many():
+    first, second = report.headline(ROWS)
+    assert first == (
+        "student, 4 steps: perceptual distance (LPIPS-VGG) 0.125, against 0.35 for bicubic and 0.12 for undistilled, "
+        "50 steps, which calls the network 12.5 times as often (lower is better)."
+    )
+    assert second == (
+        "On 100 images that is clearly better than bicubic and too close to call against undistilled, 50 steps."
+    )
+    worse = report.headline([row("bicubic", 0.1), row("student, 4 steps", 0.5, 4)])
+    assert "clearly worse than bicubic" in worse[1]
+    unsure = report.headline([row("bicubic", 0.1), row("student, 4 steps", 0.5, 4, error=np.nan)])
+    assert "too close to call" in unsure[1]
+    psnr = report.headline([row("bicubic", None), row("student", None, 4)])
+    assert psnr[0] == "student: pixel accuracy (PSNR, dB) 24, against 20 for bicubic (higher is better)."
+    assert report.headline(ROWS[:1]) == report.headline([]) == report.headline(ROWS[2:]) == []
+
+
+def test_metrics_are_read_past_gaps_and_restarts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"step": 2, "a/x": 2.0}',
+        '{"step": 1, "a/x": 9}',
+        '{"step": 1, "a/x": 1}',
+        '{"step": 3, "a/x": null}',
+        "[]",
+        "{",
+    ]
+    path.write_text("\n".join([*lines, '{"step": 4, "a/x": NaN, "b/y": 5, "time": 1, "a/name": "z"}']))
+    series = report.read_metrics(path)
+    assert sorted(series) == ["a/x", "b/y"]
+    np.testing.assert_array_equal(series["a/x"], [[1, 2], [1.0, 2.0]])
+    assert report.read_metrics(tmp_path / "none") == {}
+
+
+def test_running_mean_follows_the_values():
+    drawn = []
+
+    class Axes:
+        def plot(self, x, y, *_, **__):
+            drawn.append(np.asarray(y))
+
+        def set_yscale(self, scale):
+            drawn.append(scale)
+
+    values = np.random.default_rng(0).random(90) + 1.0
+    report.draw_curve(np.arange(90), values, Axes())
+    np.testing.assert_allclose(drawn[1][5:], np.convolve(values, np.ones(3) / 3, "valid")[3:])
+    report.draw_curve(np.arange(3), np.array([0.1, 1.0, 100.0]), Axes())
+    assert drawn[-1] == "log"
+
+
+def test_units_of_timings():
+    assert report.quantity("training, s", 200) == ("training", "3 min 20 s")
+    assert report.quantity("sampling", 0.12345) == ("sampling", "0.123 s")
+    assert report.quantity("speed, images/s", 1234.5) == ("speed", "1,234 images/s")
+
+
+def test_an_empty_report_is_a_report(tmp_path):
+    text = write_report(
+        tmp_path / "deep" / "report.html", title="Nothing yet", metrics_path=tmp_path / "none"
+    ).read_text()
+    assert "Nothing was logged." in text
+    assert "Scores" not in text

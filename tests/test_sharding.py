@@ -1,0 +1,77 @@
+"""Devices and hosts: layouts by shape, rows by host, and two real processes that agree with one."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from cddistill import sharding
+
+HERE = pathlib.Path(__file__).parent
+
+
+def test_weights_are_split_along_their_largest_divisible_axis():
+    mesh = sharding.make_mesh(4)
+    tree = {"kernel": jnp.zeros((3, 3, 64, 128)), "odd": jnp.zeros((1023, 513)), "small": jnp.zeros((8, 8))}
+    got = sharding.by_shape(mesh, tree, min_elements=4096)
+    assert got["kernel"].spec == P(None, None, None, "fsdp")
+    assert got["odd"].spec == P()
+    assert got["small"].spec == P()
+    assert sharding.by_shape(sharding.make_mesh(1), tree)["kernel"].spec == P()
+
+
+def test_fsdp_really_divides_the_memory():
+    """With fsdp = 8 a device holds an eighth of a large kernel, and of its Adam moments."""
+    d = tiny.driver("codi", devices=8, fsdp=8)
+    state = d.put_state(tiny.start("codi"))
+    kernel = state.nets["backbone"].params["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    moment = state.opt["student"][0].mu["backbone"].params["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    assert moment.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"batch_size 12 is not divisible by 8 devices.*8"):
+        sharding.local_rows(12)
+    with pytest.raises(ValueError, match="2 micro-batches"):
+        sharding.local_rows(24, accumulate=2)
+    assert sharding.local_rows(24) == slice(0, 24)
+
+
+def test_meshes_and_drivers_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="fsdp=3 does not divide the 8 devices"):
+        sharding.make_mesh(3)
+    with pytest.raises(ValueError, match="pmap"):
+        sharding.make_driver("pmap", None, sharding.make_mesh(8), None)
+    with pytest.raises(ValueError, match="neither"):
+        sharding.make_driver("xmap", None, sharding.make_mesh(), None)
+
+
+@pytest.mark.parametrize("name", ["finetune", "codi"])
+def test_two_processes_of_four_devices_are_one_of_eight(name):
+    """The same losses and weights over a real network boundary. Tolerance as in test_methods: the order of sums."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, str(HERE / "two_hosts.py"), name]
+    hosts = [
+        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(2)
+    ]
+    out = [host.communicate(timeout=280)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], out
+    said = [line.split() for line in out[0].splitlines() if line.startswith(("LOSS", "WEIGHTS"))]
+    state, logs = tiny.run(name, devices=8)
+    np.testing.assert_allclose([float(v) for k, v in said if k == "LOSS"], [x["student/loss"] for x in logs], rtol=2e-4)
+    total = sum(float(np.abs(x).sum()) for x in jax.tree.leaves(state.nets))
+    np.testing.assert_allclose(float(said[-1][1]), total, rtol=1e-5)

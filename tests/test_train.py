@@ -1,0 +1,194 @@
+"""The whole program on a UNet of a few thousand weights: train, stop, go on, evaluate, sample, export, and say no."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from cddistill import checkpoint, config, export, models, train
+from cddistill.build import build
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A diffusers folder with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    net = tiny.models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
+    models.save(folder, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    export.write_scheduler(folder, net)
+    return folder
+
+
+def settings(teacher, **changes):
+    """CoDi super-resolution of 4 px to 8 px emoji."""
+    c = config.defaults("codi")
+    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=2, eval_every=3, eval_images=16)
+    c.update(sample_steps=(1, 2))
+    c.data.update(task="sr", size=8, scale=2)
+    c.update(changes)
+    return c
+
+
+@pytest.fixture(scope="session")
+def run(teacher, tmp_path_factory):
+    """A finished run's workdir."""
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(settings(teacher), workdir)
+    return workdir
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(workdir, step, teacher, **changes):
+    """All leaves of a checkpoint."""
+    parts = build(config.resolve(settings(teacher, **changes)))
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(parts.abstract, step)
+    return [np.asarray(x) for x in jax.tree.leaves(saved)]
+
+
+def test_a_run_leaves_what_scripts_rely_on(run):
+    assert json.loads((run / "config.json").read_text())["method"]["name"] == "codi"
+    steps = [r["step"] for r in records(run) if "student/loss" in r]
+    assert steps == [2, 4, 6]
+    assert {"student/consistency", "student/signal", "student/grad_norm"} <= set(records(run)[0])
+    assert any("val/psnr" in r for r in records(run))
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} >= {"4", "6"}
+    assert Image.open(run / "samples" / "000006.png").size[0] > 100
+    report = (run / "report.html").read_text()
+    for word in ("bicubic", "student, 1 step", "student, 2 steps", "PSNR", "±"):
+        assert word in report
+
+
+def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
+    """Four steps, then two more by the same command: bit for bit the run of six, also its metrics."""
+    train.train(settings(teacher, steps=4, report=False), tmp_path)
+    train.train(settings(teacher, report=False), tmp_path)
+    for a, b in zip(weights(run, 6, teacher), weights(tmp_path, 6, teacher), strict=True):
+        np.testing.assert_array_equal(a, b)
+    keep = lambda workdir: [
+        {k: v for k, v in r.items() if k != "time"} for r in records(workdir) if "student/loss" in r
+    ]
+    assert keep(run) == keep(tmp_path)
+
+
+def test_going_on_under_another_layout(run, teacher, tmp_path):
+    """Started under jit, continued under pmap: the same weights to rounding."""
+    train.train(settings(teacher, steps=4, report=False), tmp_path)
+    train.train(settings(teacher, report=False, parallel="pmap"), tmp_path)
+    for a, b in zip(weights(run, 6, teacher), weights(tmp_path, 6, teacher), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)  # Adam's first steps are lr = 1e-4 whatever the gradient's size
+
+
+def test_another_config_is_refused_by_name(run, teacher):
+    with pytest.raises(ValueError, match=r"batch_size: 8 in the workdir, 16 now"):
+        train.train(settings(teacher, batch_size=16), run)
+
+
+def test_evaluate_sample_and_export_of_a_finished_run(run, teacher, tmp_path):
+    before = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    train.evaluate_run(settings(teacher), run)
+    assert (run / "report.html").read_text().count("<td") == before.count("<td")
+    Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
+    train.sample(settings(teacher), run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
+    assert Image.open(tmp_path / "out.png").size == (8, 8)
+    train.export_run(settings(teacher), run, str(tmp_path / "student"))
+    state = checkpoint.Checkpoints(run / "checkpoints", read_only=True).restore_weights(
+        build(config.resolve(settings(teacher))).abstract
+    )
+    for name, subfolder in (("backbone", "unet"), ("branch", "controlnet")):
+        back = models.load(tmp_path / "student", subfolder=subfolder)
+        for a, b in zip(jax.tree.leaves(state.ema[name].params), jax.tree.leaves(back.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3)  # float16
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(teacher, tmp_path):
+    bad = settings(teacher, report=False)
+    bad.optim.update(lr=1e30, clip=0.0)
+    with pytest.raises(FloatingPointError, match=r"student/\w+ is (nan|inf) at step \d+; last good checkpoint"):
+        train.train(bad, tmp_path)
+
+
+def test_bad_input_is_one_sentence_before_the_first_step(teacher, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
+    cases = [
+        (settings(teacher, batch_size=12), "not divisible by 8 devices"),
+        (settings(tmp_path / "nowhere"), "nowhere"),
+        (settings(empty), "config.json is missing"),
+    ]
+    for bad, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            train.train(bad, tmp_path / "run")
+    folder = settings(teacher)
+    folder.data.update(source="folder", path=str(empty))
+    with pytest.raises(ValueError, match="empty"):
+        train.train(folder, tmp_path / "run")
+    (empty / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        train.train(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot be written"):
+        train.train(settings(teacher), tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match="holds no run"):
+        train.evaluate_run(settings(teacher), tmp_path / "never")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def command(teacher, workdir):
+    """A training run in a process of its own, with ten thousand steps to go."""
+    script = f"""
+import sys, pathlib
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import test_train, jax
+jax.config.update("jax_compilation_cache_dir", {jax.config.jax_compilation_cache_dir!r})
+from cddistill import train
+settings = test_train.settings({str(teacher)!r}, steps=10_000, checkpoint_every=5, eval_every=100_000)
+train.train(settings, pathlib.Path({str(workdir)!r}))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=-1, stderr=-2, text=True)
+
+
+def wait_for_checkpoint(process, workdir, above=0, seconds=200):
+    """Until a checkpoint newer than `above` is there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        found = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        if found and max(found) > above:
+            return max(found)
+        time.sleep(0.05)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_sigterm_saves_and_kill_does_not_matter(teacher, tmp_path):
+    """SIGTERM: a checkpoint of the last step and exit 0. kill -9: the next start goes on from a complete checkpoint."""
+    process = command(teacher, tmp_path)
+    wait_for_checkpoint(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "the same command goes on" in out
+    stopped = int(out.split("stopped at step ")[1].split(";")[0])
+    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+    process = command(teacher, tmp_path)
+    reached = wait_for_checkpoint(process, tmp_path, above=stopped)
+    process.kill()
+    process.communicate()
+    assert reached > stopped
+    assert len(weights(tmp_path, None, teacher)) > 10
+    lines = [r["step"] for r in records(tmp_path)]
+    assert lines == sorted(lines)

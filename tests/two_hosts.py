@@ -1,0 +1,28 @@
+"""One of two processes that train together: `python two_hosts.py METHOD`; prints losses and a sum of weights."""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import tiny  # noqa: E402
+
+from cddistill import sharding  # noqa: E402
+from cddistill.step import active  # noqa: E402
+
+sharding.initialize()
+assert (jax.process_count(), jax.device_count()) == (2, 8)
+name, rows = sys.argv[1], sharding.local_rows(16)
+d, turns = tiny.driver(name), tiny.parts(name)[1]
+state, held = d.put_state(tiny.start(name)), d.put_frozen(tiny.frozen())
+for i in range(3):
+    batch = jax.tree.map(lambda x: x[rows], tiny.make_batch(i))
+    state, metrics = d.step(state, held, d.put_batch(batch), active(turns, i))
+    if sharding.is_host0():
+        print("LOSS", float(metrics["student/loss"]), flush=True)
+total = sum(float(np.abs(np.asarray(x)).sum()) for x in jax.tree.leaves(state.nets))
+if sharding.is_host0():
+    print("WEIGHTS", total, flush=True)
