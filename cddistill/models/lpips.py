@@ -133,7 +133,7 @@ def _standard(x, smallest):
 
 
 def _unit(x):
-    norm = jnp.sqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-20))  # sqrt has no gradient at 0
+    norm = jnp.sqrt((x**2).sum(-1, keepdims=True))  # its gradient is nan at 0, where relu's lets nothing through
     return x / (norm + 1e-10)
 
 

@@ -1,0 +1,242 @@
+"""A run as one self-contained HTML page: what it does, how well, how it got there, and how that was measured."""
+
+import base64
+import functools
+import io
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cddistill.evals import grids as pictures
+from cddistill.evals.table import METRICS, Metric, Row, arrow, cell, columns_of
+
+HEADLINES = {  # the first that is there speaks for the run
+    "LPIPS-VGG": "perceptual distance (LPIPS-VGG)",
+    "LPIPS-Alex": "perceptual distance (LPIPS-Alex)",
+    "KID-EffLite0@64": "distance from real images (KID-EffLite0@64)",
+    "KID-EffLite0@224": "distance from real images (KID-EffLite0@224)",
+    "SSIM": "structural similarity (SSIM)",
+    "PSNR": "pixel accuracy (PSNR, dB)",
+}
+FEW = 8  # network calls that still count as few: four steps, guided
+MOST_CURVES = 24
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308")  # legible on white and on black
+FOREGROUND = "#010203"  # stands for the page's text colour in figures
+
+
+def write_report(
+    path,
+    *,
+    title: str,
+    grids: Sequence[tuple[str, bytes | np.ndarray]] = (),
+    rows: Sequence[Row] = (),
+    metrics_path=None,
+    config: Mapping | None = None,
+    timings: Mapping[str, float | int] | None = None,
+    versions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> pathlib.Path:
+    """Write an HTML file that needs nothing else, at once, and return its path.
+
+    `grids` are (caption, PNG file or uint8 [h,w,3]); `metrics_path` is a metrics.jsonl with a "step" and
+    "<turn>/<metric>" numbers a line; `timings` are seconds, or have the unit after a comma ("peak memory, GB").
+    """
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("cddistill.evals", "."), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        headline=headline(rows),
+        figures=[(caption, data_url(image)) for caption, image in grids],
+        table=table(rows),
+        speed=speed_figures(rows),
+        curves=curves(metrics_path) if metrics_path else None,
+        timings=[quantity(name, value) for name, value in (timings or {}).items()],
+        config=flat(config or {}),
+        versions=dict(versions or {}),
+        notes=list(notes),
+    )
+    pictures.replace(path, page.encode())
+    return pathlib.Path(path)
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """What the scores say, in at most two sentences: few network calls against none and against many."""
+    for metric in HEADLINES:
+        scored = [row for row in rows if row.metrics.get(metric)]
+        few = best([row for row in scored if row.nfe and row.nfe <= FEW], metric)
+        without, many = [r for r in scored if not r.nfe], [r for r in scored if (r.nfe or 0) > FEW]
+        others = [row for row in (best(without, metric), best(many, metric)) if row]
+        if few and others:
+            break
+    else:
+        return []
+    against = [f"{row.metrics[metric][0]:.3g} for {row.name}" for row in others]
+    if others[-1].nfe:
+        against[-1] += f", which calls the network {others[-1].nfe / few.nfe:.3g} times as often"
+    value, better = few.metrics[metric][0], "higher" if METRICS[metric].higher else "lower"
+    return [
+        f"{few.name}: {HEADLINES[metric]} {value:.3g}, against {' and '.join(against)} ({better} is better).",
+        f"On {few.n} images that is {' and '.join(f'{verdict(metric, few, row)} {row.name}' for row in others)}.",
+    ]
+
+
+def best(rows: Sequence[Row], metric: str) -> Row | None:
+    """The row with the best value, if the metric has a better side."""
+    higher = METRICS.get(metric, Metric(None)).higher
+    rows = [row for row in rows if row.metrics.get(metric)]
+    if higher is None or not rows:
+        return None
+    return max(rows, key=lambda row: row.metrics[metric][0] * (1 if higher else -1))
+
+
+def verdict(metric: str, a: Row, b: Row) -> str:
+    """Whether a is better than b by more than twice the error of their difference."""
+    (x, x_error), (y, y_error) = a.metrics[metric], b.metrics[metric]
+    gain = (x - y) * (1 if METRICS[metric].higher else -1)
+    if not abs(gain) > 2.0 * math.hypot(x_error, y_error):  # also where an error is unknown
+        return "too close to call against"
+    return "clearly better than" if gain > 0 else "clearly worse than"
+
+
+def table(rows: Sequence[Row]) -> dict:
+    """Cells of the comparison, the best of each column marked, and how each column was measured."""
+    names = columns_of(rows)
+    winners = {metric: best(rows, metric) for metric in names}
+    shown = lambda row, m: (*cell(m, row.metrics.get(m)).partition(" ± ")[::2], winners[m] is row and len(rows) > 1)
+    lines = [(row, [shown(row, metric) for metric in names]) for row in rows]
+    return {
+        "columns": [(metric, arrow(metric)) for metric in names],
+        "lines": lines,
+        "missing": list(dict.fromkeys(reason for row in rows for reason in row.missing)),
+        "how": [(m, METRICS[m].how, METRICS[m].higher) for m in names if m in METRICS],
+    }
+
+
+def quantity(name: str, value: float | int) -> tuple[str, str]:
+    """('training', '3 min 20 s') for ('training', 200.0); ('memory', '1.5 GB') for ('memory, GB', 1.5)."""
+    label, _, unit = name.rpartition(", ")
+    if label and unit != "s":
+        return label, f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    minutes, seconds = divmod(round(value), 60)
+    if value < 60:
+        text = f"{value:.3g} s"
+    elif value < 3600:
+        text = f"{minutes} min {seconds:02d} s"
+    else:
+        text = f"{minutes // 60} h {minutes % 60:02d} min"
+    return label or name, text
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
+    """Nested settings by dotted name."""
+    out = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": f"{value}"}
+    return out
+
+
+def data_url(image: bytes | np.ndarray) -> str:
+    """A picture inside of the page."""
+    image = image if isinstance(image, bytes) else pictures.png(np.asarray(image))
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def curves(path) -> dict:
+    """A figure per logged metric: [(turn, [(metric, last value, svg), ...]), ...] and how many were left out."""
+    series = read_metrics(path)
+    turns = {}
+    for name in list(series)[:MOST_CURVES]:
+        steps, values = series[name]
+        turn, _, metric = name.partition("/")
+        figure = svg(functools.partial(draw_curve, steps, values))
+        turns.setdefault(turn, []).append((metric, f"{values[-1]:.4g}", figure))
+    return {"turns": turns, "more": max(0, len(series) - MOST_CURVES)}
+
+
+def read_metrics(path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(steps, values) of every "<turn>/<metric>" in a metrics.jsonl; torn lines and missing numbers are left out."""
+    points = {}
+    text = pathlib.Path(path).read_text() if pathlib.Path(path).is_file() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        for name, value in record.items():
+            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
+                points.setdefault(name, {})[step] = float(value)  # a step logged again after a restart counts once
+    return {name: tuple(map(np.array, zip(*sorted(known.items()), strict=True))) for name, known in points.items()}
+
+
+def draw_curve(steps, values, axes):
+    """Raw values, faint, and their running mean."""
+    window = max(1, len(values) // 30)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    low = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    smooth = (sums[1:] - sums[low]) / (np.arange(1, len(values) + 1) - low)
+    few = len(values) < 30
+    axes.plot(steps, values, color=COLOURS[0], alpha=1.0 if few else 0.3, linewidth=1.6 if few else 0.8)
+    if not few:
+        axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.8)
+    if len(values) < 8:
+        axes.plot(steps, values, "o", color=COLOURS[0], markersize=4)
+    if values.min() > 0 and values.max() > 50 * values.min():
+        axes.set_yscale("log")
+
+
+def speed_figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(metric, svg) of quality against network calls: a perceptual metric and a distance of sets; [] for one speed."""
+    if len({row.nfe for row in rows if row.nfe}) < 2:
+        return []
+    has = [m for m in HEADLINES if any(row.nfe and row.metrics.get(m) for row in rows)]
+    chosen = [m for m in has if m.startswith("LPIPS")][:1] + [m for m in has if m.startswith("KID")][:1] or has[:1]
+    return [(f"{m} {arrow(m)}", svg(functools.partial(draw_speed, rows, m), 5.4, 3.2)) for m in chosen]
+
+
+def draw_speed(rows, metric, axes):
+    """A line for each family of rows (names equal but for the steps), a dashed one for each row without a network."""
+    rows = [row for row in rows if row.metrics.get(metric)]
+    families = {}
+    for row in rows:
+        family = re.sub(r"[\s,:(]*\b\d+[\s-]*(steps?|NFE)\b[\s)]*", "", row.name).strip() or "student"
+        families.setdefault(family, []).append(row)
+    for colour, (family, members) in zip(COLOURS * len(rows), families.items(), strict=False):
+        style = {"color": colour, "label": family.replace("$", r"\$"), "linewidth": 1.8}
+        members = sorted(members, key=lambda row: row.nfe or 0)
+        if not members[0].nfe:
+            axes.axhline(members[0].metrics[metric][0], linestyle="--", **style)
+            continue
+        means, errors = zip(*(row.metrics[metric] for row in members), strict=True)
+        axes.errorbar([row.nfe for row in members], means, np.nan_to_num(errors), marker="o", capsize=3, **style)
+    ticks = sorted({row.nfe for row in rows if row.nfe})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("network calls per image")
+    axes.legend(frameon=False, fontsize=8, labelcolor=FOREGROUND)
+
+
+def svg(draw, width=3.6, height=2.0) -> str:
+    """A figure as inline SVG in the page's text colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), FOREGROUND)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "cddistill", "font.size": 9, "axes.formatter.useoffset": False}
+    with matplotlib.rc_context(style):
+        figure = Figure((width, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=FOREGROUND, alpha=0.12, linewidth=0.6)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(FOREGROUND, "currentColor")
