@@ -92,7 +92,7 @@ def driver(name, parallel="jit", devices=8, fsdp=1, accumulate=1):
         devices=jax.devices()[:devices],
         axis_types=(jax.sharding.AxisType.Auto,) * 2,
     )
-    return sharding.jit_driver(step, mesh, jax.eval_shape(lambda: start(name)), min_elements=64)
+    return sharding.jit_driver(step, mesh, start(name), min_elements=64)
 
 
 def run(name, steps=3, state=None, first=0, **layout):
