@@ -2,6 +2,7 @@
 pictures."""
 
 import importlib.metadata
+import json
 import pathlib
 import platform
 import time
@@ -85,6 +86,8 @@ def report(
     rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired)
     timings |= {"evaluation, s": time.monotonic() - began}
     print(evals.markdown(rows), flush=True)
+    scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
+    (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
     evals.write_report(
         workdir / "report.html",

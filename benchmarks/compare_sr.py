@@ -1,0 +1,75 @@
+"""CoDi, its ablations and the undistilled baseline on embedded super-resolution, several seeds each, as one table.
+
+    python benchmarks/compare_sr.py --workdir=runs/compare --steps=600 --seeds=3
+
+Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. Means over seeds, with
+the standard error over seeds (not over images).
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
+VARIANTS = {
+    "fine-tuned, not distilled": [FINETUNE, "--config.sample_steps=(4,8,50)"],
+    "CoDi": [SR],
+    "PE-CoDi": [f"{SR}:pe"],
+    "CoDi, DDIM instead of PREv": [SR, "--config.method.noise=predicted"],
+    "CoDi without noise consistency": [SR, "--config.method.consistency_weight=0.0"],
+    "CoDi, frozen teacher's z_s (x0 space)": [SR, "--config.method.ode=teacher", "--config.method.space=x0",
+                                              "--config.method.noise=predicted"],
+    "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
+    "CoDi, one t per sample": [SR, "--config.method.shared_t=False"],
+}  # fmt: skip
+COLUMNS = ("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64")
+
+
+def run(name, flags, seed, args) -> dict:
+    """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}."""
+    slug = "".join(c if c.isalnum() else "_" for c in name)
+    workdir = pathlib.Path(args.workdir) / f"{slug}-{seed}"
+    command = [*flags, f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
+    command += ["--config.baseline=", "--config.eval_every=1000000", "--config.keep=1"]
+    if not (workdir / "scores.json").exists():
+        print("python -m cddistill.main", *command, flush=True)
+        subprocess.run([sys.executable, "-m", "cddistill.main", *command], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((workdir / "scores.json").read_text())
+
+
+def main():
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/compare")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    scores = {name: [] for name in VARIANTS}
+    for seed in range(args.seeds):  # by seed, so that an interrupted comparison is even
+        for name, flags in VARIANTS.items():
+            scores[name].append(run(name, flags, seed, args))
+    print("| |", " | ".join(("network calls", *COLUMNS)), "|")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    first = scores["CoDi"]
+    line("bicubic", first, "bicubic")
+    for name, runs in scores.items():
+        for row in runs[0]:
+            if row != "bicubic":
+                line(f"{name}, {row.split(', ')[-1]}", runs, row)
+
+
+def line(label, runs, row):
+    """One line of the table."""
+    cells = [str(runs[0][row]["nfe"] or 0)]
+    for metric in COLUMNS:
+        values = [r[row]["metrics"][metric][0] for r in runs]
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        cells.append(f"{statistics.mean(values):.4g} ± {error:.2g}")
+    print("|", " | ".join((label, *cells)), "|")
+
+
+if __name__ == "__main__":
+    main()
