@@ -192,6 +192,8 @@ def sample(parts: Parts, state: TrainState, source: str | None, output: str, ste
     if config.task != "sr":
         raise ValueError(f"--mode=sample with --input knows the task sr, not {config.task!r}")
     paths = pictures(pathlib.Path(source))
+    small = config.size // config.scale
+    print(f"{small} x {small} px become {config.size} x {config.size}; a larger picture is first reduced to that")
     conditions = np.stack([read_condition(path, config) for path in paths])
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), examples)
     batch |= {"cond": conditions, "text": batch["null"], "index": np.arange(len(paths), dtype=np.int32)}

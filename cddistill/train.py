@@ -5,6 +5,7 @@ import resource
 import time
 
 import jax
+from clu.parameter_overview import count_parameters
 
 from cddistill import build, checkpoint, config, data, evaluate, export, metrics, sharding
 from cddistill.step import active
@@ -26,6 +27,7 @@ def train(settings, workdir: pathlib.Path) -> None:
     checkpoint.write_config(workdir, config.plain(settings))
     checkpoints = open_checkpoints(workdir, experiment)
     state = parts.init() if checkpoints.latest_step() is None else checkpoints.restore(parts.abstract)
+    print(overview(parts), flush=True)
     with checkpoint.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
@@ -82,6 +84,13 @@ def loop(parts, state, workdir, checkpoints, stop, began):
     finally:
         writer.close()
     return driver.get_state(state), timings | {"peak memory, GB": peak_memory()}
+
+
+def overview(parts) -> str:
+    """What trains, on what, in one line."""
+    weights = {name: count_parameters(net.params) / 1e6 for name, net in parts.abstract.nets.items()}
+    trained = " + ".join(f"{name} {millions:.1f} M" for name, millions in weights.items())
+    return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}; the first step compiles"
 
 
 def open_checkpoints(workdir, experiment, read_only=False) -> checkpoint.Checkpoints:

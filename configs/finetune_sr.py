@@ -10,12 +10,13 @@ def get_config():
     config = defaults("diffusion")
     config.method.adapter = "controlnet"
     config.data.task = "sr"
-    config.steps = 600
-    config.batch_size = 16
+    config.steps = 4000
+    config.batch_size = 4
     config.optim.lr = 1e-3
     config.optim.warmup = 50
     config.optim.decay = "cosine"
-    config.method.ema_decay = 0.99
+    config.method.ema_decay = 0.995
     config.sample_steps = (4, 8, 50)
-    config.checkpoint_every = 200
+    config.checkpoint_every = 1000
+    config.eval_every = 500
     return config
