@@ -11,6 +11,7 @@ import numpy as np
 from cddistill import data, models, sharding
 from cddistill.config import Experiment
 from cddistill.method import normal
+from cddistill.models import lpips
 from cddistill.net import Autoencoder
 from cddistill.optim import optimizer
 from cddistill.step import TrainState, init_state, namespace, train_step
@@ -52,7 +53,7 @@ def build(experiment: Experiment) -> Parts:
     load = functools.partial(from_scratch, seed=run.seed) if run.scratch else models.load
     frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat), "autoencoder": Autoencoder()}
     if getattr(method, "signal", "") == "lpips":
-        frozen["lpips"] = models.lpips.load("vgg")
+        frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     check_shapes(frozen["teacher"], batch_shapes(experiment))
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)

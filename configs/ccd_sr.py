@@ -18,13 +18,14 @@ def get_config(variant="emoji"):
     if variant in ("emoji", "pe"):
         config.method.freeze_backbone = variant == "pe"
         config.teacher = "emoji"
-        config.steps = 600
-        config.batch_size = 16
+        config.steps = 2500
+        config.batch_size = 4  # on a CPU, updates count for more than images
         config.optim.lr = 1e-3
         config.optim.decay = "cosine"
-        config.method.ema_decay = 0.99
-        config.eval_every = 100
-        config.checkpoint_every = 200
+        config.method.ema_decay = 0.995
+        config.method.text_dropout = 0.1  # the class is often unknown when the student is used
+        config.eval_every = 250
+        config.checkpoint_every = 500
         config.baseline = "emoji_sr"
     elif variant == "sd21":
         config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
