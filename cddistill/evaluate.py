@@ -69,18 +69,14 @@ def report(
     sets, nfe = {}, {}
     if paired and parts.experiment.data.task == "sr":
         sets["bicubic"] = np.asarray(batch["cond"])
-    for name, compared in {"baseline": baseline(parts), "student": (parts, state)}.items():
-        if compared is None:
-            continue
-        its_parts, its_state = compared
-        draw = sampler(its_parts)
-        for steps in run.baseline_steps if name == "baseline" else run.sample_steps:
-            label = (
-                f"{'fine-tuned, not distilled' if name == 'baseline' else 'student'}, {steps} step{'s' * (steps > 1)}"
-            )
-            start = time.monotonic()
-            sets[label], nfe[label] = draw(its_state, batch, steps, run.seed), its_parts.experiment.method.nfe(steps)
-            timings |= {f"sampling: {label}, s": time.monotonic() - start}
+    compared = [("student", parts, state, steps) for steps in run.sample_steps]
+    if run.baseline:
+        compared = [("fine-tuned, not distilled", *baseline(parts, k), k) for k in run.baseline_steps] + compared
+    for name, its_parts, its_state, steps in compared:
+        label, start = f"{name}, {steps} step{'s' * (steps > 1)}", time.monotonic()
+        sets[label] = sampler(its_parts)(its_state, batch, steps, run.seed)
+        nfe[label] = its_parts.experiment.method.nfe(steps)
+        timings |= {f"sampling: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
         return []
     rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired)
@@ -109,18 +105,19 @@ def report(
     return rows
 
 
-def baseline(parts: Parts):
-    """(parts, state) of the network that was fine-tuned without distillation, or None if the config names none."""
-    run = parts.experiment.run
-    if not run.baseline:
-        return None
+def baseline(parts: Parts, steps: int):
+    """(parts, state) of config.baseline, the network that was fine-tuned without distillation.
+
+    At a number of steps that the student is sampled in too, it is sampled at the student's times, else at even ones.
+    Raises ValueError if the folder does not hold a UNet and a ControlNet.
+    """
+    run, method = parts.experiment.run, parts.experiment.method
     if parts.experiment.data.task == "none":
-        raise ValueError("a baseline is a network with a condition branch: set data.task, or baseline=''")
-    method = METHODS["diffusion"](adapter="controlnet")
-    backbone, branch = models.load(run.baseline), models.load(run.baseline, subfolder="controlnet")
-    nets = {"backbone": backbone, "branch": branch}
-    state = TrainState(np.int32(0), nets, nets, {})
-    return parts._replace(experiment=parts.experiment._replace(method=method)), state
+        raise ValueError("config.baseline is a network with a condition: set data.task, or baseline=''")
+    power = getattr(method, "grid_power", 1.0) if steps in run.sample_steps else 1.0
+    method = METHODS["diffusion"](adapter="controlnet", grid_power=power)
+    nets = {"backbone": models.load(run.baseline), "branch": models.load(run.baseline, subfolder="controlnet")}
+    return parts._replace(experiment=parts.experiment._replace(method=method)), TrainState(np.int32(0), nets, nets, {})
 
 
 def notes(parts: Parts) -> list[str]:
@@ -129,8 +126,15 @@ def notes(parts: Parts) -> list[str]:
     lines = [
         f"All rows start from the same noise (seed {run.seed}); error bars are over images, not over training seeds."
     ]
+    if run.baseline:
+        lines.append(
+            "The fine-tuned network is the same architecture, trained as a conditional diffusion model; where it takes "
+            "as many steps as the student, it takes them at the student's times."
+        )
     if run.baseline == "emoji_sr":
-        lines.append("The fine-tuned network ships with the package; configs/finetune_sr.py made it.")
+        lines.append("It ships with the package; configs/finetune_sr.py made it, with its own number of updates.")
+    if parts.experiment.data.source == "emoji":
+        lines.append("The networks are told the picture's group, as the teacher was; bicubic upscaling is not.")
     return lines
 
 

@@ -22,6 +22,17 @@ def guided(denoise, text, null, scale: float) -> Denoise:
     return lambda z, t: guide(denoise(z, t, text), denoise(z, t, null), scale)
 
 
+def times(schedule: Schedule, n: int, power: float = 1.0) -> jax.Array:
+    """The schedule's own n-step grid, or, with power > 1, one that lies closer to the data: u = 1, ..., (1/n)^power.
+
+    Few-step samplers gain from a last step of little noise; times stay distinct on schedules of 1000 steps.
+    """
+    if power == 1.0:
+        return schedule.grid(n)
+    u = 1.0 - jnp.arange(n) / n
+    return schedule.at(jnp.maximum(u**power, n * u / 1000))
+
+
 def ddim(denoise: Denoise, schedule: Schedule, noise: jax.Array, times: jax.Array) -> jax.Array:
     """DDIM (Song et al. 2021, eq. 12 with eta = 0); len(times) evaluations."""
     alpha, sigma = levels(schedule, times)

@@ -24,6 +24,8 @@ def train(settings, workdir: pathlib.Path) -> None:
     checkpoint.check_config(workdir, config.plain(settings), free)
     cache_programs()
     parts = build.build(experiment)
+    if experiment.run.report and experiment.run.baseline:
+        evaluate.baseline(parts, 1)  # a folder that cannot be loaded is better known now
     checkpoint.write_config(workdir, config.plain(settings))
     checkpoints = open_checkpoints(workdir, experiment)
     state = parts.init() if checkpoints.latest_step() is None else checkpoints.restore(parts.abstract)

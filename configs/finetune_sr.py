@@ -1,6 +1,7 @@
 """The baseline that CoDi is compared with: the same network and data, fine-tuned as a conditional diffusion model.
 
-python -m cddistill.main --config=configs/finetune_sr.py       emoji 8 px -> 32 px on a CPU
+python -m cddistill.main --config=configs/finetune_sr.py       emoji 8 px -> 32 px; 7 minutes on 2 CPU cores;
+                                                                   50 steps: LPIPS-VGG 0.191
 """
 
 from cddistill.config import defaults

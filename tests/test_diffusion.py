@@ -164,6 +164,16 @@ def test_samplers_converge_to_the_exact_ode(name, order, schedule):
     assert error[1] < error[0] / (4**order * 0.6), error
 
 
+def test_warped_times():
+    """power = 1 is the schedule's own grid; more lies closer to the data, and no time is visited twice."""
+    np.testing.assert_array_equal(sampling.times(d.DDPM(), 4), [999, 749, 499, 249])
+    np.testing.assert_array_equal(sampling.times(d.DDPM(), 4, 2.5), [999, 486, 176, 30])
+    for n in (1, 2, 8, 50, 200):
+        times = np.asarray(sampling.times(d.DDPM(), n, 2.5))
+        assert times[0] == 999
+        assert np.all(np.diff(times) < 0)
+
+
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_one_step_is_the_networks_x0(name):
     """I19: with a single time the answer is x^(z_T, T)."""

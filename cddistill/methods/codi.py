@@ -52,6 +52,7 @@ class CoDi:
     snr_gamma: float = 0.0  # min-SNR weight of the consistency term; 0 = off (released code, off by default)
     guidance_range: tuple[float, float] = (1.0, 1.0)  # CFG-aware: w ~ U per step, in both predictions; (1, 1) = off
     guidance: float = 1.0  # when sampling; 1 = none
+    grid_power: float = 1.0  # of the sampling times, see `sampling.times`; 1 = even (ours)
     text_dropout: float = 0.0  # share of samples that see the null text (ours)
     ema_decay: float = 0.999  # of the target and the final weights (released code; the paper gives none)
 
@@ -172,7 +173,7 @@ class CoDi:
     def sample_times(self, schedule, steps: int):
         """The first `steps` of a strictly decreasing grid of trained times, the largest first and the last above 0."""
         if not self.grid_size:
-            return schedule.grid(steps)
+            return sampling.times(schedule, steps, self.grid_power)
         size = self.grid_size
         stride = next((r for r in (-(-size // steps), size // steps) if r and (steps - 1) * r < size - 1), None)
         if stride is None:

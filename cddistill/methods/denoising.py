@@ -28,6 +28,7 @@ class Denoising:
     freeze_backbone: bool = False  # train the branch alone, as ControlNet does
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
     guidance: float = 1.0  # classifier-free guidance when sampling; 1 = none
+    grid_power: float = 1.0  # of the sampling times, see `sampling.times`
 
     def init(self, key, frozen, batch):
         """The teacher itself, and a fresh branch if there is a condition."""
@@ -66,7 +67,9 @@ class Denoising:
         else:
             denoise = backbone
         denoise = sampling.guided(denoise, batch["text"], batch["null"], self.guidance)
-        return sampling.SAMPLERS[self.sampler](denoise, schedule, noise, schedule.grid(steps))
+        return sampling.SAMPLERS[self.sampler](
+            denoise, schedule, noise, sampling.times(schedule, steps, self.grid_power)
+        )
 
     def nfe(self, steps):
         per_step = 1 if self.guidance == 1.0 else 2
