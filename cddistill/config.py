@@ -52,8 +52,10 @@ class Experiment(NamedTuple):
     optim: dict[str, OptimConfig]  # by turn
 
 
-FREE = ("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "baseline",
-        "baseline_steps", "report", "parallel", "fsdp")  # fmt: skip
+FREE = (
+    *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
+    *("baseline", "baseline_steps", "parallel", "fsdp", "method.guidance", "method.grid_power", "method.sampler"),
+)
 """Fields that may change when a run is continued: they alter neither the weights' path nor the data."""
 
 

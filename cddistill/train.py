@@ -19,7 +19,9 @@ def train(settings, workdir: pathlib.Path) -> None:
     """
     began = time.monotonic()
     experiment = config.resolve(settings)
-    free = config.FREE if all(o.decay == "constant" for o in experiment.optim.values()) else config.FREE[1:]
+    free = (
+        config.FREE if all(o.decay == "constant" for o in experiment.optim.values()) else set(config.FREE) - {"steps"}
+    )
     claim(workdir)
     checkpoint.check_config(workdir, config.plain(settings), free)
     cache_programs()
