@@ -3,11 +3,12 @@
 python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
 
+import logging
 import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 MODES = ("train", "evaluate", "sample", "export", "pairs")
@@ -28,7 +29,8 @@ def default_workdir() -> pathlib.Path:
 
 def main(_):
     """Dispatch; heavy imports happen here, so that a wrong flag is answered at once."""
-    logging.set_verbosity(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
     from cddistill import sharding, train
 
     sharding.initialize()
