@@ -98,8 +98,8 @@ class CoDi:
 
         z_t = n.teacher.noise(x0, eps, t)
         online = view(self.student(n), z_t, t)
-        z_s = jax.lax.stop_gradient(self.jump(n, online, z_t, t, s, eps, text))
-        anchor = view(self.target(n), z_s, s)
+        z_s = self.jump(n, online, z_t, t, s, eps, text)
+        anchor = jax.lax.stop_gradient(view(self.target(n), z_s, s))  # and with it z_s, which the student made
 
         consistency = self.consistency(schedule, online, z_t, t, anchor, z_s, s)
         signal = self.signal_distance(n, online.x0, x0).mean()
@@ -136,10 +136,10 @@ class CoDi:
     def consistency(self, schedule, online, z_t, t, anchor, z_s, s):
         """First term of eq. 8, per sample."""
         if self.space == "eps":
-            d = losses.DISTANCES[self.distance](online.eps, jax.lax.stop_gradient(anchor.eps))
+            d = losses.DISTANCES[self.distance](online.eps, anchor.eps)
         else:
             at_t, at_s = self.bounded(online.x0, z_t, t), self.bounded(anchor.x0, z_s, s)
-            d = losses.DISTANCES[self.distance](at_t, jax.lax.stop_gradient(at_s))
+            d = losses.DISTANCES[self.distance](at_t, at_s)
         return d * losses.min_snr(*schedule.alpha_sigma(t), self.snr_gamma) if self.snr_gamma else d
 
     def bounded(self, x0, z, t):
