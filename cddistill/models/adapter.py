@@ -38,7 +38,7 @@ class ControlNetConditioningEmbedding(nn.Module):
 
 
 class Branch(Encoder):
-    """What both branches share: E(c) and the check of its input."""
+    """A copied encoder; the two kinds differ in what it sees (`enter`) and in what becomes of that (`leave`)."""
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
@@ -63,10 +63,6 @@ class Branch(Encoder):
         )  # fmt: skip
         return e(cond)
 
-
-class ControlNetModel(Branch):
-    """diffusers' ControlNet."""
-
     @nn.compact
     def __call__(
         self, z_t, t, cond=None, *, conditioning_scale=1.0, encoder_hidden_states=None, class_labels=None,
@@ -75,10 +71,18 @@ class ControlNetModel(Branch):
         """Residuals for z_t [b, h, w, c], times t [b], image cond [b, k h, k w, c] in [0, 1] or None."""
         context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
         emb = self.embedding(t, class_labels, added_cond_kwargs, None)
-        h = self.start(z_t, concat, context)
-        h = h if cond is None else h + self.embed(cond, z_t)
-        skips, mid = self.encode(h, emb, context)
+        skips, mid = self.encode(self.enter(z_t, cond, concat, context), emb, context)
+        return self.leave(skips, mid, conditioning_scale)
 
+
+class ControlNetModel(Branch):
+    """diffusers' ControlNet: the copy sees z_t + E(c), and zero convolutions carry what it adds."""
+
+    def enter(self, z_t, cond, concat, context):
+        h = self.start(z_t, concat, context)
+        return h if cond is None else h + self.embed(cond, z_t)
+
+    def leave(self, skips, mid, conditioning_scale):
         def zero_conv(h, name):
             return conditioning_scale * conv(h.shape[-1], 1, self.dtype, name)(h)
 
@@ -87,17 +91,15 @@ class ControlNetModel(Branch):
 
 
 class MuBlendModel(Branch):
-    """CoDi's blend as the paper writes it: an encoder that sees only E(c), mixed in by one learnable scalar."""
+    """CoDi's blend as the paper writes it: the copy sees only E(c), mixed in by one learnable scalar.
 
-    @nn.compact
-    def __call__(
-        self, z_t, t, cond=None, *, conditioning_scale=1.0, encoder_hidden_states=None, class_labels=None,
-        added_cond_kwargs=None, concat=None,
-    ):  # fmt: skip
-        """Residuals as of ControlNetModel; z_t and concat only give the shape."""
-        context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
-        emb = self.embedding(t, class_labels, added_cond_kwargs, None)
-        skips, mid = self.encode(self.embed(cond, z_t), emb, context)
+    z_t and concat only give the shape.
+    """
+
+    def enter(self, z_t, cond, concat, context):
+        return self.embed(cond, z_t)
+
+    def leave(self, skips, mid, conditioning_scale):
         mu = conditioning_scale * self.param("mu", nn.initializers.zeros, ())
         return Residuals(tuple(mu * h for h in skips), mu * mid, 1.0 - mu)
 
