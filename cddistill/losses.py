@@ -1,4 +1,4 @@
-"""Distances and adversarial losses: arrays [b, ...] in, one number per sample [b] out."""
+"""Distances and weights: arrays [b, ...] in, one number per sample [b] out."""
 
 import jax.numpy as jnp
 

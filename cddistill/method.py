@@ -5,6 +5,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+
+from cddistill.diffusion import like
 
 Loss = Callable[[SimpleNamespace, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -56,3 +59,9 @@ def normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Arra
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     """Uniform numbers in [0, 1), shape [b], that follow the sample."""
     return jax.vmap(jax.random.uniform)(per_sample(key, index))
+
+
+def drop_text(key: jax.Array, batch: dict[str, Any], rate: float) -> Any:
+    """batch["text"] with the null text in its place for a share of the samples, for classifier-free guidance."""
+    dropped = uniform(key, batch["index"]) < rate
+    return jax.tree.map(lambda null, text: jnp.where(like(dropped, text), null, text), batch["null"], batch["text"])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from cddistill import losses, sampling
 from cddistill.diffusion import Prediction, guide, like
-from cddistill.method import Turn, normal, uniform
+from cddistill.method import Turn, drop_text, normal, uniform
 from cddistill.models import adapter
 from cddistill.net import Adapted
 
@@ -72,7 +72,11 @@ class CoDi:
         """The teacher, and a branch that starts as a copy of its encoder and adds nothing."""
         widths = adapter.embedding_widths(batch["cond"], batch["x0"])
         branch = adapter.make_branch(frozen["teacher"], key, self.adapter, batch["cond"].shape[-1], widths)
-        return {"branch": branch} if self.freeze_backbone else {"backbone": copy(frozen["teacher"]), "branch": branch}
+        return (
+            {"branch": branch}
+            if self.freeze_backbone
+            else {"backbone": jax.tree.map(jnp.copy, frozen["teacher"]), "branch": branch}
+        )
 
     def turns(self):
         return {"student": Turn(moves=("branch",) if self.freeze_backbone else ("backbone", "branch"), loss=self.loss)}
@@ -86,15 +90,14 @@ class CoDi:
         schedule = n.teacher.schedule
         t, s = self.times(schedule, k_t, index)
         eps = normal(k_eps, index, x0.shape[1:])
-        dropped = uniform(k_drop, index) < self.text_dropout
-        text = jax.tree.map(lambda null, y: jnp.where(like(dropped, y), null, y), batch["null"], batch["text"])
+        text = drop_text(k_drop, batch, self.text_dropout)
         w = jax.random.uniform(k_w, (), minval=self.guidance_range[0], maxval=self.guidance_range[1])
-        scale = w if self.guidance_range != (1.0, 1.0) else 1.0
 
         def view(net, z, t):  # both halves keep the condition image; only the text is dropped
-            if isinstance(scale, float):
-                return net(z, t, text, cond)
-            return guide(net(z, t, text, cond), net(z, t, batch["null"], cond), scale)
+            pred = net(z, t, text, cond)
+            if self.guidance_range == (1.0, 1.0):
+                return pred
+            return guide(pred, net(z, t, batch["null"], cond), w)
 
         z_t = n.teacher.noise(x0, eps, t)
         online = view(self.student(n), z_t, t)
@@ -182,11 +185,6 @@ class CoDi:
 
     def nfe(self, steps):
         return steps if self.guidance == 1.0 else 2 * steps
-
-
-def copy(net):
-    """Own buffers for a moving copy: a donated buffer must not be held twice."""
-    return jax.tree.map(jnp.copy, net)
 
 
 def codi_paper(**changes) -> CoDi:

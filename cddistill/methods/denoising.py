@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill import sampling
-from cddistill.diffusion import like
-from cddistill.method import Turn, normal, uniform
+from cddistill.method import Turn, drop_text, normal, uniform
 from cddistill.models import adapter
 from cddistill.net import Adapted
 
@@ -50,8 +49,7 @@ class Denoising:
         x0, index = batch["x0"], batch["index"]
         t = n.teacher.schedule.at(uniform(k_t, index))
         eps = normal(k_eps, index, x0.shape[1:])
-        dropped = uniform(k_drop, index) < self.text_dropout
-        text = jax.tree.map(lambda null, text: jnp.where(like(dropped, text), null, text), batch["null"], batch["text"])
+        text = drop_text(k_drop, batch, self.text_dropout)
         backbone = n.teacher if self.freeze_backbone else n.backbone
         z_t = backbone.noise(x0, eps, t)
         if self.adapter == "none":
