@@ -2,13 +2,16 @@
 
     python benchmarks/compare_sr.py --workdir=runs/compare --steps=3000 --seeds=3
 
-Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. Means over seeds, with
-the standard error over seeds (not over images).
+Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. With --jobs, that many
+run at once, each on its share of the cores. Means over seeds, with the standard error over seeds (not over images).
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
+import queue
 import statistics
 import subprocess
 import sys
@@ -31,22 +34,28 @@ ALSO = {
 COLUMNS = ("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64")
 
 
-def run(name, flags, seed, args) -> dict:
+def run(name, seed, args, cores) -> dict:
     """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}."""
     slug = "".join(c if c.isalnum() else "_" for c in name)
     workdir = pathlib.Path(args.workdir) / f"{slug}-{seed}"
-    command = [*flags, f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
+    command = [*VARIANTS[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
     command += ["--config.baseline=", "--config.eval_every=1000000", "--config.keep=1"]
     done = workdir / "compared.json"
-    if not done.exists():
-        scores = {}
+    if done.exists():
+        return json.loads(done.read_text())
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    scores, mine = {}, cores.get()
+    try:
         for more in [[], ["--mode=evaluate", *ALSO[name]]] if name in ALSO else [[]]:
             print("python -m cddistill.main", *command, *more, flush=True)
-            program = [sys.executable, "-m", "cddistill.main", *command, *more]
-            subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+            program = ["taskset", "--cpu-list", mine, sys.executable, "-m", "cddistill.main", *command, *more]
+            with workdir.with_suffix(".log").open("a") as log:
+                subprocess.run(program, check=True, stdout=log, stderr=log)
             scores |= json.loads((workdir / "scores.json").read_text())
-        done.write_text(json.dumps(scores))
-    return json.loads(done.read_text())
+    finally:
+        cores.put(mine)
+    done.write_text(json.dumps(scores))
+    return scores
 
 
 def main():
@@ -55,11 +64,16 @@ def main():
     parser.add_argument("--workdir", default="runs/compare")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    scores = {name: [] for name in VARIANTS}
-    for seed in range(args.seeds):  # by seed, so that an interrupted comparison is even
-        for name, flags in VARIANTS.items():
-            scores[name].append(run(name, flags, seed, args))
+    cores, available = queue.Queue(), sorted(os.sched_getaffinity(0))
+    for job in range(args.jobs):
+        cores.put(",".join(map(str, available[job :: args.jobs])))
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that an interruption leaves it even
+        runs = {
+            (name, seed): pool.submit(run, name, seed, args, cores) for seed in range(args.seeds) for name in VARIANTS
+        }
+    scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in VARIANTS}
     print("| |", " | ".join(("network calls", *COLUMNS)), "|")
     print("|---" * (len(COLUMNS) + 2) + "|")
     first = scores["CoDi"]
