@@ -44,7 +44,6 @@ def test_a_turn_moves_its_nets_and_only_those(name):
         assert np.mean(moved) > 0.9, net
 
 
-@pytest.mark.parametrize("name", ["finetune", "codi"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_one_device(name, layout):
     """Three steps give the same losses and weights. Tolerance: sums of 16 samples in another order differ by a few

@@ -55,7 +55,7 @@ def test_meshes_and_drivers_that_do_not_exist_are_refused():
         sharding.make_driver("xmap", None, sharding.make_mesh(), None)
 
 
-@pytest.mark.parametrize("name", ["finetune", "codi"])
+@pytest.mark.parametrize("name", list(tiny.VARIANTS))
 def test_two_processes_of_four_devices_are_one_of_eight(name):
     """The same losses and weights over a real network boundary. Tolerance as in test_methods: the order of sums."""
     with socket.socket() as s:
