@@ -5,6 +5,7 @@ The former Flax files already have our paths and shapes; that code approximated 
 PyTorch does, so outputs differ from its by about 5e-5. Every name and shape is compared before anything is returned.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -147,6 +148,29 @@ def read_scheduler(path: Path) -> tuple[DDPM, str]:
         zero_snr=bool(config["rescale_betas_zero_snr"]),
     )
     return schedule, PREDICTS[config["prediction_type"]]
+
+
+def write_scheduler(folder: Path, schedule, predicts: str) -> None:
+    """scheduler/scheduler_config.json of a DDPM schedule, with the spacing that students are trained on.
+
+    Raises ValueError for other schedules, which diffusers folders cannot hold.
+    """
+    if not isinstance(schedule, DDPM):
+        raise ValueError(f"diffusers folders hold DDPM schedules, not {type(schedule).__name__}")
+    fields = dataclasses.asdict(schedule)
+    config = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": fields.pop("num_timesteps"),
+        "rescale_betas_zero_snr": fields.pop("zero_snr"),
+        "timestep_spacing": "trailing",
+        "prediction_type": {ours: theirs for theirs, ours in PREDICTS.items()}[predicts],
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        **fields,
+    }
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_params(path: Path, shapes) -> dict:
