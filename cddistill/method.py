@@ -61,6 +61,13 @@ def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.uniform)(per_sample(key, index))
 
 
+def check_choices(method, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError for an option of a method that is none of its choices."""
+    for name, allowed in choices.items():
+        if getattr(method, name) not in allowed:
+            raise ValueError(f"method.{name} {getattr(method, name)!r} is not one of {', '.join(allowed)}")
+
+
 def drop_text(key: jax.Array, batch: dict[str, Any], rate: float) -> Any:
     """batch["text"] with the null text in its place for a share of the samples, for classifier-free guidance."""
     dropped = uniform(key, batch["index"]) < rate

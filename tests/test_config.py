@@ -55,6 +55,12 @@ def test_mistakes_are_named(change, sentence):
         config.resolve(merged)
 
 
+@pytest.mark.parametrize(("field", "known"), [("sampler", "ddim, heun"), ("adapter", "none, controlnet")])
+def test_choices_of_plain_diffusion_are_checked(field, known):
+    with pytest.raises(ValueError, match=f"method.{field} 'other' is not one of {known}"):
+        config.resolve({"method": {"name": "diffusion", field: "other"}})
+
+
 def test_defaults_are_locked():
     """A misspelt override on the command line meets ml_collections' own check."""
     with pytest.raises(AttributeError, match='Did you mean "lr"'):

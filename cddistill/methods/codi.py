@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from cddistill import losses, sampling
 from cddistill.diffusion import Prediction, guide, like
-from cddistill.method import Turn, drop_text, normal, uniform
+from cddistill.method import Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
 from cddistill.net import Adapted
 
 CHOICES = {
-    "adapter": ("controlnet", "mu_blend"),
+    "adapter": tuple(adapter.BRANCHES),
     "ode": ("adapted", "teacher"),
     "noise": ("real", "predicted"),
     "space": ("eps", "x0"),
@@ -57,9 +57,7 @@ class CoDi:
     ema_decay: float = 0.999  # of the target and the final weights (released code; the paper gives none)
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"method.{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        check_choices(self, CHOICES)
         if self.ode == "teacher" and self.space == "eps":
             raise ValueError(
                 "method.ode='teacher' with method.space='eps' is incoherent: noise consistency asks for trajectories "
@@ -72,11 +70,9 @@ class CoDi:
         """The teacher, and a branch that starts as a copy of its encoder and adds nothing."""
         widths = adapter.embedding_widths(batch["cond"], batch["x0"])
         branch = adapter.make_branch(frozen["teacher"], key, self.adapter, batch["cond"].shape[-1], widths)
-        return (
-            {"branch": branch}
-            if self.freeze_backbone
-            else {"backbone": jax.tree.map(jnp.copy, frozen["teacher"]), "branch": branch}
-        )
+        if self.freeze_backbone:
+            return {"branch": branch}
+        return {"backbone": jax.tree.map(jnp.copy, frozen["teacher"]), "branch": branch}
 
     def turns(self):
         return {"student": Turn(moves=("branch",) if self.freeze_backbone else ("backbone", "branch"), loss=self.loss)}

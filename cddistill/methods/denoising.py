@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill import sampling
-from cddistill.method import Turn, drop_text, normal, uniform
+from cddistill.method import Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
 from cddistill.net import Adapted
 
@@ -28,6 +28,9 @@ class Denoising:
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
     guidance: float = 1.0  # classifier-free guidance when sampling; 1 = none
     grid_power: float = 1.0  # of the sampling times, see `sampling.times`
+
+    def __post_init__(self):
+        check_choices(self, {"adapter": ("none", *adapter.BRANCHES), "sampler": tuple(sampling.SAMPLERS)})
 
     def init(self, key, frozen, batch):
         """The teacher itself, and a fresh branch if there is a condition."""
