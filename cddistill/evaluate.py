@@ -9,11 +9,11 @@ import time
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+import cddistill
 from cddistill import data, evals, models, sharding
 from cddistill.build import Parts, sampler
-from cddistill.data import tasks
+from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
 from cddistill.methods import METHODS
 from cddistill.step import TrainState
@@ -43,13 +43,11 @@ class Preview:
             self.batch = arrays(data.examples(self.parts.experiment.data, "validation", self.n))
         run = self.parts.experiment.run
         students = {f"{k} steps": self.sample(state, self.batch, k, run.seed) for k in run.sample_steps}
-        paired = "cond" in self.batch
-        rows = {"input": self.batch["cond"]} | students | {"truth": unit(self.batch["x0"])} if paired else students
-        scores = (
-            {"val/psnr": float(np.mean(pairs.psnr(list(students.values())[-1], unit(self.batch["x0"]))))}
-            if paired
-            else None
-        )
+        rows, scores = students, None
+        if "cond" in self.batch:
+            truth, drawn = unit(self.batch["x0"]), list(students.values())[-1]
+            rows = {"input": self.batch["cond"]} | students | {"truth": truth}
+            scores = {"val/psnr": float(np.mean(pairs.psnr(drawn, truth)))}
         if sharding.is_host0():
             grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
             writer.write_images(step, {"samples": np.concatenate([np.asarray(x)[..., :3] for x in rows.values()])})
@@ -71,7 +69,8 @@ def report(
         sets["bicubic"] = np.asarray(batch["cond"])
     compared = [("student", parts, state, steps) for steps in run.sample_steps]
     if run.baseline:
-        compared = [("fine-tuned, not distilled", *baseline(parts, k), k) for k in run.baseline_steps] + compared
+        nets = load_baseline(parts)
+        compared = [("fine-tuned, not distilled", *nets(k), k) for k in run.baseline_steps] + compared
     for name, its_parts, its_state, steps in compared:
         label, start = f"{name}, {steps} step{'s' * (steps > 1)}", time.monotonic()
         sets[label] = sampler(its_parts)(its_state, batch, steps, run.seed)
@@ -83,7 +82,7 @@ def report(
     timings |= {"evaluation, s": time.monotonic() - began}
     print(evals.markdown(rows), flush=True)
     scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
-    (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    grids.replace(workdir / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
     evals.write_report(
         workdir / "report.html",
@@ -105,19 +104,24 @@ def report(
     return rows
 
 
-def baseline(parts: Parts, steps: int):
-    """(parts, state) of config.baseline, the network that was fine-tuned without distillation.
+def load_baseline(parts: Parts):
+    """steps -> (parts, state) of config.baseline, the network that was fine-tuned without distillation.
 
     At a number of steps that the student is sampled in too, it is sampled at the student's times, else at even ones.
     Raises ValueError if the folder does not hold a UNet and a ControlNet.
     """
-    run, method = parts.experiment.run, parts.experiment.method
+    run, student = parts.experiment.run, parts.experiment.method
     if parts.experiment.data.task == "none":
         raise ValueError("config.baseline is a network with a condition: set data.task, or baseline=''")
-    power = getattr(method, "grid_power", 1.0) if steps in run.sample_steps else 1.0
-    method = METHODS["diffusion"](adapter="controlnet", grid_power=power)
     nets = {"backbone": models.load(run.baseline), "branch": models.load(run.baseline, subfolder="controlnet")}
-    return parts._replace(experiment=parts.experiment._replace(method=method)), TrainState(np.int32(0), nets, nets, {})
+    state = TrainState(np.int32(0), nets, nets, {})
+
+    def at(steps):
+        power = getattr(student, "grid_power", 1.0) if steps in run.sample_steps else 1.0
+        method = METHODS["diffusion"](adapter="controlnet", grid_power=power)
+        return parts._replace(experiment=parts.experiment._replace(method=method)), state
+
+    return at
 
 
 def notes(parts: Parts) -> list[str]:
@@ -140,28 +144,17 @@ def notes(parts: Parts) -> list[str]:
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    names = ("cddistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
-    found = {name: importlib.metadata.version(name) for name in names if has(name)}
+    found = {"cddistill": cddistill.__version__} | {name: importlib.metadata.version(name) for name in names}
     return found | {"python": platform.python_version(), "devices": f"{jax.device_count()} x {device.device_kind}"}
-
-
-def has(name: str) -> bool:
-    """Whether a distribution is installed."""
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def pictures(source: pathlib.Path) -> list[pathlib.Path]:
     """One picture, or all of a folder."""
-    found = (
-        sorted(p for p in source.iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
-        if source.is_dir()
-        else [source]
-    )
+    found = [source]
+    if source.is_dir():
+        found = sorted(p for p in source.iterdir() if p.suffix.lower() in images.SUFFIXES)
     if not found or not found[0].is_file():
         raise ValueError(f"--input={source} is neither a picture nor a folder of pictures")
     return found
@@ -169,18 +162,7 @@ def pictures(source: pathlib.Path) -> list[pathlib.Path]:
 
 def read_condition(path: pathlib.Path, config: data.DataConfig) -> np.ndarray:
     """A low-resolution picture as the condition [size, size, 3] in [0, 1]; larger pictures are first made small."""
-    try:
-        with Image.open(path) as file:
-            image = np.asarray(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error})") from error
-    small, (height, width) = config.size // config.scale, image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side != small:
-        image = np.asarray(Image.fromarray(image).resize((small, small), Image.Resampling.BICUBIC))
-    return tasks.upsample(image, config.size)
+    return tasks.upsample(images.fit(images.read(path), config.size // config.scale), config.size)
 
 
 def sample(parts: Parts, state: TrainState, source: str | None, output: str, steps: int | None = None) -> None:
@@ -201,8 +183,8 @@ def sample(parts: Parts, state: TrainState, source: str | None, output: str, ste
     conditions = np.stack([read_condition(path, config) for path in paths])
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), examples)
     batch |= {"cond": conditions, "text": batch["null"], "index": np.arange(len(paths), dtype=np.int32)}
-    images = sampler(parts)(state, batch, steps, run.seed)
-    for path, image in zip(paths, images, strict=True):
+    drawn = sampler(parts)(state, batch, steps, run.seed)
+    for path, image in zip(paths, drawn, strict=True):
         to = pathlib.Path(output) / f"{path.stem}.png" if pathlib.Path(source).is_dir() else pathlib.Path(output)
         grids.save_png(to, grids.to_uint8(image[None])[0])
     print(f"{len(paths)} drawn in {steps} steps ({parts.experiment.method.nfe(steps)} network calls each): {output}")

@@ -23,12 +23,13 @@ def train(settings, workdir: pathlib.Path) -> None:
         config.FREE if all(o.decay == "constant" for o in experiment.optim.values()) else set(config.FREE) - {"steps"}
     )
     claim(workdir)
-    checkpoint.check_config(workdir, config.plain(settings), free)
+    plain = config.plain(settings)
+    checkpoint.check_config(workdir, plain, free)
     cache_programs()
     parts = build.build(experiment)
     if experiment.run.report and experiment.run.baseline:
-        evaluate.baseline(parts, 1)  # a folder that cannot be loaded is better known now
-    checkpoint.write_config(workdir, config.plain(settings))
+        evaluate.load_baseline(parts)  # a folder that cannot be loaded is better known now
+    checkpoint.write_config(workdir, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = parts.init() if checkpoints.latest_step() is None else checkpoints.restore(parts.abstract)
     print(overview(parts), flush=True)
@@ -38,9 +39,7 @@ def train(settings, workdir: pathlib.Path) -> None:
     if int(state.step) < experiment.run.steps:
         print(f"stopped at step {int(state.step)}; the same command goes on from {checkpoints.last_good()}")
     elif experiment.run.report:
-        evaluate.report(
-            parts, state, workdir, timings | {"training, s": time.monotonic() - began}, config.plain(settings)
-        )
+        evaluate.report(parts, state, workdir, timings | {"training, s": time.monotonic() - began}, plain)
 
 
 def loop(parts, state, workdir, checkpoints, stop, began):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from cddistill.data.images import fit, to_rgb
+from cddistill.data.images import SUFFIXES, fit, read, to_rgb
 from cddistill.data.splits import SPLITS, in_order, members
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CACHE_BYTES = 2**30  # of decoded images kept in memory
 SIGN_OF_LIFE = 10  # seconds between lines of progress
 
@@ -55,8 +54,7 @@ class Folder:
 
     def open(self, name):
         """The image of a name and what is known about it."""
-        with Image.open(self.root / name) as file:
-            image = fit(to_rgb(file, name), self.size)
+        image = fit(read(self.root / name, name), self.size)
         sidecar = (self.root / name).with_suffix(".txt")
         caption = sidecar.read_text("utf-8").strip() if sidecar.exists() else ""
         return {"image": image, "label": self.null, "caption": caption} | self.metadata.get(name, {})

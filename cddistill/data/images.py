@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageOps
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Modes that are read, and what each is read as; transparency is then composited on white."""
 
@@ -16,6 +17,16 @@ def to_rgb(image, name):
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read(path, name=None):
+    """A picture file as a PIL image in RGB. Raises ValueError naming it if it cannot be read."""
+    name = name or path
+    try:
+        with Image.open(path) as file:
+            return to_rgb(file, name)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
+        raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def from_array(array, name):
