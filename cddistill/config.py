@@ -36,9 +36,7 @@ class Run:
     eval_every: int = 100  # steps between sample grids
     sample_steps: tuple[int, ...] = (1, 2, 4)  # student steps that are evaluated
     eval_images: int = 0  # of the test split; 0 = all
-    baseline: str = (
-        ""  # folder (or "emoji_sr") of a fine-tuned network without distillation, for the report's comparison
-    )
+    baseline: str = ""  # folder, or "emoji_sr": a fine-tuned network without distillation, for the report
     baseline_steps: tuple[int, ...] = (4, 50)
     report: bool = True  # evaluate and write report.html at the end
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def initialize(local: bool | None = None) -> None:
+def initialize() -> None:
     """Join the other hosts of the run: the addresses come from CDDISTILL_COORDINATOR, _PROCESSES and _PROCESS_ID, or,
     when CDDISTILL_COORDINATOR is "auto", from the cluster itself (Cloud TPU, Slurm). A single process needs
     neither."""
