@@ -18,7 +18,7 @@ import sys
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
 VARIANTS = {
-    "fine-tuned, not distilled": [FINETUNE, "--config.sample_steps=(4,8)", "--config.method.grid_power=2.5"],
+    "fine-tuned, not distilled": [FINETUNE],
     "CoDi": [SR],
     "PE-CoDi": [f"{SR}:pe"],
     "CoDi, DDIM instead of PREv": [SR, "--config.method.noise=predicted"],
@@ -28,9 +28,13 @@ VARIANTS = {
     "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
     "CoDi, one t for the batch": [SR, "--config.method.shared_t=True"],
 }  # fmt: skip
-ALSO = {
-    "fine-tuned, not distilled": ["--config.sample_steps=(50,)", "--config.method.grid_power=1.0"]
-}  # evaluated anew
+PLACED, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling times
+LOOKS = {  # ways in which a student is sampled: label -> flags
+    "fine-tuned, not distilled": {"": [PLACED, "--config.sample_steps=(4,8)"],
+                                  ", even times": [EVEN, "--config.sample_steps=(4,8,50)"]},
+    "CoDi": {"": [PLACED, "--config.sample_steps=(1,2,4)"], ", even times": [EVEN, "--config.sample_steps=(4,)"]},
+}  # fmt: skip
+LOOK = {"": [PLACED, "--config.sample_steps=(1,2,4)"]}
 COLUMNS = ("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64")
 
 
@@ -38,24 +42,30 @@ def run(name, seed, args, cores) -> dict:
     """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}."""
     slug = "".join(c if c.isalnum() else "_" for c in name)
     workdir = pathlib.Path(args.workdir) / f"{slug}-{seed}"
-    command = [*VARIANTS[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
-    command += ["--config.baseline=", "--config.eval_every=1000000", "--config.keep=1"]
-    done = workdir / "compared.json"
-    if done.exists():
-        return json.loads(done.read_text())
     workdir.parent.mkdir(parents=True, exist_ok=True)
+    command = [*VARIANTS[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
+    command += ["--config.baseline=", "--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
     scores, mine = {}, cores.get()
     try:
-        for more in [[], ["--mode=evaluate", *ALSO[name]]] if name in ALSO else [[]]:
-            print("python -m cddistill.main", *command, *more, flush=True)
-            program = ["taskset", "--cpu-list", mine, sys.executable, "-m", "cddistill.main", *command, *more]
-            with workdir.with_suffix(".log").open("a") as log:
-                subprocess.run(program, check=True, stdout=log, stderr=log)
-            scores |= json.loads((workdir / "scores.json").read_text())
+        if not (workdir / "checkpoints" / str(args.steps)).is_dir():
+            call(command, mine, workdir)
+        for label, more in LOOKS.get(name, LOOK).items():
+            done = workdir / f"scores{label.replace(', ', '-').replace(' ', '-')}.done.json"
+            if not done.exists():
+                call([*command, *more, "--mode=evaluate"], mine, workdir)
+                (workdir / "scores.json").replace(done)
+            scores |= {f"{row}{label}": found for row, found in json.loads(done.read_text()).items()}
     finally:
         cores.put(mine)
-    done.write_text(json.dumps(scores))
     return scores
+
+
+def call(flags, cores: str, workdir):
+    """One command of the program on these cores; what it says goes to a log beside the workdir."""
+    print("python -m cddistill.main", *flags, flush=True)
+    program = ["taskset", "--cpu-list", cores, sys.executable, "-m", "cddistill.main", *flags]
+    with workdir.with_suffix(".log").open("a") as log:
+        subprocess.run(program, check=True, stdout=log, stderr=log)
 
 
 def main():
@@ -80,8 +90,8 @@ def main():
     line("bicubic", first, "bicubic")
     for name, runs in scores.items():
         for row in runs[0]:
-            if row != "bicubic":
-                line(f"{name}, {row.split(', ')[-1]}", runs, row)
+            if not row.startswith("bicubic"):
+                line(f"{name}, {row.removeprefix('student, ')}", runs, row)
 
 
 def line(label, runs, row):
