@@ -6,6 +6,7 @@ python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FI
 import logging
 import os
 import pathlib
+import re
 import sys
 
 from absl import app, flags
@@ -63,12 +64,24 @@ def parse(argv):
     return rest
 
 
+def sentence(error: BaseException) -> str:
+    """An error as one line; the flag parsers' own are put into words."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = " ".join(" ".join(lines).split())
+    if "Traceback" in said:  # config_flags wraps a config file's own error in its traceback
+        return lines[-1].partition(": ")[2]
+    if near := re.search(r'Did you mean "(.+)" instead of "(.+)"', said):  # from inside layers of quotes
+        return f"unknown config key {near[2]!r}: did you mean {near[1]!r}?"
+    if isinstance(error, (AttributeError, KeyError)):
+        return f"unknown config key {said}"
+    if missing := re.search(r"No such file or directory: '(.+\.py)'", said):
+        return f"config file {missing[1]} does not exist; start in the folder that holds configs/, or give a full path"
+    return said
+
+
 def fail(error: BaseException):
     """Print the error as one sentence and leave with status 2 (1 is for crashes)."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    if any("Traceback" in line for line in said):  # config_flags wraps a config file's own error in its traceback
-        said = [said[-1].partition(": ")[2]]
-    print(f"cddistill: {' '.join(' '.join(said).split())}", file=sys.stderr, flush=True)
+    print(f"cddistill: {sentence(error)}", file=sys.stderr, flush=True)
     os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 

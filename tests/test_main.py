@@ -20,9 +20,14 @@ def cddistill(*flags, cwd):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([f"--config={ROOT}/configs/ccd_sr.py", "--config.optim.lrr=1"], 'Did you mean "lr"'),
+        (
+            [f"--config={ROOT}/configs/ccd_sr.py", "--config.optim.lrr=1"],
+            "unknown config key 'lrr': did you mean 'lr'?",
+        ),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--config.batch_sise=1"], "'batch_sise': did you mean 'batch_size'?"),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--config.zzz=1"], "unknown config key"),
         ([f"--config={ROOT}/configs/ccd_sr.py", "--config.batch_size=many"], "batch_size"),
-        ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
+        ([f"--config={ROOT}/configs/nothing.py"], "nothing.py does not exist"),
         ([f"--config={ROOT}/configs/ccd_sr.py:huge"], "no variant 'huge'"),
         ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=play"], "mode"),
         ([], "--config is missing"),
