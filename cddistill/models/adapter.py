@@ -46,6 +46,11 @@ class Branch(Encoder):
     def to_config(self) -> dict:
         return {k: v for k, v in super().to_config().items() if k not in UNET_ONLY}
 
+    def example(self):
+        (z_t, t), kwargs = super().example()
+        size = z_t.shape[1] * 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+        return (z_t, t, jnp.zeros((1, size, size, self.conditioning_channels))), kwargs
+
     def embed(self, cond, z_t):
         """E(c) at z_t's resolution, or zero without a condition."""
         factor, c = 2 ** (len(self.conditioning_embedding_out_channels) - 1), self.conditioning_channels

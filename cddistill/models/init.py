@@ -6,27 +6,9 @@ import numpy as np
 
 
 def weight_shapes(module):
-    """The parameter tree of a UNet or branch as shapes; nothing is computed or allocated."""
-    args, kwargs = example(module)
+    """The parameter tree of a network as shapes; nothing is computed or allocated."""
+    args, kwargs = module.example()
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
-
-
-def example(module):
-    """The smallest inputs that touch every weight of the module, as (args, kwargs)."""
-    size = 2 ** (len(module.block_out_channels) - 1)
-    args, kwargs = (jnp.zeros((1, size, size, module.in_channels)), jnp.zeros((1,), jnp.int32)), {}
-    if hasattr(module, "conditioning_channels"):
-        size *= 2 ** (len(module.conditioning_embedding_out_channels) - 1)
-        args += (jnp.zeros((1, size, size, module.conditioning_channels)),)
-    kwargs["encoder_hidden_states"] = jnp.zeros((1, 1, module.per_block(module.cross_attention_dim)[-1]))
-    if module.class_embed_type or module.num_class_embeds:
-        vector = jnp.zeros((1, module.projection_class_embeddings_input_dim or 1))
-        per_type = {None: jnp.zeros((1,), jnp.int32), "timestep": jnp.zeros((1,))}
-        kwargs["class_labels"] = per_type.get(module.class_embed_type, vector)
-    if module.addition_embed_type == "text_time":
-        pooled = module.projection_class_embeddings_input_dim - 6 * module.addition_time_embed_dim
-        kwargs["added_cond_kwargs"] = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
-    return args, kwargs
 
 
 def draw(shapes, uniform, normal):

@@ -213,6 +213,20 @@ class Encoder(nn.Module):
             known = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
             raise ValueError(f"block types {', '.join(unknown)} are not supported, only {known} are")
 
+    def example(self):
+        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        size = 2 ** (len(self.block_out_channels) - 1)
+        args = jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,), jnp.int32)
+        kwargs = {"encoder_hidden_states": jnp.zeros((1, 1, self.per_block(self.cross_attention_dim)[-1]))}
+        if self.class_embed_type or self.num_class_embeds:
+            vector = jnp.zeros((1, self.projection_class_embeddings_input_dim or 1))
+            per_type = {None: jnp.zeros((1,), jnp.int32), "timestep": jnp.zeros((1,))}
+            kwargs["class_labels"] = per_type.get(self.class_embed_type, vector)
+        if self.addition_embed_type == "text_time":
+            pooled = self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
+            kwargs["added_cond_kwargs"] = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
+        return args, kwargs
+
     def per_block(self, value):
         """An option as one value per block."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
