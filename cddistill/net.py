@@ -68,7 +68,7 @@ class Adapted:
         return self.backbone.dsm_loss(z_t, t, x0, eps, text, residuals=self.branch(z_t, t, text, cond))
 
 
-def identity(params, x):
+def identity(params, x, key=None):
     """The autoencoder of pixel-space models."""
     return x
 
@@ -81,8 +81,9 @@ class Autoencoder:
     encoder: Callable = flax.struct.field(pytree_node=False, default=identity)
     decoder: Callable = flax.struct.field(pytree_node=False, default=identity)
 
-    def encode(self, x):
-        return self.encoder(self.params, x)
+    def encode(self, x, key=None):
+        """The latent of x or, with a key (or one for each image), a sample from its posterior."""
+        return self.encoder(self.params, x) if key is None else self.encoder(self.params, x, key)
 
     def decode(self, z):
         return self.decoder(self.params, z)

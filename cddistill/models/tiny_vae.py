@@ -1,0 +1,157 @@
+"""diffusers' AutoencoderTiny in Flax: TAESD, TAESDXL, TAESD3 and TAEF1 of Ollin Boer Bohan.
+
+Distilled from the large autoencoders: their latents, already scaled, at a fraction of the work, without sampling.
+Used as a net like AutoencoderKL, with the same `Encode` and `Decode`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cddistill.models.blocks import conv
+from cddistill.models.vae import check_images, check_latents, from_config, options
+
+# Options of diffusers that are no fields below, and their only values.
+SUPPORTED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
+
+
+class AutoencoderTinyBlock(nn.Module):
+    """Three convolutions beside the identity."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(conv(x.shape[-1], 3, self.dtype, "conv_0")(x))
+        h = nn.relu(conv(x.shape[-1], 3, self.dtype, "conv_2")(h))
+        return nn.relu(conv(x.shape[-1], 3, self.dtype, "conv_4")(h) + x)
+
+
+class Layers(nn.Module):
+    """PyTorch's Sequential of stages: what lies between two of them, and before the first, halves or doubles."""
+
+    num_blocks: tuple[int, ...]
+    width: int
+    features: int  # channels of the result
+    dtype: Any
+    remat: bool
+
+    def stage(self, h, first: int, num_blocks: int):
+        """Blocks, the first of which is the Sequential's number `first`."""
+        block = nn.remat(AutoencoderTinyBlock) if self.remat else AutoencoderTinyBlock
+        for i in range(first, first + num_blocks):
+            h = block(self.dtype, name=f"layers_{i}")(h)
+        return h, first + num_blocks
+
+    def resample(self, i: int, stride: int):
+        """The convolution after doubling, or that halves."""
+        return nn.Conv(self.width, (3, 3), stride, 1, use_bias=False, dtype=self.dtype, name=f"layers_{i}")
+
+
+class EncoderTiny(Layers):
+    """Image in [0, 1] to latent."""
+
+    @nn.compact
+    def __call__(self, x):
+        h, i = self.stage(conv(self.width, 3, self.dtype, "layers_0")(x), 1, self.num_blocks[0])
+        for num_blocks in self.num_blocks[1:]:
+            h, i = self.stage(self.resample(i, stride=2)(h), i + 1, num_blocks)
+        return conv(self.features, 3, self.dtype, f"layers_{i}")(h)
+
+
+class DecoderTiny(Layers):
+    """Latent to image in [0, 1]."""
+
+    @nn.compact
+    def __call__(self, z):
+        h = nn.relu(conv(self.width, 3, self.dtype, "layers_0")(z))
+        h, i = self.stage(h, 2, self.num_blocks[0])  # layers_1 is the ReLU
+        for num_blocks in self.num_blocks[1:]:  # layers_i is the doubling
+            h = self.resample(i + 1, stride=1)(jnp.repeat(jnp.repeat(h, 2, 1), 2, 2))
+            h, i = self.stage(h, i + 2, num_blocks)
+        return conv(self.features, 3, self.dtype, f"layers_{i}")(h)
+
+
+class AutoencoderTiny(nn.Module):
+    """The networks, with the methods of AutoencoderKL."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: int = 4
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latent_magnitude: float = 3  # with latent_shift the range of latents that are stored as bytes;
+    latent_shift: float = 0.5  # only written to configs
+    force_upcast: bool = False  # only written to configs
+    dtype: Any = jnp.float32
+    remat: bool = False  # recompute each block's inside in the backward pass
+
+    @classmethod
+    def from_config(cls, config: dict, **ours):
+        """The module of a diffusers config.json.
+
+        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
+        that is unknown, or whose value is not supported.
+        """
+        config = {
+            k: v for k, v in config.items() if k != "block_out_channels"
+        }  # diffusers writes it and never reads it
+        return from_config(cls, config, SUPPORTED, **ours)
+
+    def to_config(self) -> dict:
+        """The config.json of this module, as diffusers reads it."""
+        return {"_class_name": "AutoencoderTiny", **options(self)}
+
+    def check(self):
+        """Options that must agree with each other."""
+        for half in ("encoder", "decoder"):
+            widths, num_blocks = getattr(self, f"{half}_block_out_channels"), getattr(self, f"num_{half}_blocks")
+            if len(widths) != len(num_blocks) or len({*widths}) != 1:
+                raise ValueError(
+                    f"{half}_block_out_channels must be one width, once per num_{half}_blocks, not {widths}"
+                )
+        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+            raise ValueError("num_encoder_blocks and num_decoder_blocks must have the same number of entries")
+
+    def example(self):
+        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        return (jnp.zeros((1, self.factor, self.factor, self.in_channels)),), {}
+
+    @property
+    def factor(self) -> int:
+        """How many times larger an image is than its latent, in each direction."""
+        return 2 ** (len(self.num_encoder_blocks) - 1)
+
+    def setup(self):
+        def half(cls, num_blocks, widths, features):
+            return cls(num_blocks, widths[0], features, self.dtype, self.remat)
+
+        self.encoder = half(EncoderTiny, self.num_encoder_blocks, self.encoder_block_out_channels, self.latent_channels)
+        self.decoder = half(DecoderTiny, self.num_decoder_blocks, self.decoder_block_out_channels, self.out_channels)
+
+    def __call__(self, x):
+        """Reconstruction of x."""
+        return self.decode(self.encode(x))
+
+    def encode(self, x):
+        """Latent of x [b, f h, f w, c] in [-1, 1]: float32 [b, h, w, latent_channels]."""
+        check_images(self, x)
+        return self.encoder((x + 1) / 2).astype(jnp.float32)
+
+    def decode(self, z):
+        """Image of a latent, float32. Latents beyond +-3 are squashed, as in training."""
+        check_latents(self, z)
+        return 2 * self.decoder(3 * jnp.tanh(z / 3)).astype(jnp.float32) - 1
+
+    def to_latent(self, z, key):
+        """The diffusion's z; there is no posterior, so a key changes nothing."""
+        return (z - self.shift_factor) * self.scaling_factor
+
+    def from_latent(self, z):
+        """What `decode` takes."""
+        return z / self.scaling_factor + self.shift_factor
