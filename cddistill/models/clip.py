@@ -1,0 +1,256 @@
+"""CLIP's text encoders as transformers has them: CLIP-L (SD 1.x, XL), OpenCLIP-H (SD 2.x), OpenCLIP-bigG (XL).
+
+Radford et al. 2021. Parameter paths are transformers' names with ".3" written "_3", fields the keys of its config.json.
+Weights are float32; `dtype` is what the layers compute in; norms, softmax and results are float32.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def quick_gelu(x):
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with; OpenCLIP has the exact one."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": partial(nn.gelu, approximate=False)}
+# Options of transformers of which only these values are supported.
+SUPPORTED = {
+    "model_type": ("clip_text_model",),
+    "hidden_act": tuple(ACTIVATIONS),
+    "use_attention_mask": (False,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({}, None),
+}
+# Options of transformers that change no number in a text encoder: names, training, ids, and how other models generate.
+NO_EFFECT = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "tokenizer_class", "finetuning_task",
+    "problem_type", "id2label", "label2id", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
+    "gradient_checkpointing", "use_bfloat16", "tf_legacy_loss", "bos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "prefix", "is_encoder_decoder",
+    "tie_encoder_decoder", "tie_word_embeddings", "cross_attention_hidden_size", "task_specific_params", "torchscript",
+    "return_dict", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "use_cache",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder gives, all float32: per token [b, l, d], and one vector per text."""
+
+    last_hidden_state: jax.Array  # after the final norm
+    penultimate: jax.Array  # transformers' hidden_states[-2]: what enters the last layer, without the final norm
+    pooled: jax.Array  # last_hidden_state at the end token; behind text_projection where there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """A text encoder as a pure function of weights and token ids, equal when the modules are."""
+
+    module: nn.Module
+
+    def __call__(self, params, input_ids) -> TextFeatures:
+        return self.module.apply({"params": params}, input_ids)
+
+
+class CLIPAttention(nn.Module):
+    """Causal multi-head self-attention, softmax in float32."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        b, n, d = x.shape
+        q, k, v = (
+            nn.Dense(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(b, n, self.heads, d // self.heads)
+            for name in ("q", "k", "v")
+        )
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        return nn.Dense(d, dtype=self.dtype, name="out_proj")(h)
+
+
+class CLIPMLP(nn.Module):
+    """The perceptron of a layer."""
+
+    features: int
+    hidden_act: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        h = ACTIVATIONS[self.hidden_act](nn.Dense(self.features, dtype=self.dtype, name="fc1")(x))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and perceptron, each behind a LayerNorm."""
+
+    attention: Any  # constructors, to be called with a name
+    mlp: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + self.attention(name="self_attn")(self.norm(name="layer_norm1")(x))
+        return x + self.mlp(name="mlp")(self.norm(name="layer_norm2")(x))
+
+
+class CLIPEncoder(nn.Module):
+    """The layers; returns what the last one receives and what it gives."""
+
+    num_layers: int
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x):
+        before = x
+        for i in range(self.num_layers):
+            before, x = x, self.layer(name=f"layers_{i}")(x)
+        return before, x
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """Token plus position; every position has a learned vector."""
+
+    vocab_size: int
+    positions: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids):
+        tokens = nn.Embed(self.vocab_size, self.features, dtype=self.dtype, name="token_embedding")(input_ids)
+        positions = nn.Embed(self.positions, self.features, dtype=self.dtype, name="position_embedding")
+        return tokens + positions(jnp.arange(input_ids.shape[-1]))[None]
+
+
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers, final norm."""
+
+    embeddings: Any
+    encoder: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, input_ids):
+        penultimate, last = self.encoder(name="encoder")(self.embeddings(name="embeddings")(input_ids))
+        return penultimate, self.norm(name="final_layer_norm")(last)
+
+
+class CLIPTextModel(nn.Module):
+    """A text encoder; defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512  # only written to configs, unless there is a projection
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    dtype: Any = jnp.float32
+    remat: bool = False  # recompute each layer's inside in the backward pass
+
+    @classmethod
+    def from_config(cls, config: dict, **ours):
+        """The module of a transformers config.json, or of the "text_config" inside one.
+
+        `ours` are dtype and remat. Keys with a leading underscore and those that change no number (models/clip.py lists
+        them) are ignored. Raises ValueError naming every option that is unknown, or whose value is not supported.
+        """
+        defaults = cls().options()
+        config = config.get("text_config", config)
+        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
+
+        def supported(k, v):
+            return v in SUPPORTED[k] if k in SUPPORTED else k in defaults and isinstance(v, type(defaults[k]))
+
+        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
+            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/clip.py lists what it supports")
+        module = cls(**{k: v for k, v in config.items() if k in defaults}, **ours)
+        if module.hidden_size % module.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {module.hidden_size} cannot be split into {module.num_attention_heads} attention heads"
+            )
+        return module
+
+    def options(self) -> dict:
+        """The fields that are keys of a transformers config."""
+        ours = {"parent", "name", "dtype", "remat"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
+
+    def to_config(self) -> dict:
+        """The config.json of this module, as transformers reads it."""
+        return {"architectures": [type(self).__name__], "model_type": "clip_text_model", **self.options()}
+
+    def published(self, tensors: dict, where) -> dict:
+        """A file's tensors as transformers 4 names them; 5 leaves out "text_model.", early ones add position_ids."""
+        prefix = "" if any(name.startswith("text_model.") for name in tensors) else "text_model."
+        return {prefix + name: x for name, x in tensors.items() if not name.endswith("embeddings.position_ids")}
+
+    def example(self):
+        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        return (jnp.zeros((1, 1), jnp.int32),), {}
+
+    @nn.compact
+    def __call__(self, input_ids) -> TextFeatures:
+        """Features of token ids [b, l], l at most max_position_embeddings."""
+        self.check_inputs(input_ids)
+        penultimate, last = self.transformer()(input_ids)
+        at = end_of_text(input_ids, self.eos_token_id)[:, None, None]
+        pooled = self.project(jnp.take_along_axis(last, at, axis=1)[:, 0])
+        return TextFeatures(*(x.astype(jnp.float32) for x in (last, penultimate, pooled)))
+
+    def project(self, pooled):
+        """The identity here."""
+        return pooled
+
+    def transformer(self):
+        """The submodule "text_model"."""
+        norm = partial(nn.LayerNorm, self.layer_norm_eps, dtype=self.dtype, use_fast_variance=False)
+        layer = partial(
+            nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer,
+            partial(CLIPAttention, self.num_attention_heads, self.dtype),
+            partial(CLIPMLP, self.intermediate_size, self.hidden_act, self.dtype),
+            norm,
+        )
+        sizes = self.vocab_size, self.max_position_embeddings, self.hidden_size
+        return CLIPTextTransformer(
+            partial(CLIPTextEmbeddings, *sizes, self.dtype), partial(CLIPEncoder, self.num_hidden_layers, layer), norm,
+            name="text_model",
+        )  # fmt: skip
+
+    def check_inputs(self, input_ids):
+        """One sentence for what would otherwise be a shape error deep inside."""
+        shape, longest = input_ids.shape, self.max_position_embeddings
+        if len(shape) != 2 or not 1 <= shape[1] <= longest or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+            raise ValueError(
+                f"input_ids must be integers [b, l] with 1 to {longest} tokens, not {input_ids.dtype} {shape}"
+            )
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """A text encoder whose pooled feature is projected to where CLIP compares texts with images."""
+
+    def project(self, pooled):
+        return nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+
+
+def end_of_text(input_ids, eos_token_id: int):
+    """Position of each text's end token [b]: the first one, for the ids after it are padding.
+
+    Old configs say 2, which is not the end token; there the end token has the largest id.
+    """
+    return jnp.argmax(input_ids if eos_token_id == 2 else input_ids == eos_token_id, axis=-1)

@@ -1,0 +1,145 @@
+"""Prompts: what diffusers' pipelines give to their UNets, to the number."""
+
+import functools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_clip as golden
+from test_clip import RECORDED, assert_close, recorded_net
+
+from cddistill import models
+from cddistill.models.prompt import Prompts, load_prompts, time_ids
+
+
+class Lookup:
+    """A tokenizer that knows the recorded prompts."""
+
+    model_max_length = golden.LENGTH
+
+    def __init__(self, ids):
+        self.ids = dict(zip(golden.PROMPTS, ids, strict=True))
+
+    def __call__(self, texts, padding, max_length, truncation):
+        assert (padding, max_length, truncation) == ("max_length", golden.LENGTH, True)
+        return {"input_ids": [self.ids[text] for text in texts]}
+
+
+@functools.cache
+def recorded_prompts(name: str, zero_null: bool = False) -> Prompts:
+    """The prompts of a recorded pipeline; its tokenizers know only those that were recorded."""
+    encoders = golden.PIPELINES[name]
+    tokenizers = tuple(Lookup(RECORDED[f"{name}/ids{suffix}"]) for suffix in ("", "_2")[: len(encoders)])
+    return Prompts(tokenizers, tuple(map(recorded_net, encoders)), zero_null)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_text_and_null_equal_diffusers(name):
+    prompts, n = recorded_prompts(name), len(golden.PROMPTS)
+    for text, recorded in (
+        (prompts(golden.PROMPTS, **golden.SIZES), "text"),
+        (prompts.null(n, **golden.SIZES), "null"),
+    ):
+        assert {*text} == {"encoder_hidden_states"}
+        assert text["encoder_hidden_states"].dtype == jnp.float32
+        assert_close(text["encoder_hidden_states"], RECORDED[f"{name}/{recorded}"])
+
+
+def test_text_and_null_of_sdxl_equal_diffusers():
+    prompts, n = recorded_prompts("sdxl"), len(golden.PROMPTS)
+    sizes = np.tile(RECORDED["sdxl/time_ids"], (n, 1))
+    text, null = prompts(golden.PROMPTS, **golden.SIZES), prompts.null(n, **golden.SIZES)
+    for ours, hidden, pooled in ((text, "text", "pooled"), (null, "null", "pooled_null")):
+        assert_close(ours["encoder_hidden_states"], RECORDED[f"sdxl/{hidden}"])
+        assert_close(ours["added_cond_kwargs"]["text_embeds"], RECORDED[f"sdxl/{pooled}"])
+        np.testing.assert_array_equal(ours["added_cond_kwargs"]["time_ids"], sizes)
+    zeros = recorded_prompts("sdxl", zero_null=True).null(n, **golden.SIZES)
+    assert zeros["encoder_hidden_states"].shape == text["encoder_hidden_states"].shape
+    assert not zeros["encoder_hidden_states"].any()
+    assert not zeros["added_cond_kwargs"]["text_embeds"].any()
+    np.testing.assert_array_equal(zeros["added_cond_kwargs"]["time_ids"], sizes)  # the picture's size stays
+
+
+def test_sizes_are_one_pair_or_one_for_each_text():
+    np.testing.assert_array_equal(time_ids(2, (512, 640)), [[512, 640, 0, 0, 512, 640]] * 2)
+    originals = np.array([[300, 400], [900, 800]])
+    expected = [[300, 400, 8, 0, 256, 256], [900, 800, 8, 0, 256, 256]]
+    np.testing.assert_array_equal(time_ids(2, (256, 256), originals, crop=(8, 0)), expected)
+    with pytest.raises(ValueError, match=r"crop must be one pair or one for each of 3 texts, not of shape \(2, 2\)"):
+        time_ids(3, crop=np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("texts", ["a cat", [], [b"dog!"]])
+def test_prompts_are_a_list_of_strings(texts):
+    with pytest.raises(ValueError, match="prompts are a list of at least one string"):
+        recorded_prompts("sd15")(texts)
+
+
+def test_a_tokenizer_of_another_model_is_named():
+    net = recorded_net("clip_l")
+    prompts = Prompts((Lookup(RECORDED["sd15/ids"] + 40),), (net,))
+    with pytest.raises(ValueError, match="gives id 101 but the text encoder has vocab_size = 62"):
+        prompts(["dog!"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An SDXL pipeline's folder without its weights."""
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": False,
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for suffix, encoder in zip(("", "_2"), golden.PIPELINES["sdxl"], strict=True):
+        golden.write_tokenizer(tmp_path / f"tokenizer{suffix}", golden.PADS[encoder])
+    return tmp_path
+
+
+def change_index(folder, **change):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.fixture
+def encoders(monkeypatch):
+    """`models.load` gives the recorded encoders; the list of what was asked for."""
+    asked, names = [], dict(zip(("text_encoder", "text_encoder_2"), golden.PIPELINES["sdxl"], strict=True))
+    monkeypatch.setattr(models, "load", lambda *x, dtype: asked.append((*x, dtype)) or recorded_net(names[x[1]]))
+    return asked
+
+
+def test_a_pipelines_folder_is_read(folder, encoders):
+    pytest.importorskip("transformers")
+    prompts = load_prompts(folder, dtype=jnp.bfloat16)
+    assert encoders == [(folder, "text_encoder", jnp.bfloat16), (folder, "text_encoder_2", jnp.bfloat16)]
+    for ids, suffix in zip(prompts.tokenize(golden.PROMPTS), ("", "_2"), strict=True):
+        np.testing.assert_array_equal(ids, RECORDED[f"sdxl/ids{suffix}"])
+    assert_close(prompts(golden.PROMPTS)["encoder_hidden_states"], RECORDED["sdxl/text"])
+    assert_close(prompts.null(4)["encoder_hidden_states"], RECORDED["sdxl/null"])
+    change_index(folder, force_zeros_for_empty_prompt=True)
+    assert load_prompts(folder).zero_null
+    change_index(folder, text_encoder_2=[None, None])
+    prompts = load_prompts(folder)
+    assert (len(prompts.nets), prompts.zero_null) == (1, False)
+    np.testing.assert_array_equal(prompts.tokenize(golden.PROMPTS)[0], RECORDED["sd15/ids"])
+
+
+def test_what_a_folder_lacks_is_named(folder, encoders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"pip install cddistill\[text\]"):
+        load_prompts(folder)
+    (folder / "tokenizer_2" / "merges.txt").unlink()
+    (folder / "tokenizer" / "vocab.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer holds neither vocab.json with merges.txt nor tokenizer.json"):
+        load_prompts(folder)
+    change_index(folder, text_encoder_3=["transformers", "T5EncoderModel"])
+    with pytest.raises(ValueError, match="'text_encoder_3'.; supported are .'text_encoder'. and"):
+        load_prompts(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(ValueError, match=r"model_index.json is missing"):
+        load_prompts(folder)
