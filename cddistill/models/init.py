@@ -24,6 +24,8 @@ def draw(shapes, uniform, normal):
         return {"scale": jnp.ones(shapes["scale"].shape), "bias": jnp.zeros(shapes["bias"].shape)}
     if "embedding" in shapes:
         return {"embedding": normal(shapes["embedding"].shape)}
+    if "freqs" in shapes:  # of NCSN++'s Fourier features
+        return {"freqs": 16.0 * normal(shapes["freqs"].shape)}
     return {name: draw(sub, uniform, normal) for name, sub in sorted(shapes.items())}
 
 

@@ -1,0 +1,300 @@
+"""The pixel networks of Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
+
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                       # eq. 7, coefficients in table 1
+
+F is ADM (`DhariwalUNet`) or DDPM++/NCSN++ (`SongUNet`). Parameter paths are the names of the published checkpoints
+without their first part, "model.". Fields are the keys of our config.json; the checkpoints have none, so `PRESETS` has
+it for each of them. D and the embedding are float32, `dtype` is what the rest of F computes in. A network is used as
+
+    net.Denoiser(params, Apply(module), diffusion.EDM(), "x0")(x, sigma, {"class_labels": labels})
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cddistill.diffusion import like
+from cddistill.models.blocks import conv, sinusoid
+from cddistill.models.edm_blocks import ROOT_HALF, Decoder, Encoder, Level, Style
+
+CHOICES = {
+    "precond": ("edm", "vp", "ve"),
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "skip", "residual"),
+    "decoder_type": ("standard", "skip"),
+}
+NO_EFFECT = {"dropout", "label_dropout"}  # of training from scratch; the null label says what the second one teaches
+
+
+def edm(sigma, sigma_data):
+    """(c_skip, c_out, c_in, c_noise) of EDM."""
+    total = sigma**2 + sigma_data**2
+    root = jnp.sqrt(total)
+    return sigma_data**2 / total, sigma * sigma_data / root, 1.0 / root, jnp.log(sigma) / 4.0
+
+
+def vp(sigma, sigma_data, beta_d=19.9, beta_min=0.1, steps=1000):
+    """Those of variance-preserving networks: F sees (steps - 1) t, where sigma(t) = sigma, and predicts the noise."""
+    t = (jnp.sqrt(beta_min**2 + 2.0 * beta_d * jnp.log1p(sigma**2)) - beta_min) / beta_d
+    return jnp.ones_like(sigma), -sigma, jax.lax.rsqrt(sigma**2 + 1.0), (steps - 1) * t
+
+
+def ve(sigma, sigma_data):
+    """Those of variance-exploding networks."""
+    return jnp.ones_like(sigma), sigma, jnp.ones_like(sigma), jnp.log(sigma / 2.0)
+
+
+PRECONDITIONING = {"edm": edm, "vp": vp, "ve": ve}
+
+
+class KarrasUNet(nn.Module):
+    """What both families share: the options, the preconditioning, the order of layers."""
+
+    img_resolution: int = 64  # of training; only names depend on it
+    img_channels: int = 3
+    label_dim: int = 0  # classes; 0 is unconditional
+    augment_dim: int = 0  # inputs for augmentation labels
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width per level, in units of model_channels
+    channel_mult_emb: int = 4
+    num_blocks: int = 3  # per level; one more on the way up
+    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+    precond: str = "edm"
+    sigma_data: float = 0.5
+    dtype: Any = jnp.float32
+    remat: bool = False  # recompute each block's inside in the backward pass
+
+    @classmethod
+    def from_config(cls, config: dict, **ours):
+        """The module of a config.json, whose keys are this class's fields.
+
+        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
+        that is unknown, or whose value is not supported.
+        """
+        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
+        known = cls().options()
+
+        def supported(k, v):
+            return k in known and v is not None and v in CHOICES.get(k, (v,))
+
+        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
+            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/edm.py lists what it supports")
+        module = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, **ours)
+        module.check()
+        return module
+
+    def options(self) -> dict:
+        """The fields that are keys of a config."""
+        ours = {"parent", "name", "dtype", "remat"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
+
+    def to_config(self) -> dict:
+        """The config.json of this module."""
+        return {"_class_name": type(self).__name__, **self.options()}
+
+    def check(self):
+        """Sizes that fit together."""
+        sizes, taps = [level.size for level in self.levels()], self.style().taps
+        if self.img_resolution % self.factor:
+            raise ValueError(f"img_resolution {self.img_resolution} cannot be halved {len(sizes) - 1} times")
+        if unknown := sorted({*self.attn_resolutions} - {*sizes}):
+            raise ValueError(f"attn_resolutions has {unknown}, but the levels of this network are {sizes}")
+        if len(taps) % 2 or tuple(taps) != tuple(taps[::-1]):
+            raise ValueError(f"resample_filter {list(taps)} is not symmetric with an even number of taps")
+
+    def example(self):
+        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        kwargs = {"class_labels": jnp.zeros((1,), jnp.int32)} if self.label_dim else {}
+        kwargs |= {"augment_labels": jnp.zeros((1, self.augment_dim))} if self.augment_dim else {}
+        return (jnp.zeros((1, self.factor, self.factor, self.img_channels)), jnp.ones((1,))), kwargs
+
+    @property
+    def factor(self) -> int:
+        """By how much the coarsest level is smaller than the image."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def levels(self) -> tuple[Level, ...]:
+        """Resolutions, finest first."""
+        sizes = [self.img_resolution >> i for i in range(len(self.channel_mult))]
+        return tuple(
+            Level(size, self.model_channels * mult, size in self.attn_resolutions)
+            for size, mult in zip(sizes, self.channel_mult, strict=True)
+        )
+
+    def published(self, tensors: dict, where) -> dict:
+        """A published state dict under our names: without "model.", the resampling filters checked and dropped.
+
+        Raises ValueError, naming the file `where`, if a filter is not the one that the config asks for.
+        """
+        tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
+        for name, ours in self.resample_filters().items():
+            theirs = np.asarray(tensors.pop(name, ours), np.float32)
+            if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-4):
+                raise ValueError(f"{where}: {name} is not the filter {list(self.style().taps)} of this config.json")
+        return tensors
+
+    def resample_filters(self) -> dict:
+        """{PyTorch name: [1, 1, k, k]} of the constants that published state dicts hold beside the weights."""
+        options = self.options()
+        down = {"skip": ["aux_down"], "residual": ["aux_residual"]}.get(options.get("encoder_type"), [])
+        up = {"skip": ["aux_up"]}.get(options.get("decoder_type"), [])
+        down, up = ["down.conv0", "down.skip", *down], ["up.conv0", "up.skip", *up]
+        names = [f"enc.{level.name}_{part}" for level in self.levels()[1:] for part in down]
+        names += [f"dec.{level.name}_{part}" for level in self.levels()[:-1] for part in up]
+        taps = np.array(self.style().taps, np.float32)
+        return {f"{name}.resample_filter": (np.outer(taps, taps) / taps.sum() ** 2)[None, None] for name in names}
+
+    @nn.compact
+    def __call__(self, x, sigma, *, class_labels=None, augment_labels=None, features: bool = False):
+        """D(x; sigma) for x [b, h, w, c] = clean data in [-1, 1] plus noise of standard deviation sigma [b], float32.
+
+        class_labels [b] are integers below label_dim, or label_dim for no class; augment_labels [b, augment_dim],
+        zero if absent, belong to augmented training images. With features, (D, what the encoder gives to the middle
+        [b, h / factor, w / factor, width], float32): under jit, what is not used of the two is not computed. Raises
+        ValueError for sizes, channels and labels that this network does not take.
+        """
+        self.check_inputs(x, class_labels, augment_labels)
+        coefficients = PRECONDITIONING[self.precond](jnp.asarray(sigma, jnp.float32), self.sigma_data)
+        c_skip, c_out, c_in, _ = (like(c, x) for c in coefficients)
+        emb = self.embedding(coefficients[-1], class_labels, augment_labels)
+        skips = self.encoder()((c_in * x).astype(self.dtype), emb)
+        out = c_skip * x + c_out * self.decode(skips, emb).astype(jnp.float32)
+        return (out, skips[-1].astype(jnp.float32)) if features else out
+
+    def check_inputs(self, x, class_labels, augment_labels):
+        """One sentence for what would otherwise be a shape error deep inside."""
+        _, h, w, c = x.shape
+        if h % self.factor or w % self.factor:
+            raise ValueError(f"height {h} and width {w} must be divisible by {self.factor}: this network halves them")
+        if c != self.img_channels:
+            raise ValueError(f"the network takes img_channels = {self.img_channels} but x has {c}")
+        if self.label_dim and class_labels is None:
+            raise ValueError(f"this network is class-conditional: pass class_labels [b], {self.label_dim} for none")
+        if not self.label_dim and class_labels is not None:
+            raise ValueError("class_labels were passed to a network without classes (label_dim is 0)")
+        if class_labels is not None and jnp.ndim(class_labels) != 1:
+            raise ValueError(f"class_labels are integers [b], not an array of shape {jnp.shape(class_labels)}")
+        if augment_labels is not None and jnp.shape(augment_labels)[1:] != (self.augment_dim,):
+            shape = jnp.shape(augment_labels)
+            raise ValueError(f"augment_labels have shape {shape}, this network takes [b, {self.augment_dim}]")
+
+    def one_hot(self, class_labels):
+        """[b] -> [b, label_dim]; zero for the null label, which lies beyond the classes."""
+        return jax.nn.one_hot(class_labels, self.label_dim)
+
+    def augment(self, emb, augment_labels):
+        """The embedding with what is known about augmentation added to it."""
+        if augment_labels is None:  # stands for zeros
+            return emb
+        return emb + nn.Dense(emb.shape[-1], use_bias=False, name="map_augment")(augment_labels)
+
+
+class DhariwalUNet(KarrasUNet):
+    """ADM as Karras et al. train it for ImageNet-64."""
+
+    channels_per_head: int = 64
+
+    def style(self) -> Style:
+        """ADM's blocks."""
+        return Style(
+            adaptive_scale=True, skip_scale=1.0, head_width=self.channels_per_head, project_resampled=False, eps=1e-5,
+            taps=(1, 1), dtype=self.dtype, remat=self.remat,
+        )  # fmt: skip
+
+    def encoder(self):
+        return Encoder(self.style(), self.levels(), self.num_blocks, self.levels()[0].width, name="enc")
+
+    def decode(self, skips, emb):
+        """From the skips to F."""
+        style = self.style()
+        h = Decoder(style, self.levels(), self.num_blocks, attends_once=False, name="dec")(skips, emb)
+        return conv(self.img_channels, 3, self.dtype, "out_conv")(nn.silu(style.norm(h, "out_norm")))
+
+    def embedding(self, c_noise, class_labels, augment_labels):
+        """The vector that every block receives; a class is added behind the perceptron."""
+        width = self.model_channels * self.channel_mult_emb
+        emb = self.augment(sinusoid(c_noise, self.model_channels, True, 0), augment_labels)
+        emb = nn.Dense(width, name="map_layer1")(nn.silu(nn.Dense(width, name="map_layer0")(emb)))
+        if self.label_dim:
+            emb = emb + nn.Dense(width, use_bias=False, name="map_label")(self.one_hot(class_labels))
+        return nn.silu(emb)
+
+
+class Fourier(nn.Module):
+    """Random Fourier features [b, dim] of a time [b]; the frequencies are stored but never learned."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, t):
+        freqs = self.param("freqs", nn.initializers.normal(16.0), (self.dim // 2,))
+        angle = 2 * jnp.pi * t[:, None] * jax.lax.stop_gradient(freqs)[None]
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+class SongUNet(KarrasUNet):
+    """DDPM++ (the defaults), and NCSN++: fourier, residual, [1, 3, 3, 1], channel_mult_noise 2."""
+
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    embedding_type: str = "positional"
+    channel_mult_noise: int = 1
+    encoder_type: str = "standard"
+    decoder_type: str = "standard"
+    resample_filter: tuple[int, ...] = (1, 1)
+
+    def style(self) -> Style:
+        """The blocks of DDPM++ and NCSN++."""
+        return Style(
+            adaptive_scale=False, skip_scale=ROOT_HALF, head_width=None, project_resampled=True, eps=1e-6,
+            taps=self.resample_filter, dtype=self.dtype, remat=self.remat,
+        )  # fmt: skip
+
+    def encoder(self):
+        return Encoder(self.style(), self.levels(), self.num_blocks, self.model_channels, self.encoder_type, name="enc")
+
+    def decode(self, skips, emb):
+        """From the skips to F."""
+        return Decoder(
+            self.style(), self.levels(), self.num_blocks, attends_once=True, out_channels=self.img_channels,
+            kind=self.decoder_type, name="dec",
+        )(skips, emb)  # fmt: skip
+
+    def embedding(self, c_noise, class_labels, augment_labels):
+        """The vector that every block receives; a class is added before the perceptron."""
+        features = self.model_channels * self.channel_mult_noise
+        if self.embedding_type == "fourier":
+            emb = Fourier(features, name="map_noise")(c_noise)
+        else:
+            emb = sinusoid(c_noise, features, False, 1)
+        if self.label_dim:  # scaled so that an entry has unit variance over the classes
+            emb = emb + nn.Dense(features, name="map_label")(self.one_hot(class_labels) * self.label_dim**0.5)
+        emb = self.augment(emb, augment_labels)
+        for name in ("map_layer0", "map_layer1"):
+            emb = nn.silu(nn.Dense(self.model_channels * self.channel_mult_emb, name=name)(emb))
+        return emb
+
+
+DDPMPP = {"_class_name": "SongUNet", "augment_dim": 9}
+NCSNPP = DDPMPP | {
+    "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1],
+}  # fmt: skip
+CIFAR10 = {"img_resolution": 32, "channel_mult": [2, 2, 2]}
+# The published checkpoints; vp and ve are what their files call DDPM++ and NCSN++, all preconditioned as "edm".
+PRESETS = {
+    "edm-imagenet-64x64-cond-adm": {"_class_name": "DhariwalUNet", "label_dim": 1000},
+    "edm-cifar10-32x32-cond-vp": DDPMPP | CIFAR10 | {"label_dim": 10},
+    "edm-cifar10-32x32-uncond-vp": DDPMPP | CIFAR10,
+    "edm-cifar10-32x32-cond-ve": NCSNPP | CIFAR10 | {"label_dim": 10},
+    "edm-cifar10-32x32-uncond-ve": NCSNPP | CIFAR10,
+    "edm-ffhq-64x64-uncond-vp": DDPMPP,
+    "edm-ffhq-64x64-uncond-ve": NCSNPP,
+    "edm-afhqv2-64x64-uncond-vp": DDPMPP,
+    "edm-afhqv2-64x64-uncond-ve": NCSNPP,
+}
