@@ -36,39 +36,54 @@ class Schedule(Protocol):
 
 
 @functools.cache
-def ddpm_alphas(
-    num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float, zero_snr: bool
-) -> np.ndarray:
+def ddpm_alphas(schedule: "DDPM") -> np.ndarray:
     """sqrt(alphas_cumprod) in float64, the table behind `DDPM`."""
-    if beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-        bar = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    if schedule.trained_betas is not None:
+        betas = np.array(schedule.trained_betas, np.float64)
+    elif schedule.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+        u = np.arange(schedule.num_timesteps + 1) / schedule.num_timesteps
+        bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
-    elif beta_schedule == "linear":
-        betas = np.linspace(beta_start, beta_end, num_timesteps)
-    elif beta_schedule == "scaled_linear":
-        betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
+    elif schedule.beta_schedule == "linear":
+        betas = np.linspace(schedule.beta_start, schedule.beta_end, schedule.num_timesteps)
+    elif schedule.beta_schedule == "scaled_linear":
+        betas = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.num_timesteps) ** 2
     else:
-        raise ValueError(f"beta_schedule {beta_schedule!r} is not one of scaled_linear, linear, squaredcos_cap_v2")
+        known = "scaled_linear, linear, squaredcos_cap_v2"
+        raise ValueError(f"beta_schedule {schedule.beta_schedule!r} is not one of {known}")
     alphas = np.sqrt(np.cumprod(1.0 - betas))
-    if zero_snr:  # Lin et al. 2023, algorithm 1: alpha_T = 0, alpha_1 unchanged
+    if schedule.zero_snr:  # Lin et al. 2023, algorithm 1: alpha_T = 0, alpha_1 unchanged
         alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+        alphas[-1] = schedule.last_alpha
     return alphas
 
 
 @dataclasses.dataclass(frozen=True)
 class DDPM:
-    """Discrete variance-preserving schedules of the DDPM family; t is an integer in [0, num_timesteps)."""
+    """Discrete variance-preserving schedules of the DDPM family; t is in [0, num_timesteps).
+
+    A t of integers looks the table up. A t of floats may lie between two of its entries: there sigma/alpha is linear,
+    as in diffusers' Euler and Heun.
+    """
 
     num_timesteps: int = 1000
     beta_schedule: str = "scaled_linear"  # Stable Diffusion's; or "linear" (Ho et al. 2020), "squaredcos_cap_v2"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_snr: bool = False  # rescale to zero terminal signal-to-noise ratio
+    trained_betas: tuple[float, ...] | None = None  # num_timesteps betas in place of the three fields that name them
+    last_alpha: float = 0.0  # of a zero-SNR schedule; 2^-12 in those of diffusers' samplers that divide by it
 
     def alpha_sigma(self, t):
-        alphas = ddpm_alphas(*dataclasses.astuple(self))
+        alphas = ddpm_alphas(self)
         sigmas = np.sqrt(1.0 - alphas**2)
-        return jnp.asarray(alphas, jnp.float32)[t], jnp.asarray(sigmas, jnp.float32)[t]
+        if not jnp.issubdtype(jnp.result_type(t), jnp.floating):
+            return jnp.asarray(alphas, jnp.float32)[t], jnp.asarray(sigmas, jnp.float32)[t]
+        if alphas[-1] == 0.0:
+            raise ValueError("sigma/alpha is infinite at zero SNR: use integer times, or a DDPM with last_alpha > 0")
+        ratio = jnp.interp(t, np.arange(self.num_timesteps), jnp.asarray(sigmas / alphas, jnp.float32))
+        alpha = 1.0 / jnp.sqrt(1.0 + ratio**2)
+        return alpha, ratio * alpha
 
     def at(self, u):
         return jnp.clip(jnp.round(u * self.num_timesteps).astype(jnp.int32) - 1, 0, self.num_timesteps - 1)

@@ -42,6 +42,9 @@ class Method(Protocol):
     ) -> jax.Array:
         """Generate x0 [b, h, w, c] from unit noise and batch["text" | "null" | "cond" | "index"] in `steps` steps."""
 
+    def sampling(self, schedule, steps: int):
+        """`sample` as a `models.schedulers.Sampling`, which diffusers can follow too; None if none describes it."""
+
     def nfe(self, steps: int) -> int:
         """Network evaluations that `sample` spends on one image."""
 

@@ -1,7 +1,8 @@
-"""Deterministic samplers for teachers and students: from noise to exactly x0.
+"""Samplers for teachers and students: from noise to x0.
 
 Each takes `denoise(z_t, t) -> Prediction` (guidance and conditions already inside), the schedule, unit noise of the
 first time's level and native times from most to least noisy, and compiles to one loop whatever the number of steps.
+Euler's method is `ddim` (both are exact where eps is constant) and ancestral Euler is `ddim` with eta = 1.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.diffusion import Prediction, Schedule, guide
+from cddistill.models.schedulers import Sampling
 
 Denoise = Callable[[jax.Array, jax.Array], Prediction]
+Fresh = Callable[[jax.Array], jax.Array]  # step number -> unit noise of z's shape, for samplers that add some
 
 
 def guided(denoise, text, null, scale: float) -> Denoise:
@@ -33,13 +36,24 @@ def times(schedule: Schedule, n: int, power: float = 1.0) -> jax.Array:
     return schedule.at(jnp.maximum(u**power, n * u / 1000))
 
 
-def ddim(denoise: Denoise, schedule: Schedule, noise: jax.Array, times: jax.Array) -> jax.Array:
-    """DDIM (Song et al. 2021, eq. 12 with eta = 0); len(times) evaluations."""
-    alpha, sigma = levels(schedule, times)
+def ddim(denoise: Denoise, schedule: Schedule, noise, times, lands=None, eta: float = 0.0, fresh: Fresh | None = None):
+    """DDIM (Song et al. 2021, eq. 12); len(times) evaluations.
+
+    lands = (alpha [n], sigma [n]) is where each step arrives, by default at the next time and, last, at x0 itself.
+    With eta > 0, up to 1, that share of the noise is drawn anew: step i adds fresh(i).
+    """
+    alpha, sigma = schedule.alpha_sigma(times)
+    alpha_s, sigma_s = lands or (jnp.append(alpha[1:], 1.0), jnp.append(sigma[1:], 0.0))
+    if eta and fresh is None:
+        raise ValueError(f"DDIM with eta = {eta} adds noise at every step: pass fresh, or use eta = 0")
+    ratio = alpha * sigma_s / (alpha_s * sigma)  # e^-h, finite where alpha_t = 0
+    anew = eta * sigma_s * jnp.sqrt(jnp.maximum(1.0 - ratio**2, 0.0))  # eq. 16
+    kept = jnp.sqrt(sigma_s**2 - anew**2) if eta else sigma_s
 
     def step(z, i):
         pred = denoise(z, times[i])
-        return alpha[i + 1] * pred.x0 + sigma[i + 1] * pred.eps, None
+        z_s = alpha_s[i] * pred.x0 + kept[i] * pred.eps
+        return z_s + anew[i] * fresh(i) if eta else z_s, None
 
     return jax.lax.scan(step, first_level(sigma, noise), jnp.arange(len(times)))[0]
 
@@ -79,6 +93,29 @@ def dpm_solver_pp(denoise: Denoise, schedule: Schedule, noise: jax.Array, times:
     return jax.lax.scan(step, (z, jnp.zeros_like(z)), jnp.arange(len(times)))[0][0]
 
 
+def lcm(denoise: Denoise, schedule: Schedule, noise, times, fresh: Fresh | None = None, scaling: float = 10.0):
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): x0 from each time, noised anew to the next.
+
+    len(times) evaluations; step i adds fresh(i), so more than one step needs it. scaling multiplies t in `boundary`.
+    """
+    if fresh is None and len(times) > 1:
+        raise ValueError("lcm adds noise between its steps: pass fresh, or sample in one step")
+    alpha, sigma = levels(schedule, times)
+
+    def step(z, i):
+        x0 = boundary(denoise(z, times[i]).x0, z, times[i], scaling)
+        return alpha[i + 1] * x0 + (sigma[i + 1] * fresh(i) if fresh else 0.0), None
+
+    return jax.lax.scan(step, first_level(sigma, noise), jnp.arange(len(times)))[0]
+
+
+def boundary(x0, z, t, scaling: float = 10.0):
+    """c_out x0 + c_skip z (Luo et al. 2023, eq. 9, sigma_data = 0.5), which is z itself at t = 0; t broadcasts over
+    z."""
+    t = scaling * t
+    return t / jnp.sqrt(t**2 + 0.25) * x0 + 0.25 / (t**2 + 0.25) * z
+
+
 def levels(schedule, times):
     """Alpha and sigma at the times and, behind them, at x0 itself: (1, 0), so that the last step returns x0 exactly."""
     alpha, sigma = schedule.alpha_sigma(times)
@@ -90,4 +127,32 @@ def first_level(sigma, noise):
     return jnp.maximum(sigma[0], 1.0) * noise
 
 
-SAMPLERS = {"ddim": ddim, "heun": heun, "dpm_solver_pp": dpm_solver_pp}
+SAMPLERS = {"ddim": ddim, "heun": heun, "dpm_solver_pp": dpm_solver_pp, "lcm": lcm}
+
+
+def sample(how: Sampling, denoise: Denoise, schedule, noise, n: int | None = None, fresh: Fresh | None = None):
+    """x0 in n steps, as diffusers' scheduler of this description would compute it; traceable with how and n static.
+
+    noise [b, ...] is N(0, I). n may be left out if `how` has a student's own times. LCM and eta > 0 also need fresh(i),
+    noise for step i: lambda i: jax.random.normal(jax.random.fold_in(key, i), noise.shape). Raises ValueError if that is
+    missing, or for an n that the grid cannot have.
+    """
+    times = how.times(schedule, n)
+    options = {
+        "ddim": {"lands": how.lands(schedule, n), "eta": how.eta, "fresh": fresh},
+        "lcm": {"scaling": how.timestep_scaling, "fresh": fresh},
+    }.get(how.sampler, {})
+    if how.clip_sample_range is not None:
+        denoise = clipped(denoise, how.clip_sample_range)
+    start = noise if how.unit_noise else schedule.alpha_sigma(times[0])[1] * noise
+    return SAMPLERS[how.sampler](denoise, schedule, start, times, **options)
+
+
+def clipped(denoise, limit: float) -> Denoise:
+    """The same predictions with x0 clipped to [-limit, limit]; eps stays, as in diffusers."""
+
+    def clip(z, t):
+        pred = denoise(z, t)
+        return pred._replace(x0=jnp.clip(pred.x0, -limit, limit))
+
+    return clip

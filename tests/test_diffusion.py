@@ -67,6 +67,22 @@ def test_zero_terminal_snr():
         np.testing.assert_allclose(alpha[0], plain[0], rtol=1e-6)
 
 
+def test_times_between_the_entries_of_the_table():
+    """sigma/alpha is linear there; a whole number is the entry itself, be it float or int."""
+    for schedule in (d.DDPM(), d.DDPM(zero_snr=True, last_alpha=2.0**-12)):
+        whole = jnp.array([0, 1, 498, 998, 999])
+        for ours, table in zip(
+            schedule.alpha_sigma(whole.astype(jnp.float32)), schedule.alpha_sigma(whole), strict=True
+        ):
+            np.testing.assert_allclose(ours, table, rtol=1e-5)
+        alpha, sigma = schedule.alpha_sigma(jnp.array([[41.25]]))
+        (a, b), (c, e) = schedule.alpha_sigma(jnp.array([41, 42]))
+        np.testing.assert_allclose(sigma / alpha, [[0.75 * c / a + 0.25 * e / b]], rtol=1e-5)
+        np.testing.assert_allclose(alpha**2 + sigma**2, [[1.0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="infinite at zero SNR: use integer times, or a DDPM with last_alpha > 0"):
+        d.DDPM(zero_snr=True).alpha_sigma(jnp.array([41.25]))
+
+
 @pytest.mark.parametrize("schedule", TIMES)
 def test_variance_and_order(schedule):
     """sigma/alpha falls along every grid; variance-preserving schedules have alpha^2 + sigma^2 = 1."""
@@ -172,6 +188,14 @@ def test_warped_times():
         times = np.asarray(sampling.times(d.DDPM(), n, 2.5))
         assert times[0] == 999
         assert np.all(np.diff(times) < 0)
+
+
+def test_the_consistency_boundary():
+    """f(z, 0) = z whatever the network says; from t = 1 on, 10 t being large, f is the network's x0."""
+    x0, z = tiny.randn(0, 3, 2), tiny.randn(1, 3, 2)
+    np.testing.assert_array_equal(sampling.boundary(x0, z, jnp.zeros((3, 1))), z)
+    np.testing.assert_allclose(sampling.boundary(x0, z, 1), x0, atol=0.02)
+    np.testing.assert_allclose(sampling.boundary(x0, z, 0.05), x0 / 2**0.5 + z / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)

@@ -19,6 +19,7 @@ from cddistill import losses, sampling
 from cddistill.diffusion import Prediction, guide, like
 from cddistill.method import Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
+from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
 CHOICES = {
@@ -143,10 +144,7 @@ class CoDi:
 
     def bounded(self, x0, z, t):
         """c_skip z + c_out x^ (Luo et al. 2023, eq. 9, with sigma_d = 0.5 and time scaled by 10): f(z, 0) = z."""
-        if self.boundary == "none":
-            return x0
-        scaled = like(10.0 * t.astype(jnp.float32), x0)
-        return 0.25 / (scaled**2 + 0.25) * z + scaled / jnp.sqrt(scaled**2 + 0.25) * x0
+        return x0 if self.boundary == "none" else sampling.boundary(x0, z, like(t.astype(jnp.float32), x0))
 
     def signal_distance(self, n, x0_hat, x0):
         """Second term of eq. 8, per sample: the four choices of the paper's figure 2."""
@@ -178,6 +176,11 @@ class CoDi:
         if stride is None:
             raise ValueError(f"{steps} steps do not fit a grid of {size} times; at most {size - 1}")
         return self.grid_time(schedule, size - 1 - stride * jnp.arange(steps))
+
+    def sampling(self, schedule, steps):
+        if self.boundary == "lcm":
+            return None
+        return Sampling(timesteps=tuple(map(int, self.sample_times(schedule, steps))))
 
     def nfe(self, steps):
         return steps if self.guidance == 1.0 else 2 * steps

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from cddistill import sampling
 from cddistill.method import Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
+from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
 
@@ -30,7 +31,7 @@ class Denoising:
     grid_power: float = 1.0  # of the sampling times, see `sampling.times`
 
     def __post_init__(self):
-        check_choices(self, {"adapter": ("none", *adapter.BRANCHES), "sampler": tuple(sampling.SAMPLERS)})
+        check_choices(self, {"adapter": ("none", *adapter.BRANCHES), "sampler": ("ddim", "heun", "dpm_solver_pp")})
 
     def init(self, key, frozen, batch):
         """The teacher itself, and a fresh branch if there is a condition."""
@@ -71,6 +72,11 @@ class Denoising:
         return sampling.SAMPLERS[self.sampler](
             denoise, schedule, noise, sampling.times(schedule, steps, self.grid_power)
         )
+
+    def sampling(self, schedule, steps):
+        if self.sampler != "ddim":
+            return None
+        return Sampling(timesteps=tuple(map(int, sampling.times(schedule, steps, self.grid_power))))
 
     def nfe(self, steps):
         per_step = 1 if self.guidance == 1.0 else 2
