@@ -50,8 +50,10 @@ def build(experiment: Experiment) -> Parts:
     run, method = experiment.run, experiment.method
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
-    load = functools.partial(from_scratch, seed=run.seed) if run.scratch else models.load
-    frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat), "autoencoder": Autoencoder()}
+    load = functools.partial(models.load, place=functools.partial(place, mesh), expect=models.DENOISERS)
+    load = functools.partial(from_scratch, seed=run.seed) if run.scratch else load
+    frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat)}
+    frozen["autoencoder"] = load_autoencoder(run.teacher, dtype=jnp.dtype(run.dtype))
     if getattr(method, "signal", "") == "lpips":
         frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
@@ -62,12 +64,23 @@ def build(experiment: Experiment) -> Parts:
     return Parts(experiment, mesh, rows, frozen, abstract)
 
 
+def place(mesh, path, x):
+    """A weight to the devices as soon as it is read: no host ever holds a whole network."""
+    return sharding.put(x, sharding.by_shape(mesh, x))
+
+
+def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:
+    """The VAE of a teacher's pipeline; the identity for pixel models, which have none."""
+    root = models.resolve(teacher, "vae")
+    return models.load(root, "vae", **kwargs) if (root / "vae").is_dir() else Autoencoder()
+
+
 def from_scratch(folder, seed, **kwargs):
     """Random weights for the architecture and schedule that a diffusers folder describes; it needs no weights file."""
     root = models.resolve(folder)
     config = models.convert.read_json(root / "unet" / "config.json")
     return models.init(
-        config, seed, *models.convert.read_scheduler(root / "scheduler" / "scheduler_config.json"), **kwargs
+        config, seed, *models.schedulers.read_scheduler(root / "scheduler" / "scheduler_config.json"), **kwargs
     )
 
 
@@ -99,6 +112,24 @@ def batch_shapes(experiment: Experiment):
 def check_shapes(teacher, batch):
     """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
     jax.eval_shape(lambda n, b: n(b["x0"], jnp.zeros(1, jnp.int32), b["text"]), teacher, batch)
+
+
+def decoder(parts: Parts):
+    """decode(x0) -> images [n, h, w, c] in [0, 1], numpy, of pixels or latents x0."""
+    decode, autoencoder = jax.jit(Autoencoder.decode), parts.frozen["autoencoder"]
+
+    def unit(x0, chunk=8):
+        if autoencoder.params is not None:
+            x0 = np.concatenate([decode(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
+        return np.clip(np.asarray(x0) * 0.5 + 0.5, 0.0, 1.0)
+
+    return unit
+
+
+def arrays(examples):
+    """The numeric part of `data.examples`, with the row numbers that noise follows."""
+    kept = {k: examples[k] for k in ("x0", "text", "null", "cond") if k in examples}
+    return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
 
 
 def sampler(parts: Parts):

@@ -1,10 +1,14 @@
 """Weights go out to diffusers folders and come back unchanged; every broken folder is told apart in a sentence."""
 
+import fnmatch
 import hashlib
 import json
+import pickle
+import zipfile
 
 import flax.serialization
 import flax.traverse_util
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,18 +16,29 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cddistill import models
-from cddistill.diffusion import DDPM
+from cddistill import build, config, models, sharding
+from cddistill.diffusion import DDPM, EDM
 from cddistill.models import convert
 from cddistill.models.unet import UNet2DConditionModel
-from cddistill.net import Denoiser, Net
+from cddistill.net import Autoencoder, Denoiser, Net
 
 TEXT = {
     "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 6,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "num_class_embeds": 3,
 }  # fmt: skip
-FILE = convert.TORCH_FILE
+OTHERS = {  # the smallest network of every other class, and what it is loaded as
+    "DhariwalUNet": (Denoiser, {"img_resolution": 4, "model_channels": 8, "channel_mult": [1], "num_blocks": 1,
+                                "attn_resolutions": [], "channels_per_head": 8}),
+    "SongUNet": (Denoiser, {"img_resolution": 4, "model_channels": 8, "channel_mult": [1], "num_blocks": 1,
+                            "attn_resolutions": []}),
+    "AutoencoderKL": (Autoencoder, {"block_out_channels": [8], "norm_num_groups": 4}),
+    "AutoencoderTiny": (Autoencoder, {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
+                                      "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}),
+    "CLIPTextModel": (Net, {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}),
+    "CLIPTextModelWithProjection": (Net, {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}),
+}  # fmt: skip
+FILE, FLAX_FILE = convert.TORCH_FILE, "diffusion_flax_model.msgpack"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +64,24 @@ def rewrite(folder, change):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "unet" / FILE)
+
+
+def write_torch(file, arrays):
+    """A state dict as torch.save writes it, put together by hand: torch is not needed here."""
+
+    def value(x):
+        return pickle.dumps(x, 2)[2:-1]  # between the protocol and the stop
+
+    pickled = b"\x80\x02}("
+    for i, (name, x) in enumerate(arrays.items()):
+        strides = tuple(step // x.itemsize for step in np.ascontiguousarray(x).strides)
+        pickled += value(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + value("storage") + b"ctorch\nFloatStorage\n"
+        pickled += value(str(i)) + value("cpu") + value(x.size) + b"tQ" + value(0) + value(x.shape) + value(strides)
+        pickled += b"\x89}tR"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled + b"u.")
+        for i, x in enumerate(arrays.values()):
+            archive.writestr(f"archive/data/{i}", np.ascontiguousarray(x, "<f4").tobytes())
 
 
 def assert_equal(a, b):
@@ -115,11 +148,11 @@ def test_shards_are_joined(net, folder):
 def test_former_flax_folders_load(net, folder):
     (folder / "unet" / FILE).unlink()
     data = flax.serialization.msgpack_serialize(jax.device_get(net.params))
-    (folder / "unet" / convert.FLAX_FILE).write_bytes(data)
+    (folder / "unet" / FLAX_FILE).write_bytes(data)
     config = net.apply.module.to_config() | {"_class_name": "FlaxUNet2DConditionModel", "split_head_dim": False}
     (folder / "unet" / "config.json").write_text(json.dumps(config))
     assert_equal(models.load(folder).params, net.params)
-    (folder / "unet" / convert.FLAX_FILE).write_bytes(data[:1000])
+    (folder / "unet" / FLAX_FILE).write_bytes(data[:1000])
     with pytest.raises(ValueError, match="truncated or not a Flax msgpack file"):
         models.load(folder)
 
@@ -136,6 +169,116 @@ def test_parameter_paths_are_those_of_former_flax_diffusers():
     lines = [f"{k} {tuple(v.shape)}" for k, v in flax.traverse_util.flatten_dict(shapes, sep="/").items()]
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     assert digest == "35eece22830b630da89083d230d67f79509af22a63893f0ae1c53ad826701653"
+
+
+def test_pytorchs_own_files_load(net, folder):
+    tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
+    (folder / "unet" / FILE).unlink()
+    write_torch(folder / "unet" / "diffusion_pytorch_model.bin", tensors)
+    assert_equal(models.load(folder).params, net.params)
+
+
+def test_a_file_alone_loads_with_a_config_beside_it(net, folder):
+    tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
+    write_torch(folder / "unet" / "student.pt", {k: x + 1 for k, x in tensors.items()})
+    back = models.load(folder / "unet" / "student.pt")
+    assert_equal(back.params, jax.tree.map(lambda x: x + 1, net.params))
+    assert back.schedule == net.schedule
+    (folder / "unet" / "config.json").unlink()
+    for path in (folder / "unet" / "student.pt", folder):  # in a folder the other file is the better one
+        with pytest.raises(ValueError, match=r"config\.json is missing: .* needs one .*\"_class_name\" \(UNet2DCond"):
+            models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "former"), [*((name, False) for name in OTHERS), ("AutoencoderKL", True), ("CLIPTextModel", True)]
+)
+def test_every_class_loads_as_what_it_is(tmp_path, name, former):
+    kind, options = OTHERS[name]
+    module, shapes = models.abstract(options | {"_class_name": name})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f"), shapes)
+    path = models.save(tmp_path, "part", params, module.to_config(), dtype=np.float32)
+    assert {"_class_name", "architectures"} & {*json.loads((path / "config.json").read_text())}
+    if former:
+        (path / FILE).unlink()
+        flat = flax.traverse_util.flatten_dict(params, sep="/")
+        flat = {name.replace("/layers_", "/layers/"): x for name, x in flat.items()}  # so in transformers' classes
+        tree = flax.traverse_util.unflatten_dict(flat, sep="/")
+        (path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    back = models.load(tmp_path, "part", remat=True)
+    assert type(back) is kind
+    assert_equal(back.params, jax.tree.map(jnp.asarray, params))
+    assert jax.tree.structure(back) == jax.tree.structure(models.load(path, remat=True))
+    assert kind is not Denoiser or (back.schedule, back.predicts) == (EDM(), "x0")
+
+
+def test_a_class_knows_what_else_its_files_hold(tmp_path):
+    module, shapes = models.abstract(OTHERS["CLIPTextModel"][1] | {"_class_name": "CLIPTextModel"})
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32)
+
+    def publish(tensors):
+        for name in [*tensors]:
+            tensors[name.removeprefix("text_model.")] = tensors.pop(name)
+        tensors["embeddings.position_ids"] = np.arange(77)
+
+    rewrite(tmp_path, publish)
+    assert_equal(models.load(tmp_path).params, jax.tree.map(jnp.asarray, params))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_1x1_convolution_may_stand_for_a_linear_layer(tmp_path, linear):
+    module, shapes = models.abstract(TEXT | {"use_linear_projection": linear})
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32)
+    name = "down_blocks.0.attentions.0.proj_in.weight"
+    rewrite(tmp_path, lambda x: x.update({name: x[name].reshape(8, 8, 1, 1) if linear else x[name].reshape(8, 8)}))
+    if linear:
+        assert_equal(models.load(tmp_path).params, jax.tree.map(jnp.asarray, params))
+    else:
+        with pytest.raises(ValueError, match=rf"wrong shape .* {name} \(8, 8\), not \(1, 1, 8, 8\)"):
+            models.load(tmp_path)
+
+
+def test_weights_are_placed_one_by_one(net, folder):
+    placed = []
+
+    def place(path, x):
+        placed.append(path)
+        assert isinstance(x, np.ndarray)
+        assert (x.dtype, x.flags.c_contiguous) == (np.float32, True)
+        return jnp.asarray(x) * 2
+
+    back = models.load(folder, place=place)
+    assert_equal(back.params, jax.tree.map(lambda x: x * 2, net.params))
+    assert sorted(placed) == sorted(flax.traverse_util.flatten_dict(net.params))
+
+
+def test_a_run_puts_each_weight_of_its_teacher_on_the_mesh(monkeypatch):
+    read = []
+    place = build.place
+    monkeypatch.setattr(build, "place", lambda mesh, path, x: read.append(x.shape) or place(mesh, path, x))
+    settings = config.defaults("codi")
+    settings.update(batch_size=8, fsdp=8)
+    settings.data.task = "sr"
+    parts = build.build(config.resolve(settings))
+    leaves = jax.tree.leaves(parts.frozen["teacher"])
+    assert sorted(read) == sorted(x.shape for x in leaves)
+    rules = jax.tree.leaves(sharding.by_shape(parts.mesh, parts.frozen["teacher"]))
+    assert [x.sharding for x in leaves] == rules
+    assert any(not x.is_fully_replicated for x in rules)
+    assert_equal(parts.frozen["teacher"].params, models.load("emoji").params)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "FluxTransformer2DModel"])
+def test_a_teacher_must_be_a_denoiser(folder, name):
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": name}))
+    settings = config.defaults("codi")
+    settings.update(batch_size=8, teacher=str(folder / "unet"))
+    with pytest.raises(ValueError, match=rf"unet holds an? {name}, not a UNet2DConditionModel or .*: point at"):
+        build.build(config.resolve(settings))
+    assert type(models.load("emoji", expect=(UNet2DConditionModel,))) is Denoiser
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "mu_blend"])
@@ -171,7 +314,10 @@ def test_broken_files_are_named(folder):
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is truncated"):
         models.load(folder)
     file.rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds neither .*: convert its \.bin"):
+    with pytest.raises(ValueError, match=r"model\.bin is truncated or not a state dict by torch\.save"):
+        models.load(folder)
+    (folder / "unet" / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"unet holds none of diffusion_pytorch_model\.safetensors, "):
         models.load(folder)
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
@@ -216,9 +362,9 @@ def test_schedule_comes_from_the_scheduler(net, folder, config, schedule, predic
 
 
 def test_unsupported_schedules_are_named(folder):
-    for config in ({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"trained_betas": [0.1, 0.2]}):
-        write_scheduler(folder, config)
-        with pytest.raises(ValueError, match=rf"scheduler_config\.json: {[*config][0]} = .* is not supported"):
+    for options in ({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"trained_betas": [0.1, 0.2]}):
+        write_scheduler(folder, options)
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json: {[*options][0]} = .* is not supported"):
             models.load(folder)
 
 
@@ -232,6 +378,41 @@ def test_names_that_are_no_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(convert, "ASSETS", tmp_path)
     (tmp_path / "emoji").mkdir()
     assert models.resolve("emoji") == tmp_path / "emoji"
+
+
+def repository(tmp_path, monkeypatch, files):
+    """A Hub repository of these files; returns what was downloaded so far."""
+    fetched = set()
+
+    def snapshot_download(name, allow_patterns):
+        for file in files:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / file).touch()
+                fetched.add(file)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("subfolder", "there", "wanted"),
+    [
+        ("unet", ["{}.safetensors", "{}.fp16.safetensors", "{}.non_ema.safetensors", "{}.bin"], ["{}.safetensors"]),
+        ("unet", ["{}.fp16.safetensors", "{}.bin"], ["{}.fp16.safetensors"]),
+        ("unet", ["{}.bin", "{}.fp16.bin"], ["{}.bin"]),
+        ("unet", shards := ["{}-00001-of-00002.safetensors", "{}-00002-of-00002.safetensors",
+                            "{}.safetensors.index.json"], shards),
+        ("text_encoder", ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+    ],
+)  # fmt: skip
+def test_one_kind_of_file_is_downloaded(tmp_path, monkeypatch, subfolder, there, wanted):
+    there, wanted = ({f"{subfolder}/{name.format(FILE.split('.')[0])}" for name in names} for names in (there, wanted))
+    small = {"model_index.json", "scheduler/scheduler_config.json", f"{subfolder}/config.json"}
+    fetched = repository(tmp_path, monkeypatch, there | small | {"vae/config.json", "v1-5-pruned.ckpt"})
+    assert models.resolve("somebody/a-model", subfolder) == tmp_path
+    assert fetched == wanted | small
 
 
 def test_init_is_pytorchs_default():

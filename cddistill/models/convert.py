@@ -1,33 +1,41 @@
-"""Weights from and to diffusers folders: config.json plus safetensors (PyTorch) or msgpack (diffusers' former Flax).
+"""Networks from and to folders as diffusers and transformers write them: config.json beside the weights.
 
 The rule: our path down_blocks_0/resnets_1/conv1/kernel is PyTorch's down_blocks.0.resnets.1.conv1.weight, transposed.
-The former Flax files already have our paths and shapes; that code approximated GELU by tanh, we compute it exactly as
-PyTorch does, so outputs differ from its by about 5e-5. Every name and shape is compared before anything is returned.
+The former Flax files already have our layout; their code approximated GELU by tanh, we compute it exactly as PyTorch
+does, so outputs differ from its by about 5e-5. Every name and shape is compared before a number is read.
+
+A module may have `published(tensors, where) -> tensors`: a file's tensors under today's PyTorch names, without what is
+no weight.
 """
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 
-import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from cddistill.diffusion import DDPM
+from cddistill.diffusion import DDPM, EDM
+from cddistill.models import clip, files
 from cddistill.models.adapter import ControlNetModel, MuBlendModel
+from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from cddistill.models.edm import DhariwalUNet, SongUNet
 from cddistill.models.init import draw_numpy, weight_shapes
+from cddistill.models.schedulers import read_json, read_scheduler
+from cddistill.models.tiny_vae import AutoencoderTiny
 from cddistill.models.unet import Apply, UNet2DConditionModel
-from cddistill.net import Denoiser, Net
+from cddistill.models.vae import AutoencoderKL, Decode, Encode
+from cddistill.net import Autoencoder, Denoiser, Net
 
 ASSETS = Path(__file__).parent / "assets"
-TORCH_FILE, FLAX_FILE = "diffusion_pytorch_model.safetensors", "diffusion_flax_model.msgpack"
-CLASSES = {c.__name__: c for c in (UNet2DConditionModel, ControlNetModel, MuBlendModel)}
-PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+TORCH_FILE = "diffusion_pytorch_model.safetensors"
+DENOISERS = (UNet2DConditionModel, DhariwalUNet, SongUNet)  # what can be a teacher
+AUTOENCODERS = (AutoencoderKL, AutoencoderTiny)
+TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
+CLASSES = {c.__name__: c for c in (*DENOISERS, ControlNetModel, MuBlendModel, *AUTOENCODERS, *TEXT_ENCODERS)}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -52,23 +60,18 @@ def from_torch(path, x):
 
 
 def resolve(folder, subfolder: str = "unet") -> Path:
-    """The directory meant by a path, an embedded model's name ("emoji") or a Hub id "owner/name".
+    """The folder, or weight file, meant by a path, an embedded model's name ("emoji") or a Hub id "owner/name".
 
     Raises ValueError, with what to do, if it is none of them or the download fails.
     """
     embedded = {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
     path = embedded.get(str(folder), Path(folder).expanduser())
-    if path.is_dir():
+    if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         raise ValueError(f"{str(folder)!r} is neither a folder nor an embedded model; those are {[*embedded]}")
     try:
-        from huggingface_hub import snapshot_download
-
-        stem = TORCH_FILE.removesuffix(".safetensors")  # with it the index and shards of large models
-        files = ["config.json", f"{stem}*.safetensors", f"{stem}*.json", FLAX_FILE]
-        patterns = ["scheduler/*.json", *files, *(f"{subfolder}/{file}" for file in files)]
-        return Path(snapshot_download(str(folder), allow_patterns=patterns))
+        return download(str(folder), subfolder)
     except Exception as error:  # whatever the Hub's client raises: offline, unknown name, not installed
         raise ValueError(
             f"{str(folder)!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}); "
@@ -76,30 +79,87 @@ def resolve(folder, subfolder: str = "unet") -> Path:
         ) from error
 
 
-def load(folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False) -> Denoiser | Net:
-    """The network in a diffusers folder, by the class its config.json names: a UNet as Denoiser, a branch as Net.
+def download(name: str, subfolder: str) -> Path:
+    """A snapshot of a Hub repository: configs, and the first kind of weight file that it has in subfolder or at top."""
+    from huggingface_hub import snapshot_download
 
-    folder is a path, "emoji" or a Hub id; the network lies in its subfolder, or in the folder itself. Weights become
-    float32 whatever the file holds; dtype is what layers compute in. A UNet's schedule and prediction type come from
-    scheduler/scheduler_config.json beside it; a UNet that lies alone is taken for Stable Diffusion 1.x (scaled-linear
-    betas, eps). Raises ValueError naming the file or key for anything missing, truncated, misshapen or unsupported.
+    for patterns in files.PATTERNS:
+        wanted = ["config.json", *patterns]
+        wanted += [f"{subfolder}/{pattern}" for pattern in wanted]
+        small = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+        root = Path(snapshot_download(name, allow_patterns=[*small, *wanted]))
+        if files.choose(p.name for p in inside(root, subfolder).iterdir()):
+            break
+    return root
+
+
+def inside(root: Path, subfolder: str) -> Path:
+    """The subfolder where there is one, else what was given."""
+    return root / subfolder if (root / subfolder).is_dir() else root
+
+
+def load(folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False, place=None, expect=()):
+    """The network in a folder, by the class that its config.json names: a Denoiser, an Autoencoder or a Net.
+
+    folder is a path, "emoji" or a Hub id; the network lies in its subfolder, or in the folder itself. It may also be a
+    weight file with a config.json beside it. models/files.py says which formats are read. A UNet's schedule and
+    prediction type come from scheduler/scheduler_config.json beside its folder; a UNet that lies alone is taken for
+    Stable Diffusion 1.x (scaled-linear betas, eps).
+
+    Weights become float32 whatever the file holds, kernels [h, w, in, out] or [in, out]; dtype is what layers compute
+    in, remat trades time for memory in the backward pass. place(path, array) puts each weight on a device as soon as
+    it is read, so that no second copy of the network exists; the default is the first device. expect: classes of
+    which the network must be. Raises ValueError naming the file or key for anything missing, truncated, misshapen,
+    unsupported or unexpected.
     """
-    root = resolve(folder, subfolder)
-    path = root / subfolder if (root / subfolder).is_dir() else root
-    config = read_json(path / "config.json")
+    path = inside(resolve(folder, subfolder), subfolder)
+    config = read_config(path)
+    if expect and class_name(config) not in (names := [c.__name__ for c in expect]):
+        held = f"{'an' if class_name(config)[0] in 'AEIO' else 'a'} {class_name(config)}"
+        raise ValueError(
+            f"{path} holds {held}, not a {' or '.join(names)}: point at a folder that holds one, or that has it in "
+            f"{subfolder}/"
+        )
     module = build(config, dtype=dtype, remat=remat)
-    params = read_params(path, weight_shapes(module))
+    return as_net(module, read_params(path, module, place), path)
+
+
+def as_net(module, params, path: Path):
+    """A network ready to be called, as what its class is."""
     if isinstance(module, UNet2DConditionModel):
         return Denoiser(params, Apply(module), *read_scheduler(path.parent / "scheduler" / "scheduler_config.json"))
-    return Net(params, Apply(module))
+    if isinstance(module, DENOISERS):
+        return Denoiser(params, Apply(module), EDM(), "x0")
+    if isinstance(module, AUTOENCODERS):
+        return Autoencoder(params, Encode(module), Decode(module))
+    return Net(params, clip.Apply(module) if isinstance(module, TEXT_ENCODERS) else Apply(module))
+
+
+def read_config(path: Path) -> dict:
+    """The config.json of a folder, or beside a weight file."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    names = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*"))
+    if not file.is_file() and (weights := files.choose(names)):
+        raise ValueError(
+            f'{file} is missing: {weights} needs one beside it, with the class of its network as "_class_name" '
+            f"({', '.join(CLASSES)}) and that network's options"
+        )
+    return read_json(file)
+
+
+def class_name(config: dict) -> str:
+    """The class that a config.json names, be it diffusers' or transformers', or one of their former Flax classes."""
+    name = config.get("_class_name") or (config.get("architectures") or ["UNet2DConditionModel"])[0]
+    return name.removeprefix("Flax")
 
 
 def build(config: dict, **ours):
-    """The module of a config.json, which may be one of diffusers' former Flax classes."""
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name.removeprefix("Flax") not in CLASSES:
+    """The module of a config.json; `ours` are dtype and, for classes that have it, remat."""
+    name = class_name(config)
+    if name not in CLASSES:
         raise ValueError(f"_class_name {name!r} is not supported, only {', '.join(CLASSES)} are")
-    return CLASSES[name.removeprefix("Flax")].from_config(config, **ours)
+    cls = CLASSES[name]
+    return cls.from_config(config, **{k: v for k, v in ours.items() if k in cls.__dataclass_fields__})
 
 
 def abstract(config: dict):
@@ -120,121 +180,45 @@ def init(
     return Denoiser(params, Apply(module), DDPM() if schedule is None else schedule, predicts)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file's content."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: expected a diffusers folder")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_scheduler(path: Path) -> tuple[DDPM, str]:
-    """(schedule, what the network predicts) of a scheduler_config.json; defaults are diffusers'."""
-    if not path.is_file():
-        return DDPM(), "eps"
-    config = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
-    config |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None} | read_json(path)
-    allowed = {"beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2"), "prediction_type": tuple(PREDICTS)}
-    for key, values in (allowed | {"trained_betas": (None,)}).items():
-        if config[key] not in values:
-            raise ValueError(f"{path}: {key} = {config[key]!r} is not supported, only {', '.join(map(str, values))}")
-    schedule = DDPM(
-        num_timesteps=config["num_train_timesteps"],
-        beta_schedule=config["beta_schedule"],
-        beta_start=config["beta_start"],
-        beta_end=config["beta_end"],
-        zero_snr=bool(config["rescale_betas_zero_snr"]),
-    )
-    return schedule, PREDICTS[config["prediction_type"]]
-
-
-def write_scheduler(folder: Path, schedule, predicts: str) -> None:
-    """scheduler/scheduler_config.json of a DDPM schedule, with the spacing that students are trained on.
-
-    Raises ValueError for other schedules, which diffusers folders cannot hold.
-    """
-    if not isinstance(schedule, DDPM):
-        raise ValueError(f"diffusers folders hold DDPM schedules, not {type(schedule).__name__}")
-    fields = dataclasses.asdict(schedule)
-    config = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": fields.pop("num_timesteps"),
-        "rescale_betas_zero_snr": fields.pop("zero_snr"),
-        "timestep_spacing": "trailing",
-        "prediction_type": {ours: theirs for theirs, ours in PREDICTS.items()}[predicts],
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        **fields,
-    }
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def read_params(path: Path, shapes) -> dict:
-    """The weights in a folder as a float32 tree of exactly these shapes."""
-    shapes = flax.traverse_util.flatten_dict(shapes)
-    index, variants = path / f"{TORCH_FILE}.index.json", sorted(path.glob("diffusion_pytorch_model.*.safetensors"))
-    if (path / TORCH_FILE).is_file():
-        arrays = read_safetensors([path / TORCH_FILE])
-    elif index.is_file():
-        arrays = read_safetensors([path / name for name in sorted({*read_json(index)["weight_map"].values()})])
-    elif variants:  # e.g. diffusion_pytorch_model.fp16.safetensors
-        arrays = read_safetensors(variants[:1])
-    elif (path / FLAX_FILE).is_file():
-        return unflatten(match(read_msgpack(path / FLAX_FILE), shapes, "/".join, lambda _, x: x, path / FLAX_FILE))
-    else:
-        pickled = ": convert its .bin with diffusers' save_pretrained" if [*path.glob("*.bin")] else ""
-        raise ValueError(f"{path} holds neither {TORCH_FILE} nor {FLAX_FILE}{pickled}")
-    return unflatten(match(arrays, shapes, torch_name, from_torch, path))
+def read_params(path: Path, module, place=None) -> dict:
+    """The module's weights from a folder or file, as a float32 tree."""
+    tensors, file = files.read(path)
+    layout = from_torch
+    if file.suffix == ".msgpack":
+        tensors, layout = {torch_name(p.split("/")): x for p, x in tensors.items()}, lambda _, x: x
+    if hasattr(module, "published"):
+        tensors = module.published(tensors, file)
+    shapes = flax.traverse_util.flatten_dict(weight_shapes(module))
+    return unflatten(match(tensors, shapes, torch_name, layout, file), place)
 
 
 def match(arrays: dict, shapes: dict, name_of, layout, where) -> dict:
-    """The arrays of a file under our paths, after comparing every name and shape with what the config implies."""
+    """The arrays of a file under our paths, after comparing every name and shape with what the config implies.
+
+    1x1 convolutions are taken where linear layers are due: the same weights, as older files have them.
+    """
     names = {path: name_of(path) for path in shapes}
     if missing := sorted({*names.values()} - {*arrays}):
         raise ValueError(f"{where} lacks {few(missing)}: the weights do not belong to this config.json")
     if extra := sorted({*arrays} - {*names.values()}):
         raise ValueError(f"{where} has {few(extra)}, which this config.json has no place for")
     ours = {path: layout(path, arrays[name]) for path, name in names.items()}
+    ours = {p: x.squeeze((0, 1)) if x.shape == (1, 1, *shapes[p].shape) else x for p, x in ours.items()}
     wrong = [f"{names[p]} {x.shape}, not {shapes[p].shape}" for p, x in ours.items() if x.shape != shapes[p].shape]
     if wrong:
         raise ValueError(f"{where} has the wrong shape (channels last) for {few(wrong)}")
     return ours
 
 
-def unflatten(flat: dict) -> dict:
-    """A nested float32 tree of JAX arrays from {path: numpy array}."""
-    return flax.traverse_util.unflatten_dict({p: jnp.asarray(np.asarray(x, np.float32)) for p, x in flat.items()})
+def unflatten(flat: dict, place=None) -> dict:
+    """A nested float32 tree of {path: array}, read and placed one by one; JAX may keep the arrays themselves."""
+    place = place or (lambda path, x: jax.device_put(x))
+    return flax.traverse_util.unflatten_dict({p: place(p, np.asarray(x, np.float32)) for p, x in flat.items()})
 
 
 def few(names) -> str:
     """The first names and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def read_safetensors(files: list[Path]) -> dict:
-    """All tensors of these files by PyTorch name."""
-    arrays = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing, but the index lists it")
-        try:
-            arrays |= safetensors.numpy.load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
-    return arrays
-
-
-def read_msgpack(file: Path) -> dict:
-    """All arrays of one of diffusers' former Flax files, by "a/b/c" path."""
-    try:
-        tree = flax.serialization.msgpack_restore(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is truncated or not a Flax msgpack file ({error}); download it again") from error
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def save(folder, subfolder: str, params, config: dict, dtype=np.float16) -> Path:

@@ -1,0 +1,103 @@
+"""What it costs to load a teacher, and against what: seconds and memory of models.load for a folder of random weights.
+
+    python benchmarks/load_teacher.py --gb=2 --dtype=float16
+
+Reference, in the same run: safetensors.numpy.load_file, which copies the file into memory and neither converts nor
+transposes. Every load is a process of its own, with the file in the page cache. GB are those of the weights in float32,
+which is what a run keeps; memory is the peak during the load above what the process held before. Linux only.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from cddistill import models
+from cddistill.models import convert
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FEW, MANY = ["DownBlock2D"] * 4, ["UpBlock2D"] * 4
+
+
+def shapes_of(width):
+    """(module, {path: shape}) of a UNet without attention, Stable Diffusion's at width 320."""
+    widths = [width, 2 * width, 4 * width, 4 * width]
+    config = {"block_out_channels": widths, "down_block_types": FEW, "up_block_types": MANY}
+    module, shapes = models.abstract(config | {"mid_block_type": "UNetMidBlock2D"})
+    return module, flax.traverse_util.flatten_dict(shapes)
+
+
+def write_folder(folder: Path, gb: float, dtype) -> int:
+    """A UNet of about this size; returns the bytes of its weights as float32."""
+    size = sum(4 * x.size for x in shapes_of(320)[1].values())
+    module, shapes = shapes_of(max(round(320 * (gb * 1e9 / size) ** 0.5 / 32), 1) * 32)
+    noise = np.random.default_rng(0).normal(size=2**20)
+    layouts = {convert.torch_name(p): convert.to_torch(p, np.empty(x.shape)).shape for p, x in shapes.items()}
+    tensors = {name: np.resize(noise, shape).astype(dtype) for name, shape in layouts.items()}
+    safetensors.numpy.save_file(tensors, folder / convert.TORCH_FILE)
+    (folder / "config.json").write_text(json.dumps(module.to_config()))
+    return sum(4 * x.size for x in tensors.values())
+
+
+def ours(folder):
+    """What a run does."""
+    return jax.block_until_ready(models.load(folder).params)
+
+
+def reference(folder):
+    """What any loader must do."""
+    return safetensors.numpy.load_file(folder / convert.TORCH_FILE)
+
+
+def memory(key: str) -> int:
+    """Bytes of this process by Linux's account: VmRSS is now, VmHWM the most since it was last asked to forget."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measure(load, folder) -> tuple[float, int]:
+    """(seconds, bytes at the peak above those before) of one load."""
+    models.abstract(convert.read_config(folder))  # so that what tracing needs once is there
+    jax.block_until_ready(jax.device_put(np.zeros(1)))
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    kept = load(folder)
+    seconds, peak = time.perf_counter() - start, memory("VmHWM")
+    del kept
+    return seconds, peak - before
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=1.0, help="weights as float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_folder(Path(folder), args.gb, DTYPES[args.dtype])
+        pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+        runs = {load: [] for load in (reference, ours)}
+        for _ in range(args.repeats):
+            for load, results in runs.items():  # by turns, so that a machine that slows down slows both
+                results.append(pool.apply(measure, (load, Path(folder))))
+        pool.close()
+    print(f"{size / 1e9:.2f} GB of weights from {args.dtype}, median of {args.repeats}")
+    medians = {load: [statistics.median(x) for x in zip(*results, strict=True)] for load, results in runs.items()}
+    for load, (seconds, peak) in medians.items():
+        print(f"{load.__name__:10}{seconds / size * 1e9:7.2f} s/GB   peak {peak / size:5.2f} of the weights")
+    print(f"{'ratio':10}{medians[ours][0] / medians[reference][0]:7.2f}        (aims: peak <= 1.3 of the weights)")
+
+
+if __name__ == "__main__":
+    main()

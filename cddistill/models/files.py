@@ -1,0 +1,355 @@
+"""Weight files as tensors that still lie on disk, under PyTorch's names: safetensors, PyTorch's own files, msgpack.
+
+Only headers are read until a tensor is asked for, and then its bytes alone, so that a network can be loaded in hardly
+more memory than it has weights. Nothing that a file says is executed: pickles are read by an unpickler that knows
+tensors and nothing else.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import mmap
+import operator
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import msgpack
+import numpy as np
+import safetensors
+
+DTYPES = (  # numpy's, safetensors', PyTorch's
+    ("<f4", "F32", "FloatStorage"),
+    ("<f2", "F16", "HalfStorage"),
+    (ml_dtypes.bfloat16, "BF16", "BFloat16Storage"),
+    ("<f8", "F64", "DoubleStorage"),
+    ("<i8", "I64", "LongStorage"),
+    ("<i4", "I32", "IntStorage"),
+    ("<i2", "I16", "ShortStorage"),
+    ("i1", "I8", "CharStorage"),
+    ("u1", "U8", "ByteStorage"),
+    ("?", "BOOL", "BoolStorage"),
+)
+SAFETENSORS = {name: np.dtype(x) for x, name, _ in DTYPES}
+STORAGES = {f"torch.{name}": np.dtype(x) for x, _, name in DTYPES}
+FLAX = {np.dtype(x).name: np.dtype(x) for x, _, _ in DTYPES}
+# Names in a folder, best first: diffusers', transformers', those of their former Flax classes, and PyTorch's.
+NAMES = (
+    ("diffusion_pytorch_model", ".safetensors"),
+    ("model", ".safetensors"),
+    ("diffusion_flax_model", ".msgpack"),
+    ("flax_model", ".msgpack"),
+    ("diffusion_pytorch_model", ".bin"),
+    ("pytorch_model", ".bin"),
+)
+PATTERNS = [  # the same for downloads, in the order in which to try them: a file or its shards, then its variants
+    patterns
+    for stem, suffix in NAMES
+    for patterns in (
+        (f"{stem}{suffix}", f"{stem}{suffix}.index.json", f"{stem}-*{suffix}"),
+        (f"{stem}.*{suffix}", f"{stem}{suffix}.index.*.json"),
+    )
+]
+TILE = 64  # a kernel is transposed in squares that stay in the cache: three times as fast as at once
+SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
+LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: bytes that hold a length
+REMEDY = "save the network's state_dict() with torch.save, or better as safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk: shape and layout are known, np.asarray(tensor, dtype) reads the numbers."""
+
+    file: Path
+    start: int  # bytes
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def T(self):
+        return self.transpose(*range(self.ndim)[::-1])
+
+    def transpose(self, *axes):
+        shape, strides = (tuple(x[i] for i in axes) for x in (self.shape, self.strides))
+        return dataclasses.replace(self, shape=shape, strides=strides)
+
+    def squeeze(self, axes):
+        """Without these axes, which have length 1."""
+        return self.transpose(*(i for i in range(self.ndim) if i not in axes))
+
+    def __array__(self, dtype=None, copy=None):
+        """The numbers, in C order and at an address that JAX on a CPU takes over without a copy."""
+        dtype = self.dtype if dtype is None else np.dtype(dtype)
+        stored = aligned((extent(self.shape, self.strides),), self.dtype)
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            if stream.readinto(stored.view(np.uint8)) < stored.nbytes:
+                raise ValueError(f"{self.file} is truncated: download it again")
+        if dtype == self.dtype and self.strides == packed(self.shape):
+            return stored.reshape(self.shape)
+        out, steps = aligned(self.shape, dtype), [step * self.dtype.itemsize for step in self.strides]
+        view = np.lib.stride_tricks.as_strided(stored, self.shape, steps)
+        corners = itertools.product(*(range(0, n, TILE) for n in self.shape[-2:]))
+        for tile in ((..., *(slice(i, i + TILE) for i in corner)) for corner in corners):
+            out[tile] = view[tile]
+        return out
+
+
+def packed(shape) -> tuple[int, ...]:
+    """Strides, in elements, of an array in C order."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def extent(shape, strides) -> int:
+    """How many elements lie between the first and the end of the last."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+
+
+def aligned(shape, dtype):
+    """An uninitialised array at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+class Weights(NamedTuple):
+    """What a folder or file holds."""
+
+    tensors: dict[str, Tensor]  # by PyTorch's name or, from msgpack, by path
+    file: Path  # or the index of the shards
+
+
+def choose(names) -> str | None:
+    """The best weight file, or index of shards, among the names in a folder; full precision before variants (fp16)."""
+    names = sorted(names)
+    for stem, suffix in NAMES:
+        whole = rf"{stem}\{suffix}"
+        for pattern in (whole, rf"{whole}\.index\.json", rf"{whole}\.index\.\w+\.json", rf"{stem}\.\w+\{suffix}"):
+            if found := [name for name in names if re.fullmatch(pattern, name)]:
+                return found[0]
+    loose = [name for name in names if Path(name).suffix in SUFFIXES]
+    return loose[0] if len(loose) == 1 else None
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a weight file, of the shards in an index, or of the best file in a folder, still on disk.
+
+    Reads float16, bfloat16, float32, float64, integers and booleans. Raises ValueError, naming the file, if there is
+    none, and for files that are truncated, lack what the index lists or hold anything but named tensors.
+    """
+    file = path
+    if path.is_dir():
+        name = choose(p.name for p in path.iterdir())
+        if name is None:
+            known = ", ".join(f"{stem}{suffix}" for stem, suffix in NAMES)
+            raise ValueError(f"{path} holds none of {known}, nor a single weight file of another name")
+        file = path / name
+    reader = {".json": read_shards, ".safetensors": read_safetensors, ".msgpack": read_msgpack}
+    return Weights(reader.get(file.suffix, read_torch)(file), file)
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors that an index lists."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = {name: index.parent / name for name in sorted({*places.values()})}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards ({error!r}): download it again") from error
+    shards = {}
+    for name, file in files.items():
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, but the index lists it")
+        shards[name] = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    for tensor, name in places.items():
+        if tensor not in shards[name]:
+            raise ValueError(f"{files[name]} lacks {tensor}, but {index.name} says it is there: download both again")
+    return {tensor: x for shard in shards.values() for tensor, x in shard.items()}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        with safetensors.safe_open(file, "numpy"):  # checks the header, and that the file is as long as it says
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    if odd := {x["dtype"] for x in header.values()} - {*SAFETENSORS}:
+        raise ValueError(f"{file} holds {', '.join(sorted(odd))}, only {', '.join(SAFETENSORS)} can be read")
+    return {
+        name: Tensor(file, 8 + size + x["data_offsets"][0], SAFETENSORS[x["dtype"]], (*x["shape"],), packed(x["shape"]))
+        for name, x in header.items()
+    }
+
+
+class View(NamedTuple):
+    """A tensor as PyTorch pickles it: part of a storage, in elements."""
+
+    storage: str
+    dtype: np.dtype
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Refused(ValueError):
+    """A weight file that is sound, but not what it should be."""
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Unpickles tensors as views of storages and refuses every other name, so that a weight file cannot run code.
+
+    It hands out bound methods and a C type, whose attributes, unlike a function's, a pickle cannot set.
+    """
+
+    def __init__(self, stream, file: Path):
+        super().__init__(stream)
+        self.file = file
+        self.sizes = {}  # bytes of each storage
+
+    def find_class(self, module, name):
+        known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
+        known |= {"collections.OrderedDict": collections.OrderedDict}
+        called = f"{module}.{name}"
+        if called in STORAGES:
+            return called
+        if called not in known:
+            raise Refused(f"{self.file} asks for {called}, but weights need no code, so it was not loaded: {REMEDY}")
+        return known[called]
+
+    def persistent_load(self, saved):
+        kind, storage, key, _, size, *_ = saved
+        if kind != "storage" or storage not in STORAGES:
+            raise pickle.UnpicklingError(f"unknown {kind}")
+        self.sizes[key] = size * STORAGES[storage].itemsize
+        return key, STORAGES[storage], size
+
+    def tensor(self, storage, start, shape, strides, *_):
+        key, dtype, size = storage
+        start, shape, strides = operator.index(start), *(tuple(map(operator.index, x)) for x in (shape, strides))
+        if min(0, start, *shape, *strides) < 0 or start + extent(shape, strides) > size:
+            raise pickle.UnpicklingError(f"a tensor {shape} lies outside of its storage")
+        return View(key, dtype, start, shape, strides)
+
+    def parameter(self, view, *_):
+        return view
+
+
+def read_torch(file: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict by torch.save: a zip archive or, before version 1.6, pickles and raw numbers."""
+    with file.open("rb") as stream:
+        zipped = stream.read(2) == b"PK"
+        stream.seek(0)
+        try:
+            state, starts = (read_zipped if zipped else read_pickled)(stream, file)
+        except Refused:
+            raise
+        except Exception as error:  # a broken pickle can raise anything
+            sentence = f"{file} is truncated or not a state dict by torch.save ({error!r}): download it again, or "
+            raise ValueError(sentence + REMEDY) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}, not a state dict: {REMEDY}")
+    if odd := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, View))]:
+        sentence = f"{file} is not a plain state dict: its {odd[0]!r} is of type {type(state[odd[0]]).__name__}"
+        raise ValueError(f"{sentence}, not a tensor; {REMEDY}")
+    return {
+        name: Tensor(file, starts[x.storage] + x.start * x.dtype.itemsize, x.dtype, x.shape, x.strides)
+        for name, x in state.items()
+    }
+
+
+def read_zipped(stream, file: Path):
+    """(what is pickled, where each storage begins) of a zip archive by torch.save."""
+    with zipfile.ZipFile(stream) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise pickle.UnpicklingError(f"{len(pickles)} data.pkl in the archive")
+        folder = pickles[0].removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise Refused(f"{file} was written on a big-endian machine: save it again on another")
+        with archive.open(pickles[0]) as pickled:
+            reader = TensorsOnly(pickled, file)
+            state = reader.load()
+        starts = {}
+        for key, size in reader.sizes.items():
+            record = archive.getinfo(f"{folder}data/{key}")
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size < size:
+                raise pickle.UnpicklingError(f"{record.filename} is compressed or too short")
+            stream.seek(record.header_offset + 26)  # zip's local header: 30 bytes, a name, an extra field
+            starts[key] = record.header_offset + 30 + sum(np.frombuffer(stream.read(4), "<u2").tolist())
+    return state, starts
+
+
+def read_pickled(stream, file: Path):
+    """The same of the older format: a magic number, the protocol, the machine, the state dict, keys, raw storages."""
+    if TensorsOnly(stream, file).load() != TORCH_MAGIC:
+        raise pickle.UnpicklingError("wrong first number")
+    for _ in range(2):
+        TensorsOnly(stream, file).load()
+    reader, starts = TensorsOnly(stream, file), {}
+    state, keys = reader.load(), TensorsOnly(stream, file).load()
+    for key in keys:
+        starts[key] = stream.tell() + 8  # behind the number of elements
+        stream.seek(starts[key] + reader.sizes[key])
+    if {*keys} != {*reader.sizes} or stream.tell() > file.stat().st_size:
+        raise pickle.UnpicklingError("storages are missing")
+    return state, starts
+
+
+def read_msgpack(file: Path) -> dict[str, Tensor]:
+    """The tensors of a former Flax file, by path "a/b/c"."""
+    tensors = {}
+    try:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            walk(data, 0, (), file, tensors)
+    except (ValueError, IndexError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"{file} is truncated or not a Flax msgpack file ({error}); download it again") from error
+    return tensors
+
+
+def walk(data, at: int, path: tuple[str, ...], file: Path, tensors: dict) -> int:
+    """Add the arrays of the msgpack object at a byte to tensors; returns where it ends."""
+    tag, count, at = head(data, at)
+    if 0x80 <= tag <= 0x8F or tag in (0xDE, 0xDF):  # a map
+        for _ in range(count):
+            _, size, at = head(data, at)
+            at = walk(data, at + size, (*path, data[at : at + size].decode()), file, tensors)
+        return at
+    end = at + 1 + count  # an extension: its type, 1 for arrays, then shape, dtype and bytes as msgpack
+    content = msgpack.Unpacker()
+    content.feed(data[at + 1 : at + 1 + 256])
+    if data[at] != 1 or content.read_array_header() != 3 or end > len(data):
+        raise ValueError(f"{'/'.join(path)} is no array")
+    shape, dtype = tuple(content.unpack()), FLAX[content.unpack()]
+    start = end - math.prod(shape) * dtype.itemsize
+    if start <= at + 1 + content.tell():
+        raise ValueError(f"{'/'.join(path)} is shorter than its shape")
+    tensors["/".join(path)] = Tensor(file, start, dtype, shape, packed(shape))
+    return end
+
+
+def head(data, at: int) -> tuple[int, int, int]:
+    """(tag, length, where its content begins) of a msgpack map, string or extension."""
+    tag, at = data[at], at + 1
+    if 0x80 <= tag <= 0x8F or 0xA0 <= tag <= 0xBF:  # short maps and strings
+        return tag, tag & (0x0F if tag <= 0x8F else 0x1F), at
+    if 0xD4 <= tag <= 0xD8:  # extensions of 1, 2, 4, 8, 16 bytes
+        return tag, 1 << tag - 0xD4, at
+    if tag not in LENGTHS:
+        raise ValueError(f"unexpected tag {tag:#x}")
+    return tag, int.from_bytes(data[at : at + LENGTHS[tag]], "big"), at + LENGTHS[tag]
