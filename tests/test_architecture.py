@@ -13,7 +13,7 @@ LAYERS = [  # a file may import from strictly lower lines; names on one line do 
     {"checkpoint", "evals", "metrics"},
     {"config"},
     {"build"},
-    {"evaluate", "export"},
+    {"evaluate", "export", "encode"},
     {"train"},
     {"main"},
 ]

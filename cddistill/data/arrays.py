@@ -1,5 +1,6 @@
 """Precomputed arrays, such as an autoencoder's latents and a text encoder's embeddings, mapped from disk."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,30 +11,55 @@ from cddistill.data.splits import SPLITS, members
 AXES = {"x0": 4, "cond": 4, "class_labels": 1, "text": 3, "text_embeds": 2, "time_ids": 2}
 
 
+class Rows:
+    """Arrays one behind the other, none of them in memory; of one, a row at a time is read."""
+
+    def __init__(self, arrays, path):
+        if len(shapes := {a.shape[1:] for a in arrays}) != 1:
+            raise ValueError(f"the parts of {path} have rows of different shapes: {sorted(shapes)}")
+        self.arrays, self.ends = arrays, np.cumsum([len(a) for a in arrays])
+        self.shape, self.ndim = (int(self.ends[-1]), *arrays[0].shape[1:]), arrays[0].ndim
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, i):
+        part = int(np.searchsorted(self.ends, i, "right"))
+        return self.arrays[part][i - (self.ends[part] - len(self.arrays[part]))]
+
+
 class Arrays:
     """Rows of .npy files, in sub-folders train, validation and test or else split by row.
 
     x0.npy float16|32 [n,h,w,c], as the teacher takes it; optional cond.npy [n,h,w,c] in [0, 1], captions.json (a list
     of str), and class_labels.npy int [n] or text.npy [n,l,d] with null.npy [l,d], the empty prompt's; for SDXL also
     text_embeds.npy [n,e], null_text_embeds.npy [e], time_ids.npy [n,6]. Not augmented: latents cannot be mirrored.
+    The files may lie in parts, in folders 00000-of-00002 and so on, as --mode=encode writes them.
     """
 
     def __init__(self, config, split):
         root = Path(config.path)
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
-        if not (self.root / "x0.npy").exists():
+        self.parts = complete_parts(self.root)
+        if not (self.parts[0] / "x0.npy").exists():
             raise ValueError(f"there is no x0.npy in {self.root} (data.path); expected float16 or float32 [n,h,w,c]")
-        paths = {name: self.root / f"{name}.npy" for name in AXES}
-        self.arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items() if path.exists()}
+        self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
         n = len(self.arrays["x0"])
-        captions = self.root / "captions.json"
-        self.captions = json.loads(captions.read_text("utf-8")) if captions.exists() else [""] * n
+        captions = [path for part in self.parts if (path := part / "captions.json").exists()]
+        read = (json.loads(path.read_text("utf-8")) for path in captions)
+        self.captions = list(itertools.chain(*read)) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
         self.check(config.task)
         self.null = {name: self.read_null(name) for name in ("text", "text_embeds") if name in self.arrays}
         rows = map(str, range(n))
         self.rows = [int(row) for row in (rows if divided else members(rows, split))]
+
+    def join(self, file):
+        """The array that the files of this name in all parts are."""
+        if missing := [part for part in self.parts if not (part / file).exists()]:
+            raise ValueError(f"{missing[0]} lacks {file}, which the other parts of {self.root} have")
+        return Rows([np.load(part / file, mmap_mode="r") for part in self.parts], self.root / file)
 
     def check(self, task):
         """ValueError for arrays that do not belong together."""
@@ -48,13 +74,13 @@ class Arrays:
             raise ValueError(f"task {task} on precomputed arrays needs {self.root / 'cond.npy'}, made beforehand")
         if ("text_embeds" in self.arrays) != ("time_ids" in self.arrays):
             raise ValueError(f"text_embeds.npy and time_ids.npy belong together; {self.root} has only one of them")
-        labels = self.arrays.get("class_labels", np.zeros(1, np.int32))
-        if labels.min() < 0 or labels.max() > self.null_label:
+        labels = self.arrays["class_labels"].arrays if "class_labels" in self.arrays else ()
+        if any(x.min() < 0 or x.max() > self.null_label for x in labels):
             raise ValueError(f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label")
 
     def read_null(self, name):
         """The empty prompt's embedding that belongs to text or text_embeds."""
-        path = self.root / {"text": "null.npy", "text_embeds": "null_text_embeds.npy"}[name]
+        path = self.parts[0] / {"text": "null.npy", "text_embeds": "null_text_embeds.npy"}[name]
         expected = self.arrays[name].shape[1:]
         if not path.exists():
             raise ValueError(f"{name}.npy needs {path} beside it, {expected}, made from the empty prompt")
@@ -83,3 +109,19 @@ def embeddings(row):
     if "text_embeds" in row:
         text["added_cond_kwargs"] = {name: row[name] for name in ("text_embeds", "time_ids")}
     return text
+
+
+def complete_parts(root):
+    """The folders 00000-of-00002, 00001-of-00002 ... of a data set, each whole; or root itself if it has no parts."""
+    parts = sorted(p for p in root.glob("*-of-*") if p.is_dir())
+    if not parts:
+        return [root]
+    expected = int(parts[0].name.partition("-of-")[2])
+    if [p.name for p in parts] != [f"{i:05}-of-{expected:05}" for i in range(expected)]:
+        raise ValueError(f"{root} holds {len(parts)} of {expected} parts: encode the missing ones, or copy them there")
+    for part in parts:
+        manifest = part / "manifest.json"
+        known = json.loads(manifest.read_text()) if manifest.is_file() else {"rows": 0, "total": "its"}
+        if known["rows"] != known["total"]:
+            raise ValueError(f"{part} has {known['rows']} of {known['total']} rows: the same --mode=encode goes on")
+    return parts

@@ -2,5 +2,6 @@
 
 from cddistill.methods.codi import CoDi
 from cddistill.methods.denoising import Denoising
+from cddistill.methods.pretrained import Pretrained
 
-METHODS = {"diffusion": Denoising, "codi": CoDi}
+METHODS = {"diffusion": Denoising, "codi": CoDi, "pretrained": Pretrained}

@@ -1,0 +1,59 @@
+"""No training: a few-step student made elsewhere, drawn as the scheduler in its folder says (LCM, Turbo, DMD2 ...).
+
+python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config.teacher=FOLDER
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cddistill import models, sampling
+from cddistill.method import normal
+from cddistill.models.blocks import sinusoid
+from cddistill.models.schedulers import Sampling, read_sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """How a network that is not trained here is sampled."""
+
+    scheduler: str = ""  # pipeline folder or Hub id whose scheduler/ says how; "" = DDIM on trailing times
+    timesteps: tuple[int, ...] = ()  # in its place where as many steps are asked for: (399,) for DMD2's SDXL in one
+    guidance: float = 1.0  # classifier-free; 1 = none
+    told_guidance: float = 8.0  # the guidance that networks with an input for it, such as LCM's, are told
+
+    def init(self, key, frozen, batch):
+        return {}
+
+    def turns(self):
+        return {}
+
+    def ema(self):
+        return {}
+
+    def sample(self, n, noise, batch, key, steps):
+        schedule, told = n.teacher.schedule, {}
+        if width := getattr(n.teacher.apply.module, "time_cond_proj_dim", None):
+            told = {"timestep_cond": guidance_embedding(self.told_guidance, width, len(noise))}
+        denoise = sampling.guided(n.teacher, batch["text"] | told, batch["null"] | told, self.guidance)
+
+        def fresh(i):
+            return normal(jax.random.fold_in(key, i), batch["index"], noise.shape[1:])
+
+        return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, fresh)
+
+    def sampling(self, schedule, steps):
+        how = Sampling()
+        if self.scheduler:
+            how = read_sampling(models.resolve(self.scheduler) / "scheduler" / "scheduler_config.json")
+        return dataclasses.replace(how, timesteps=self.timesteps) if len(self.timesteps) == steps else how
+
+    def nfe(self, steps):
+        calls = 2 * steps - 1 if self.sampling(None, steps).sampler == "heun" else steps
+        return calls if self.guidance == 1.0 else 2 * calls
+
+
+def guidance_embedding(scale: float, width: int, n: int):
+    """The input by which an LCM is told its guidance (Luo et al. 2023, sec. 4.2): sinusoids of 1000 (w - 1)."""
+    return sinusoid(jnp.full(n, 1000.0 * (scale - 1.0)), width, False, 1)

@@ -1,0 +1,16 @@
+"""A few-step student made elsewhere, evaluated or sampled beside ours: LCM, SDXL-Turbo, DMD2 or any diffusers folder.
+
+    python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config.teacher=FOLDER
+    python -m cddistill.main --mode=sample --config=configs/pretrained.py --output=sheet.png    the embedded teacher
+
+It is sampled as its scheduler/scheduler_config.json says. Latent models need encoded data: --config.data.source=arrays.
+"""
+
+from cddistill.config import defaults
+
+
+def get_config():
+    config = defaults("pretrained")
+    config.method.scheduler = config.get_ref("teacher")
+    config.sample_steps = (4, 50)
+    return config

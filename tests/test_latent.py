@@ -1,0 +1,210 @@
+"""A latent text-to-image teacher, from its pipeline folder to a student in a folder: encode, train, sample, export."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cddistill import config, data, encode, export, models, train
+from cddistill.data import DataConfig
+from cddistill.data.arrays import Arrays
+from cddistill.diffusion import DDPM
+from cddistill.models import prompt
+from cddistill.models.clip import CLIPTextModel
+from cddistill.models.init import draw_numpy, weight_shapes
+from cddistill.models.prompt import load_prompts
+from cddistill.models.schedulers import write_scheduler
+from cddistill.models.vae import AutoencoderKL
+
+UNET = {
+    "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [4, 8], "norm_num_groups": 4, "scaling_factor": 0.5,
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+}  # fmt: skip
+CLIP = {
+    "architectures": ["CLIPTextModel"], "vocab_size": 30, "hidden_size": 8, "intermediate_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16, "hidden_act": "quick_gelu",
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+
+
+class Letters:
+    """A tokenizer of letters, called as those of transformers are."""
+
+    model_max_length = 16
+
+    def __call__(self, texts, padding, max_length, truncation):
+        ids = [[0, *(ord(c) % 28 + 2 for c in text)] for text in texts]
+        return {"input_ids": [(row + [1] * max_length)[:max_length] for row in ids]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def letters():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "load_tokenizer", lambda path: Letters())
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A pipeline folder with random weights, as diffusers lays it out."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    unet = models.init(UNET, 0, zero_out=False)
+    models.save(folder, "unet", unet.params, unet.apply.module.to_config())
+    for name, module in {
+        "vae": AutoencoderKL.from_config(VAE),
+        "text_encoder": CLIPTextModel.from_config(CLIP),
+    }.items():
+        models.save(folder, name, draw_numpy(weight_shapes(module), 1), module.to_config())
+    write_scheduler(folder, DDPM(), "eps")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def pictures(teacher, folder, write=True):
+    """Settings for CoDi on the sixteen noisy pictures with captions that are written to a folder."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 8), ("validation", 4), ("test", 4)) if write else ():
+        (folder / split).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / split / f"{i}.png")
+            (folder / split / f"{i}.txt").write_text("ab c"[: i % 3 + 1])
+    c = config.defaults("codi")
+    c.update(teacher=str(teacher), batch_size=8, steps=2, log_every=1, eval_every=2, checkpoint_every=2)
+    c.update(sample_steps=(1, 2))
+    c.data.update(source="folder", path=str(folder), task="sr", size=16, scale=2)
+    return c
+
+
+@pytest.fixture(scope="module")
+def encoded(teacher, tmp_path_factory):
+    """(settings for training on them, folder of latents)."""
+    settings, out = pictures(teacher, teacher / ".." / "x"), tmp_path_factory.mktemp("latents")
+    train.encode_data(settings, out)
+    settings.data.update(source="arrays", path=str(out))
+    return settings, out
+
+
+@pytest.fixture(scope="module")
+def run(encoded, tmp_path_factory):
+    """A finished run on latents."""
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(encoded[0], workdir)
+    return workdir
+
+
+def test_latents_and_embeddings_are_the_teachers(encoded, teacher):
+    settings, _ = encoded
+    item = data.load(DataConfig(source="arrays", path=settings.data.path, task="sr"), "test").item(1, None)
+    vae, prompts = models.load(teacher, "vae"), load_prompts(teacher)
+    source = data.load(DataConfig(source="folder", path=str(teacher / ".." / "x"), task="sr", size=16, scale=2), "test")
+    assert item["caption"] == source.item(1, np.random.default_rng(0))["caption"]
+    pixels = source.item(1, np.random.default_rng([0, 1]))
+    half = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)
+    half(item["x0"], vae.encode(jnp.asarray(pixels["x0"][None]))[0])
+    half(item["cond"], pixels["cond"])
+    half(item["text"]["encoder_hidden_states"], prompts([pixels["caption"]])["encoder_hidden_states"][0])
+    half(item["null"]["encoder_hidden_states"], prompts.null(1)["encoder_hidden_states"][0])
+
+
+def test_encoding_goes_on_where_it_stopped(encoded, teacher, tmp_path):
+    settings, whole = encoded
+    pixels = pictures(teacher, tmp_path / "x", write=False)
+    pixels.data.path = str(teacher / ".." / "x")
+    pixels.batch_size = 3
+    part = tmp_path / "out" / "train" / "00000-of-00001"
+    with pytest.MonkeyPatch.context() as patch:
+        done, replace = [], encode.grids.replace
+        patch.setattr(
+            encode.grids, "replace", lambda *x: replace(*x) if not done.append(x) and len(done) < 2 else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):  # in the middle of the second batch, before its rows are counted
+            train.encode_data(pixels, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"rows: the same --mode=encode goes on|holds .* parts"):
+        data.load(DataConfig(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")
+    train.encode_data(pixels, tmp_path / "out")
+    for file in sorted((whole / "train" / "00000-of-00001").glob("*.npy")):
+        np.testing.assert_allclose(np.load(part / file.name), np.load(file), rtol=2e-3, atol=2e-3)
+    pixels.seed = 1
+    with pytest.raises(ValueError, match="made by another command"):
+        train.encode_data(pixels, tmp_path / "out")
+
+
+def test_parts_of_several_hosts_are_one_data_set(encoded, tmp_path):
+    _, whole = encoded
+    for split, (first, second) in {"train": (5, 3)}.items():
+        rows = np.load(whole / split / "00000-of-00001" / "x0.npy")
+        for i, x in enumerate((rows[:first], rows[first:])):
+            part = tmp_path / split / f"{i:05}-of-00002"
+            part.mkdir(parents=True)
+            np.save(part / "x0.npy", x)
+            (part / "manifest.json").write_text(json.dumps({"rows": len(x), "total": len(x)}))
+        read = data.load(DataConfig(source="arrays", path=str(tmp_path)), split)
+        assert len(read) == first + second
+        np.testing.assert_array_equal(read.item(6, None)["x0"], np.float32(rows[6]))
+    config = DataConfig(source="arrays", path=str(tmp_path))
+    (tmp_path / "train" / "00001-of-00002" / "manifest.json").write_text('{"rows": 1, "total": 3}')
+    with pytest.raises(ValueError, match="has 1 of 3 rows"):
+        Arrays(config, "train")
+    shutil.rmtree(tmp_path / "train" / "00001-of-00002")
+    with pytest.raises(ValueError, match="holds 1 of 2 parts"):
+        Arrays(config, "train")
+
+
+def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
+    """Scores and samples are of decoded pictures, at the size of the condition."""
+    assert json.loads((run / "scores.json").read_text())["student, 2 steps"]["n"] == 4
+    Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
+    train.sample(encoded[0], run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
+    assert Image.open(tmp_path / "out.png").size == (16, 16)
+
+
+def test_a_pipeline_is_exported(encoded, run, teacher, tmp_path, capsys):
+    train.export_run(encoded[0], run, str(tmp_path / "student"))
+    said = capsys.readouterr().out
+    assert float(said.split("at most ")[1].split()[0]) < 2e-2, said
+    index = json.loads((tmp_path / "student" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionControlNetPipeline"
+    assert index["controlnet"] == ["diffusers", "ControlNetModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    for name in ("vae/config.json", "text_encoder/config.json", "tokenizer/merges.txt"):
+        assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()
+    scheduler = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_timesteps"] == [999, 499]
+    assert models.load(tmp_path / "student").schedule == DDPM()
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert "(999, 499)" in text
+    assert "student, 2 steps, 4 images" in text
+
+
+def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
+    train.export_run(encoded[0], run, str(tmp_path / "student.stablehlo"))
+    said = capsys.readouterr().out
+    assert float(said.split("at most ")[1].split()[0]) < 1e-5, said
+    back = jax.export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
+    text = {"encoder_hidden_states": np.zeros((3, 16, 8), np.float32)}
+    inputs = {"noise": np.zeros((3, 8, 8, 4), np.float32), "cond": np.zeros((3, 16, 16, 3), np.float32)}
+    images = np.asarray(back.call(inputs | {"text": text, "null": text}))
+    assert images.shape == (3, 16, 16, 3)
+    assert back.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'cddistill\[onnx\]'"):
+        train.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+    assert not (tmp_path / "student.onnx").exists()

@@ -1,0 +1,74 @@
+"""Students made elsewhere: sampled as their folder's scheduler says, evaluated without training."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cddistill import config, models, sampling, train
+from cddistill.methods.pretrained import Pretrained, guidance_embedding
+from cddistill.models.schedulers import write_scheduler
+
+
+def folder(tmp_path, **scheduler):
+    """A tiny network whose scheduler is the one given."""
+    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
+    models.save(tmp_path, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    write_scheduler(tmp_path, net.schedule, net.predicts)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    return tmp_path
+
+
+def draw(method, net, steps, key=0):
+    batch = tiny.make_batch()
+    n = SimpleNamespace(teacher=net)
+    return jax.jit(lambda noise: method.sample(n, noise, batch, jax.random.key(key), steps))(tiny.randn(0, 16, 8, 8, 3))
+
+
+def test_the_scheduler_in_the_folder_decides(tmp_path):
+    """An LCM redraws its noise between steps, so the key matters; DDIM's does not."""
+    path = folder(tmp_path, _class_name="LCMScheduler", rescale_betas_zero_snr=False, beta_schedule="scaled_linear")
+    net, lcm = models.load(path), Pretrained(scheduler=str(path))
+    assert not np.allclose(draw(lcm, net, 2, key=0), draw(lcm, net, 2, key=1))
+    np.testing.assert_array_equal(draw(lcm, net, 1, key=0), draw(lcm, net, 1, key=1))
+    np.testing.assert_array_equal(draw(Pretrained(), net, 2, key=0), draw(Pretrained(), net, 2, key=1))
+
+
+def test_own_times_serve_their_number_of_steps():
+    net, method = tiny.teacher(), Pretrained(timesteps=(399,))
+    assert method.sampling(net.schedule, 1).timesteps == (399,)
+    assert method.sampling(net.schedule, 2).timesteps is None
+    batch, noise = tiny.make_batch(), tiny.randn(0, 16, 8, 8, 3)
+    expected = jax.jit(
+        lambda z: sampling.ddim(lambda z, t: net(z, t, batch["text"]), net.schedule, z, jnp.array([399]))
+    )
+    np.testing.assert_allclose(draw(method, net, 1), expected(noise), atol=1e-5)
+
+
+def test_guidance_is_told_as_consistency_models_expect_it():
+    """Sinusoids of 1000 (w - 1), all sines first: by hand for width 4 at w = 1.002."""
+    got = guidance_embedding(1.002, 4, 1)
+    np.testing.assert_allclose(got, [[np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)]], atol=1e-3)
+
+
+def test_calls_are_counted():
+    assert Pretrained().nfe(4) == 4
+    assert Pretrained(guidance=2.0).nfe(4) == 8
+
+
+def test_it_is_evaluated_without_training(tmp_path):
+    settings = config.defaults("pretrained")
+    path = str(folder(tmp_path / "teacher"))
+    settings.update(teacher=path, batch_size=8, sample_steps=(2,), eval_images=8)
+    settings.method.scheduler = path
+    settings.data.size = 8
+    train.evaluate_run(settings, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["student, 2 steps"]["nfe"] == 2
+    assert (tmp_path / "run" / "report.html").is_file()
+    with pytest.raises(ValueError, match="trains nothing"):
+        train.train(settings, tmp_path / "run")
