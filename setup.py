@@ -21,6 +21,7 @@ CORE = [
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "ml-collections>=1.1",
+    "msgpack>=1.0",  # former Flax weights
     "numpy>=2.0",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11.36,<0.13",  # jax2onnx (extra onnx) still asks for a version before 0.11.37
