@@ -11,8 +11,8 @@ import numpy as np
 from cddistill import data, models, sharding
 from cddistill.config import Experiment
 from cddistill.method import normal
-from cddistill.models import lpips
-from cddistill.net import Autoencoder
+from cddistill.models import adapter, lora, lpips
+from cddistill.net import Adapted, Autoencoder
 from cddistill.optim import optimizer
 from cddistill.step import TrainState, init_state, namespace, train_step
 
@@ -53,7 +53,13 @@ def build(experiment: Experiment) -> Parts:
     load = functools.partial(models.load, place=functools.partial(place, mesh), expect=models.DENOISERS)
     load = functools.partial(from_scratch, seed=run.seed) if run.scratch else load
     frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat)}
+    if run.lora:
+        frozen["teacher"] = lora.merge(run.lora, {"unet": frozen["teacher"]}, run.lora_scale)["unet"]
     frozen["autoencoder"] = load_autoencoder(run.teacher, dtype=jnp.dtype(run.dtype))
+    if run.controlnet:
+        frozen["controlnet"] = models.load(
+            run.controlnet, "controlnet", dtype=jnp.dtype(run.dtype), remat=run.remat, expect=models.CONTROLNETS
+        )
     if getattr(method, "signal", "") == "lpips":
         frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
@@ -111,7 +117,11 @@ def batch_shapes(experiment: Experiment):
 
 def check_shapes(teacher, batch):
     """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
-    jax.eval_shape(lambda n, b: n(b["x0"], jnp.zeros(1, jnp.int32), b["text"]), teacher, batch)
+    names = ("x0", "text")
+    if "cond" in batch and adapter.concats(teacher, batch["x0"].shape[-1]):
+        teacher, names = Adapted(teacher), (*names, "cond")
+    x0, *given = (batch[name] for name in names)
+    jax.eval_shape(lambda n, x0, *given: n(x0, jnp.zeros(1, jnp.int32), *given), teacher, x0, *given)
 
 
 def decoder(parts: Parts):

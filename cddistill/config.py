@@ -21,6 +21,9 @@ class Run:
     """Everything about a run that is neither method, data nor optimiser."""
 
     teacher: str = "emoji"  # a diffusers folder, or "emoji", the one that ships with the package
+    lora: str = ""  # a LoRA (safetensors file or its folder) that is merged into the teacher and its text encoders
+    lora_scale: float = 1.0
+    controlnet: str = ""  # a ControlNet's folder: where a student's branch starts; what guides a network made elsewhere
     scratch: bool = False  # random weights for the teacher's architecture: to train a teacher
     steps: int = 1000  # updates of the first turn
     batch_size: int = 32  # global, over all devices and hosts

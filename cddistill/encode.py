@@ -38,8 +38,10 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     dtype, root = jnp.dtype(run.dtype), models.resolve(run.teacher, "text_encoder")
     vae = load_autoencoder(run.teacher, dtype=dtype)
     prompts = load_prompts(root, dtype) if (root / "text_encoder").is_dir() else None
+    if prompts and run.lora:
+        prompts = prompts.adapted(run.lora, run.lora_scale)
     encoders, hosts, host = Encoders(vae, prompts, run.batch_size), jax.process_count(), jax.process_index()
-    made = {name: config[name] for name in ("teacher", "data", "dtype", "seed")}
+    made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
     for split in SPLITS:
         dataset = data.load(experiment.data, split, augment=False)
         mine = range(len(dataset) * host // hosts, len(dataset) * (host + 1) // hosts)

@@ -15,11 +15,10 @@ from cddistill import data, models, sharding
 from cddistill.build import Parts, arrays, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
-from cddistill.models import schedulers
+from cddistill.models import lora, schedulers
 from cddistill.step import TrainState, namespace
 
 ROLES = {"backbone": "unet", "branch": "controlnet"}  # net -> its folder in a pipeline
-OURS = {*ROLES.values(), "scheduler"}  # what a student's pipeline does not take from its teacher's
 CARD = """---
 library_name: diffusers
 tags: [cddistill, {method}, few-step, distillation]
@@ -75,20 +74,31 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     if isinstance(teacher.schedule, DDPM):
         schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, how and how.timesteps)
     nets, source = state.ema or state.nets, models.resolve(run.teacher)
-    for path in [p for p in source.iterdir() if p.is_dir() and p.name not in OURS]:
-        shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-    if "backbone" not in nets:  # only the branch was trained: it belongs to the teacher's own network
-        shutil.copytree(source / "unet", folder / "unet", dirs_exist_ok=True)
-    for name in ROLES.keys() & nets.keys():
-        models.save(folder, ROLES[name], nets[name].params, nets[name].apply.module.to_config())
+    changed = {ROLES[name]: nets[name] for name in ROLES.keys() & nets.keys()}
+    if run.lora:
+        changed = {"unet": teacher} | changed | merged_encoders(source, run)
+    kept = {p.name: p for p in source.iterdir() if p.is_dir() and p.name != "scheduler"}
+    if run.controlnet:
+        kept["controlnet"] = models.convert.inside(models.resolve(run.controlnet, "controlnet"), "controlnet")
+    for name in kept.keys() - changed.keys():
+        shutil.copytree(kept[name], folder / name, dirs_exist_ok=True)
+    for name, net in changed.items():
+        models.save(folder, name, net.params, net.apply.module.to_config())
     index = source / "model_index.json"
     if index.is_file():
-        write_index(folder, json.loads(index.read_text()), branch="branch" in nets)
+        write_index(folder, json.loads(index.read_text()), branch=(folder / "controlnet").is_dir())
     (folder / "README.md").write_text(card(config, scores, max(run.sample_steps), how))
     said = f"read back, images differ by at most {reread(parts, state, folder):.2g} of 1 (weights are float16)"
     if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return said
     return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder):.2g}"
+
+
+def merged_encoders(source, run) -> dict:
+    """Those of the teacher's text encoders that the run's LoRA is for, with it in them."""
+    encoders = {p.name: models.load(source, p.name) for p in source.glob("text_encoder*") if p.is_dir()}
+    merged = lora.merge(run.lora, encoders, run.lora_scale)
+    return {name: net for name, net in merged.items() if net is not encoders[name]}
 
 
 def write_index(folder, index: dict, branch: bool) -> None:
@@ -157,7 +167,8 @@ def torch_draw(folder, inputs, guidance: float) -> np.ndarray:
         return torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
 
     unet = part(diffusers.UNet2DConditionModel, "unet")
-    branch = part(diffusers.ControlNetModel, "controlnet") if "cond" in inputs else None
+    branch = (pathlib.Path(folder) / "controlnet").is_dir() or None
+    branch = branch and part(diffusers.ControlNetModel, "controlnet")
     written = schedulers.read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json")
     scheduler = getattr(diffusers, written["_class_name"]).from_pretrained(str(folder), subfolder="scheduler")
     scheduler.set_timesteps(timesteps=list(written["_timesteps"]))
@@ -167,6 +178,8 @@ def torch_draw(folder, inputs, guidance: float) -> np.ndarray:
         if branch is not None:
             down, mid = branch(z, t, controlnet_cond=tensor(inputs["cond"]), return_dict=False, **text)
             extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        elif "cond" in inputs:  # further input channels
+            z = torch.cat([z, tensor(inputs["cond"])], 1)
         return unet(z, t, **text, **extra).sample
 
     z = tensor(inputs["noise"])

@@ -53,19 +53,26 @@ class Denoiser(Net):
 
 @flax.struct.dataclass
 class Adapted:
-    """A denoiser whose features a condition branch adjusts; either part may be frozen, moving or averaged."""
+    """A denoiser that sees a condition: by a branch that adjusts its features, or without one as more input channels.
+
+    Either part may be frozen, moving or averaged.
+    """
 
     backbone: Denoiser
-    branch: Net
+    branch: Net | None = None
 
     def __call__(self, z_t, t, text, cond) -> diffusion.Prediction:
-        t = jnp.broadcast_to(t, z_t.shape[:1])
-        return self.backbone(z_t, t, text, residuals=self.branch(z_t, t, text, cond))
+        return self.backbone(z_t, t, text, **self.given(z_t, t, text, cond))
 
     def dsm_loss(self, z_t, t, x0, eps, text, cond):
         """Denoising score matching given the condition."""
-        t = jnp.broadcast_to(t, z_t.shape[:1])
-        return self.backbone.dsm_loss(z_t, t, x0, eps, text, residuals=self.branch(z_t, t, text, cond))
+        return self.backbone.dsm_loss(z_t, t, x0, eps, text, **self.given(z_t, t, text, cond))
+
+    def given(self, z_t, t, text, cond):
+        """The condition as a keyword argument of the backbone."""
+        if self.branch is None:
+            return {"concat": cond}
+        return {"residuals": self.branch(z_t, jnp.broadcast_to(t, z_t.shape[:1]), text, cond)}
 
 
 def identity(params, x, key=None):

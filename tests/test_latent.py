@@ -14,7 +14,7 @@ from cddistill import config, data, encode, export, models, train
 from cddistill.data import DataConfig
 from cddistill.data.arrays import Arrays
 from cddistill.diffusion import DDPM
-from cddistill.models import prompt
+from cddistill.models import lora, prompt
 from cddistill.models.clip import CLIPTextModel
 from cddistill.models.init import draw_numpy, weight_shapes
 from cddistill.models.prompt import load_prompts
@@ -189,6 +189,28 @@ def test_a_pipeline_is_exported(encoded, run, teacher, tmp_path, capsys):
     text = (tmp_path / "student" / "README.md").read_text()
     assert "(999, 499)" in text
     assert "student, 2 steps, 4 images" in text
+
+
+def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, tmp_path):
+    """A file for both networks: prompts are encoded, and the pipeline is written, with it."""
+    nets = {name: models.load(teacher, name) for name in ("unet", "text_encoder")}
+    targets = {"unet": ("conv1",), "text_encoder": ("q_proj",)}
+    loras = {name: lora.make_lora(net, jax.random.key(0), 1, targets=targets[name]) for name, net in nets.items()}
+    loras = {name: x.replace(params=jax.tree.map(lambda x: x + 0.3, x.params)) for name, x in loras.items()}
+    file = lora.save_lora(tmp_path / "lora", loras, np.float32)
+    prompts, adapted = load_prompts(teacher), load_prompts(teacher).adapted(file, 0.5)
+    expected = loras["text_encoder"](nets["text_encoder"].params, 0.5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), adapted.nets[0].params, expected)
+    assert not np.allclose(prompts.null(1)["encoder_hidden_states"], adapted.null(1)["encoder_hidden_states"])
+    settings = config.defaults("pretrained")
+    settings.update(teacher=str(teacher), lora=str(file), lora_scale=0.5, batch_size=8, sample_steps=(2,))
+    settings.data = encoded[0].data
+    train.export_run(settings, tmp_path / "run", str(tmp_path / "out"))
+    for name, net in nets.items():
+        written, wanted = models.load(tmp_path / "out", name).params, loras[name](net.params, 0.5)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), written, wanted)
+    assert (tmp_path / "out" / "text_encoder" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "text_encoder" / models.convert.TORCH_FILE).exists()
 
 
 def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):

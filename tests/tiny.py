@@ -24,6 +24,7 @@ VARIANTS = {
     "finetune": METHODS["diffusion"](adapter="controlnet"),
     "codi": METHODS["codi"](ema_decay=0.9),
     "codi_pe": METHODS["codi"](ema_decay=0.9, freeze_backbone=True),
+    "codi_concat": METHODS["codi"](ema_decay=0.9, adapter="concat"),
     "codi_released": METHODS["codi"](
         ode="teacher",
         noise="predicted",

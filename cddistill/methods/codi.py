@@ -23,7 +23,7 @@ from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
 CHOICES = {
-    "adapter": tuple(adapter.BRANCHES),
+    "adapter": adapter.ADAPTERS,
     "ode": ("adapted", "teacher"),
     "noise": ("real", "predicted"),
     "space": ("eps", "x0"),
@@ -38,7 +38,7 @@ class CoDi:
     """Hyper-parameters of CoDi; "ours" marks what the paper does not give."""
 
     freeze_backbone: bool = False  # PE-CoDi: train the branch only (sec. 3.4)
-    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" is eq. 5 of the text
+    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" (eq. 5 of the text); "concat"
     ode: str = "adapted"  # whose x^ makes z_s: the student itself (paper) or the frozen "teacher" (released code)
     noise: str = "real"  # in z_s: the "real" eps (PREv, eq. 7) or the "predicted" one (DDIM, the paper's appendix)
     space: str = "eps"  # of the consistency term: noise (paper) or "x0" (released code)
@@ -59,6 +59,7 @@ class CoDi:
 
     def __post_init__(self):
         check_choices(self, CHOICES)
+        adapter.moves(self.adapter, self.freeze_backbone)
         if self.ode == "teacher" and self.space == "eps":
             raise ValueError(
                 "method.ode='teacher' with method.space='eps' is incoherent: noise consistency asks for trajectories "
@@ -68,15 +69,11 @@ class CoDi:
             raise ValueError("method.boundary='lcm' would equate the noise at t = 0 with the data; it needs space='x0'")
 
     def init(self, key, frozen, batch):
-        """The teacher, and a branch that starts as a copy of its encoder and adds nothing."""
-        widths = adapter.embedding_widths(batch["cond"], batch["x0"])
-        branch = adapter.make_branch(frozen["teacher"], key, self.adapter, batch["cond"].shape[-1], widths)
-        if self.freeze_backbone:
-            return {"branch": branch}
-        return {"backbone": jax.tree.map(jnp.copy, frozen["teacher"]), "branch": branch}
+        """The teacher, and a branch that starts as a copy of its encoder and adds nothing (or a ControlNet)."""
+        return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
 
     def turns(self):
-        return {"student": Turn(moves=("branch",) if self.freeze_backbone else ("backbone", "branch"), loss=self.loss)}
+        return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone), loss=self.loss)}
 
     def ema(self):
         return dict.fromkeys(self.turns()["student"].moves, self.ema_decay)
@@ -108,11 +105,11 @@ class CoDi:
 
     def student(self, n) -> Adapted:
         """The network being trained."""
-        return Adapted(n.teacher if self.freeze_backbone else n.backbone, n.branch)
+        return adapter.student(n, self.freeze_backbone)
 
     def target(self, n) -> Adapted:
         """Its exponential moving average; the frozen backbone of PE-CoDi is shared."""
-        return Adapted(n.teacher if self.freeze_backbone else n.backbone_ema, n.branch_ema)
+        return adapter.student(n, self.freeze_backbone, average=True)
 
     def times(self, schedule, key, index):
         """t in [dt, T] and s = t - dt, native times: one for the batch (shape [1]) or one per sample ([b])."""

@@ -9,13 +9,11 @@ Without a condition it trains the backbone alone; with one (`data.task`), backbo
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from cddistill import sampling
 from cddistill.method import Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
 from cddistill.models.schedulers import Sampling
-from cddistill.net import Adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,26 +22,21 @@ class Denoising:
 
     text_dropout: float = 0.1  # share of samples that see the null text, for classifier-free guidance
     ema_decay: float = 0.999  # per step
-    adapter: str = "none"  # condition branch: "none", "controlnet" or "mu_blend"
+    adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
     freeze_backbone: bool = False  # train the branch alone, as ControlNet does
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
     guidance: float = 1.0  # classifier-free guidance when sampling; 1 = none
     grid_power: float = 1.0  # of the sampling times, see `sampling.times`
 
     def __post_init__(self):
-        check_choices(self, {"adapter": ("none", *adapter.BRANCHES), "sampler": ("ddim", "heun", "dpm_solver_pp")})
+        check_choices(self, {"adapter": ("none", *adapter.ADAPTERS), "sampler": ("ddim", "heun", "dpm_solver_pp")})
 
     def init(self, key, frozen, batch):
         """The teacher itself, and a fresh branch if there is a condition."""
-        nets = {} if self.freeze_backbone else {"backbone": jax.tree.map(jnp.copy, frozen["teacher"])}
-        if self.adapter != "none":
-            widths = adapter.embedding_widths(batch["cond"], batch["x0"])
-            nets["branch"] = adapter.make_branch(frozen["teacher"], key, self.adapter, batch["cond"].shape[-1], widths)
-        return nets
+        return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
 
     def turns(self):
-        moves = () if self.freeze_backbone else ("backbone",)
-        return {"student": Turn(moves=moves + (("branch",) if self.adapter != "none" else ()), loss=self.loss)}
+        return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone), loss=self.loss)}
 
     def ema(self):
         return dict.fromkeys(self.turns()["student"].moves, self.ema_decay)
@@ -54,20 +47,16 @@ class Denoising:
         t = n.teacher.schedule.at(uniform(k_t, index))
         eps = normal(k_eps, index, x0.shape[1:])
         text = drop_text(k_drop, batch, self.text_dropout)
-        backbone = n.teacher if self.freeze_backbone else n.backbone
-        z_t = backbone.noise(x0, eps, t)
+        z_t = n.teacher.noise(x0, eps, t)
         if self.adapter == "none":
-            return backbone.dsm_loss(z_t, t, x0, eps, text), {}
-        return Adapted(backbone, n.branch).dsm_loss(z_t, t, x0, eps, text, batch["cond"]), {}
+            return n.backbone.dsm_loss(z_t, t, x0, eps, text), {}
+        return adapter.student(n, self.freeze_backbone).dsm_loss(z_t, t, x0, eps, text, batch["cond"]), {}
 
     def sample(self, n, noise, batch, key, steps):
-        backbone = n.teacher if self.freeze_backbone else n.backbone_ema
-        schedule = backbone.schedule
+        schedule, student = n.teacher.schedule, adapter.student(n, self.freeze_backbone, average=True)
+        denoise = student.backbone
         if self.adapter != "none":
-            student = Adapted(backbone, n.branch_ema)
             denoise = lambda z, t, text: student(z, t, text, batch["cond"])
-        else:
-            denoise = backbone
         denoise = sampling.guided(denoise, batch["text"], batch["null"], self.guidance)
         return sampling.SAMPLERS[self.sampler](
             denoise, schedule, noise, sampling.times(schedule, steps, self.grid_power)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from cddistill import models, sampling
 from cddistill.method import normal
+from cddistill.models import adapter
 from cddistill.models.blocks import sinusoid
 from cddistill.models.schedulers import Sampling, read_sampling
+from cddistill.net import Adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Pretrained:
         schedule, told = n.teacher.schedule, {}
         if width := getattr(n.teacher.apply.module, "time_cond_proj_dim", None):
             told = {"timestep_cond": guidance_embedding(self.told_guidance, width, len(noise))}
-        denoise = sampling.guided(n.teacher, batch["text"] | told, batch["null"] | told, self.guidance)
+        text, null = batch["text"] | told, batch["null"] | told
+        denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)
 
         def fresh(i):
             return normal(jax.random.fold_in(key, i), batch["index"], noise.shape[1:])
@@ -52,6 +55,15 @@ class Pretrained:
     def nfe(self, steps):
         calls = 2 * steps - 1 if self.sampling(None, steps).sampler == "heun" else steps
         return calls if self.guidance == 1.0 else 2 * calls
+
+
+def conditioned(n, noise, batch):
+    """The network with the batch's condition, if it has a ControlNet or input channels for one."""
+    controlnet = getattr(n, "controlnet", None)
+    if controlnet is None and not adapter.concats(n.teacher, noise.shape[-1]):
+        return n.teacher
+    student = Adapted(n.teacher, controlnet)
+    return lambda z, t, text: student(z, t, text, batch["cond"])
 
 
 def guidance_embedding(scale: float, width: int, n: int):

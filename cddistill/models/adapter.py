@@ -1,8 +1,10 @@
-"""Branches that teach a frozen or moving UNet a conditioning image.
+"""How a frozen or moving UNet learns of a conditioning image; each way leaves it exactly as it was at first.
 
-Both are a copy of the UNet's encoder that leaves the UNet exactly as it was until the first update:
+Two are branches, copies of the UNet's encoder:
 * controlnet (Zhang et al. 2023; what CoDi's figure and code do): h' = h + ZeroConv(h_copy(z_t + E(c)))
 * mu_blend (CoDi, Mei et al. 2024, sec. 3.1 as written):           h' = (1 - mu) h + mu h_copy(E(c)),  mu = 0 at first
+The third moves the UNet itself:
+* concat (Saharia et al. 2022; InstructPix2Pix, inpainting):       conv_in sees [z_t, c], its weights for c 0 at first
 """
 
 from typing import Any
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from cddistill.models.blocks import conv
 from cddistill.models.init import draw, weight_shapes
 from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel
-from cddistill.net import Denoiser, Net
+from cddistill.net import Adapted, Denoiser, Net
 
 # Options of our encoder that diffusers' ControlNet does not have, at the only values a branch may have.
 UNET_ONLY = {"center_input_sample": False, "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3}
@@ -110,6 +112,39 @@ class MuBlendModel(Branch):
 
 
 BRANCHES = {"controlnet": ControlNetModel, "mu_blend": MuBlendModel}
+ADAPTERS = (*BRANCHES, "concat")
+
+
+def moves(kind: str, freeze_backbone: bool) -> tuple[str, ...]:
+    """Names of the nets that a student trains whose condition comes by `kind`, one of ADAPTERS or "none"."""
+    names = ("backbone",) * (not freeze_backbone) + ("branch",) * (kind in BRANCHES)
+    if not names:
+        raise ValueError(f"method.freeze_backbone with method.adapter={kind!r} leaves nothing to train")
+    return names
+
+
+def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[str, Net]:
+    """The nets of `moves` at step 0, which draw what the teacher does, or what it does with frozen["controlnet"].
+
+    batch shows the shapes of x0 and cond. Raises ValueError for a condition that this teacher or kind cannot take.
+    """
+    nets, trained = {}, moves(kind, freeze_backbone)
+    if "backbone" in trained:
+        teacher, concat = frozen["teacher"], kind == "concat"
+        nets["backbone"] = widen(teacher, batch) if concat else jax.tree.map(jnp.copy, teacher)
+    if "branch" in trained and "controlnet" in frozen:
+        nets["branch"] = jax.tree.map(jnp.copy, frozen["controlnet"])
+    elif "branch" in trained:
+        widths = embedding_widths(batch["cond"], batch["x0"])
+        nets["branch"] = make_branch(frozen["teacher"], key, kind, batch["cond"].shape[-1], widths)
+    return nets
+
+
+def student(n, freeze_backbone: bool, average: bool = False) -> Adapted:
+    """The student of these nets, or their moving average; a frozen backbone is the teacher."""
+    suffix = "_ema" if average else ""
+    backbone = n.teacher if freeze_backbone else getattr(n, f"backbone{suffix}")
+    return Adapted(backbone, getattr(n, f"branch{suffix}", None))
 
 
 def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels: int = 3, embedding_channels=(16,)):
@@ -160,3 +195,25 @@ def embedding_widths(cond, x0) -> tuple[int, ...]:
     if ratio not in (1, 2, 4, 8) or cond.shape[2] != ratio * x0.shape[2]:
         raise ValueError(f"a condition of {cond.shape[1:3]} is not 1, 2, 4 or 8 times as large as x0, {x0.shape[1:3]}")
     return (16, 32, 96, 256)[: int(ratio).bit_length()]
+
+
+def widen(teacher: Denoiser, batch) -> Denoiser:
+    """The teacher with input channels for batch["cond"] behind those of x0; their weights start at zero.
+
+    A teacher that has them already (InstructPix2Pix, inpainting) is only copied. Raises ValueError for a condition of
+    another size than x0 and for a network that has neither number of channels.
+    """
+    unet, (x0, cond) = getattr(teacher.apply, "module", None), (batch["x0"].shape, batch["cond"].shape)
+    if cond[1:3] != x0[1:3]:
+        raise ValueError(f"adapter 'concat' needs a condition of x0's size, {x0[1:3]}, not {cond[1:3]}")
+    channels, params = x0[-1] + cond[-1], jax.tree.map(jnp.copy, teacher.params)
+    if not isinstance(unet, UNet2DConditionModel) or unet.in_channels not in (x0[-1], channels):
+        raise ValueError(f"adapter 'concat' needs a UNet2DConditionModel with in_channels {x0[-1]} or {channels}")
+    more = ((0, 0), (0, 0), (0, channels - unet.in_channels), (0, 0))
+    params["conv_in"]["kernel"] = jnp.pad(params["conv_in"]["kernel"], more)
+    return teacher.replace(params=params, apply=Apply(unet.clone(in_channels=channels)))
+
+
+def concats(teacher: Denoiser, channels: int) -> bool:
+    """Whether a network has input channels for a condition beside the `channels` of z_t."""
+    return getattr(getattr(teacher.apply, "module", None), "in_channels", channels) > channels

@@ -33,9 +33,10 @@ from cddistill.net import Autoencoder, Denoiser, Net
 ASSETS = Path(__file__).parent / "assets"
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
 DENOISERS = (UNet2DConditionModel, DhariwalUNet, SongUNet)  # what can be a teacher
+CONTROLNETS = (ControlNetModel, MuBlendModel)  # what can be a student's branch
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny)
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
-CLASSES = {c.__name__: c for c in (*DENOISERS, ControlNetModel, MuBlendModel, *AUTOENCODERS, *TEXT_ENCODERS)}
+CLASSES = {c.__name__: c for c in (*DENOISERS, *CONTROLNETS, *AUTOENCODERS, *TEXT_ENCODERS)}
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -230,7 +231,8 @@ def save(folder, subfolder: str, params, config: dict, dtype=np.float16) -> Path
     path.mkdir(parents=True, exist_ok=True)
     flat = flax.traverse_util.flatten_dict(jax.device_get(params))
     tensors = {torch_name(p): np.array(to_torch(p, np.asarray(x)), dtype, order="C") for p, x in flat.items()}
-    safetensors.numpy.save_file(tensors, path / TORCH_FILE, metadata={"format": "pt"})
-    (path / TORCH_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+    file = path / ("model.safetensors" if "architectures" in config else TORCH_FILE)  # transformers, diffusers
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files that only their owner can read
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path

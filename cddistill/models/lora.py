@@ -150,9 +150,7 @@ def read_lora(path, bases: dict) -> dict[str, Net]:
     SDXL). alpha / r, from the file's alpha tensors or metadata, is multiplied into up: alpha is None, ranks may differ.
     Raises ValueError naming every key that has no place, a wrong shape or another kind of adapter (LoHa, DoRA ...).
     """
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: expected a LoRA as a safetensors file")
+    file = lora_file(path)
     arrays = files.read_safetensors(file)
     refuse_other_kinds(arrays, file)
     held = {part_of(key) for key in arrays}
@@ -166,6 +164,25 @@ def read_lora(path, bases: dict) -> dict[str, Net]:
             own = {key: x for key, x in arrays.items() if part_of(key) == part}
             loras[part] = Net(read_part(own, part, adaptable(base), adapter_metadata(file, part), file), Update())
     return loras
+
+
+def merge(path, nets: dict, scale: float = 1.0) -> dict:
+    """The nets of a pipeline, by "unet", "text_encoder", "text_encoder_2", with a LoRA file added where it has a part.
+
+    Raises ValueError as `read_lora` does.
+    """
+    held = {part_of(key) for key in files.read_safetensors(lora_file(path))}
+    loras = read_lora(path, {part: nets[part].params if part in nets else None for part in held})
+    add = jax.jit(lambda net, lora: adapt(net, lora, scale))
+    return nets | {part: add(nets[part], lora) for part, lora in loras.items()}
+
+
+def lora_file(path) -> Path:
+    """The safetensors file that a path is or holds."""
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: expected a LoRA as a safetensors file")
+    return file
 
 
 def refuse_other_kinds(arrays, file) -> None:

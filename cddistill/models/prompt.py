@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cddistill.models import lora
 from cddistill.net import Net
 
 ENCODERS = (["text_encoder"], ["text_encoder", "text_encoder_2"])  # Stable Diffusion 1.x and 2.x; SDXL
@@ -38,6 +39,12 @@ class Prompts:
         one = embed(self.nets, self.tokenize([""]))
         one = jax.tree.map(jnp.zeros_like, one) if self.zero_null else one
         return with_sizes(jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), one), **sizes)
+
+    def adapted(self, path, scale: float = 1.0) -> "Prompts":
+        """The same, with what a LoRA file holds for text encoders (nothing, if it is for UNets alone) merged in."""
+        names = ENCODERS[len(self.nets) - 1]
+        nets = lora.merge(path, dict(zip(names, self.nets, strict=True)), scale)
+        return dataclasses.replace(self, nets=tuple(nets[name] for name in names))
 
     def tokenize(self, texts) -> tuple[np.ndarray, ...]:
         """What `embed` takes: int32 [b, 77] for each encoder."""

@@ -1,0 +1,145 @@
+"""How a condition reaches a network: input channels, ControlNets made elsewhere, LoRAs merged into a teacher."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cddistill import build, config, models, train
+from cddistill.methods import METHODS
+from cddistill.methods.pretrained import Pretrained
+from cddistill.models import adapter, lora
+from cddistill.models.schedulers import write_scheduler
+from cddistill.net import Adapted
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return tiny.make_batch(size=4)
+
+
+def disturbed(net, seed=0, scale=0.1):
+    """The net with noise on every weight, so that no zero hides anything."""
+    leaves, tree = jax.tree.flatten(net)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
+
+
+def test_a_widened_network_ignores_the_condition_at_first_and_can_learn_it(batch):
+    teacher, t = tiny.teacher(), jnp.array([3, 100, 500, 900])
+    wide = adapter.widen(teacher, batch)
+    assert wide.apply.module.in_channels == 6
+    seen = jax.jit(lambda n: Adapted(n)(batch["x0"], t, batch["text"], batch["cond"]))
+    np.testing.assert_allclose(seen(wide).x0, teacher(batch["x0"], t, batch["text"]).x0, atol=1e-6)
+    grad = jax.jit(jax.grad(lambda n: (seen(n).eps ** 2).sum()))(wide).params["conv_in"]["kernel"]
+    assert np.abs(grad[:, :, 3:]).min() > 0
+    assert not np.allclose(seen(disturbed(wide)).x0, jax.jit(lambda n: Adapted(n)(
+        batch["x0"], t, batch["text"], batch["cond"][::-1]))(disturbed(wide)).x0)  # fmt: skip
+
+
+def test_a_teacher_with_room_for_the_condition_is_copied(batch):
+    wide = disturbed(adapter.widen(tiny.teacher(), batch))
+    again = adapter.widen(wide, batch)
+    jax.tree.map(np.testing.assert_array_equal, again, wide)
+    held = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(wide)}
+    assert not held & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(again)}  # either may be donated
+
+
+def test_what_cannot_be_concatenated_is_said(batch):
+    with pytest.raises(ValueError, match=r"needs a condition of x0's size, \(8, 8\), not \(16, 16\)"):
+        adapter.widen(tiny.teacher(), batch | {"cond": np.zeros((4, 16, 16, 3), "f")})
+    wide = adapter.widen(tiny.teacher(), batch)
+    with pytest.raises(ValueError, match="in_channels 3 or 4"):
+        adapter.widen(wide, batch | {"cond": np.zeros((4, 8, 8, 1), "f")})
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        METHODS["codi"](adapter="concat", freeze_backbone=True)
+
+
+def test_an_editing_network_made_elsewhere_sees_the_condition(batch):
+    n = SimpleNamespace(teacher=disturbed(adapter.widen(tiny.teacher(), batch)))
+    draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, jax.random.key(0), 1))
+    other = batch | {"cond": batch["cond"][::-1]}
+    assert np.abs(draw(batch) - draw(other)).min() > 0
+    build.check_shapes(n.teacher, batch)
+    with pytest.raises(ValueError, match="in_channels = 6 but z_t"):
+        build.check_shapes(n.teacher, {k: x for k, x in batch.items() if k != "cond"})
+
+
+def test_a_controlnet_guides_a_network_made_elsewhere(batch):
+    teacher = tiny.teacher()
+    branch = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
+    n = SimpleNamespace(teacher=teacher, controlnet=branch)
+    noise = tiny.randn(0, 4, 8, 8, 3)
+    got = jax.jit(lambda: Pretrained().sample(n, noise, batch, jax.random.key(0), 1))()
+    expected = Adapted(teacher, branch)(noise, teacher.schedule.grid(1), batch["text"], batch["cond"]).x0
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["codi", "diffusion"])
+def test_a_students_branch_starts_at_the_controlnet(method, batch):
+    teacher = tiny.teacher()
+    given = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
+    student = METHODS[method](adapter="controlnet", freeze_backbone=True)
+    nets = student.init(jax.random.key(1), {"teacher": teacher, "controlnet": given}, batch)
+    jax.tree.map(np.testing.assert_array_equal, nets["branch"], given)
+    assert nets["branch"].params["conv_in"]["kernel"] is not given.params["conv_in"]["kernel"]
+
+
+@pytest.fixture(scope="module")
+def files(
+    tmp_path_factory,
+):
+    """(teacher's folder, ControlNet's folder, LoRA file, the LoRA)."""
+    folder = tmp_path_factory.mktemp("files")
+    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
+    models.save(folder / "teacher", "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    write_scheduler(folder / "teacher", net.schedule, net.predicts)
+    branch = disturbed(adapter.make_branch(net, jax.random.key(0)))
+    models.save(folder, "controlnet", branch.params, branch.apply.module.to_config(), dtype=np.float32)
+    made = disturbed(lora.make_lora(net, jax.random.key(0), 2, targets=("conv1", "conv2")), scale=0.3)
+    return folder / "teacher", folder / "controlnet", lora.save_lora(folder / "lora", {"unet": made}, np.float32), made
+
+
+def settings(method, teacher, **run):
+    c = config.defaults(method)
+    c.update(teacher=str(teacher), batch_size=8, sample_steps=(2,), **run)
+    c.data.update(size=8, task="sr", scale=2)
+    return c
+
+
+def test_a_lora_is_merged_into_the_teacher_and_into_what_is_exported(files, tmp_path):
+    teacher, _, file, made = files
+    c = settings("pretrained", teacher, lora=str(file), lora_scale=0.5)
+    expected = made(models.load(teacher).params, 0.5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        build.build(config.resolve(c)).frozen["teacher"].params, expected,
+    )  # fmt: skip
+    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    written = models.load(tmp_path / "out").params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), written, expected)
+
+
+def test_a_controlnet_is_loaded_used_and_exported(files, tmp_path):
+    teacher, controlnet, _, _ = files
+    c = settings("pretrained", teacher, controlnet=str(controlnet))
+    frozen = build.build(config.resolve(c)).frozen
+    assert isinstance(frozen["controlnet"].apply.module, models.CONTROLNETS)
+    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    held = (tmp_path / "out" / "controlnet" / models.convert.TORCH_FILE).read_bytes()
+    assert held == (controlnet / models.convert.TORCH_FILE).read_bytes()
+    c.controlnet = str(teacher / "unet")
+    with pytest.raises(ValueError, match="not a ControlNetModel or MuBlendModel"):
+        build.build(config.resolve(c))
+
+
+def test_a_lora_for_another_network_is_refused(files, tmp_path):
+    teacher, _, _, made = files
+    wrong = dataclasses.replace(made, params={"mid_block": {"nowhere": made.params["mid_block"]["resnets_0"]["conv1"]}})
+    c = settings("pretrained", teacher, lora=str(lora.save_lora(tmp_path, {"unet": wrong})))
+    with pytest.raises(ValueError, match="has no place for"):
+        build.build(config.resolve(c))
