@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill import data, models, sharding
+from cddistill import data, models
 from cddistill.build import Parts, arrays, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
@@ -55,10 +55,13 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
     """Write the averaged student to `output` and check it; returns what was found, in a sentence.
 
     `output` is a folder to make or fill (diffusers), or a file *.stablehlo or *.onnx. Raises ValueError, before
-    anything is written, for a student that the form cannot hold.
+    anything is written, for a student that the form cannot hold and in a run of several hosts.
     """
-    if not sharding.is_host0():
-        return ""
+    if jax.process_count() > 1:
+        raise ValueError(
+            "--mode=export runs in one process: start it on one host without CDDISTILL_COORDINATOR (on a TPU pod with "
+            "JAX_PLATFORMS=cpu); checkpoints are restored onto any number of devices"
+        )
     path = pathlib.Path(output)
     if path.suffix == ".stablehlo":
         return stablehlo(parts, state, path)

@@ -213,6 +213,13 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
     assert not (tmp_path / "out" / "text_encoder" / models.convert.TORCH_FILE).exists()
 
 
+def test_one_process_exports(encoded, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="runs in one process"):
+        export.export(None, None, str(tmp_path / "out"), {})
+    assert not (tmp_path / "out").exists()
+
+
 def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
     train.export_run(encoded[0], run, str(tmp_path / "student.stablehlo"))
     said = capsys.readouterr().out
