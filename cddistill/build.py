@@ -84,10 +84,9 @@ def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:
 def from_scratch(folder, seed, **kwargs):
     """Random weights for the architecture and schedule that a diffusers folder describes; it needs no weights file."""
     root = models.resolve(folder)
-    config = models.convert.read_json(root / "unet" / "config.json")
-    return models.init(
-        config, seed, *models.schedulers.read_scheduler(root / "scheduler" / "scheduler_config.json"), **kwargs
-    )
+    config, scheduler = root / "unet" / "config.json", root / "scheduler" / "scheduler_config.json"
+    how = models.schedulers.read_scheduler(scheduler) if scheduler.is_file() else ()  # or what the network implies
+    return models.init(models.convert.read_json(config), seed, *how, **kwargs)
 
 
 def make_optimizers(experiment: Experiment):

@@ -22,7 +22,7 @@ from cddistill.diffusion import DDPM, EDM
 from cddistill.models import clip, files
 from cddistill.models.adapter import ControlNetModel, MuBlendModel
 from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from cddistill.models.edm import DhariwalUNet, SongUNet
+from cddistill.models.edm import DhariwalUNet, KarrasUNet, SongUNet
 from cddistill.models.init import draw_numpy, weight_shapes
 from cddistill.models.schedulers import read_json, read_scheduler
 from cddistill.models.tiny_vae import AutoencoderTiny
@@ -170,15 +170,27 @@ def abstract(config: dict):
 
 
 def init(
-    config: dict, seed: int = 0, schedule=None, predicts: str = "eps", zero_out: bool = True, dtype=jnp.float32,
+    config: dict, seed: int = 0, schedule=None, predicts: str | None = None, zero_out: bool = True, dtype=jnp.float32,
     remat: bool = False,
 ) -> Denoiser:  # fmt: skip
-    """A UNet to train from scratch: PyTorch's default initialisation; zero_out starts conv_out at 0 (predicts 0)."""
+    """A denoiser to train from scratch: PyTorch's default initialisation; zero_out starts its last layers at 0.
+
+    config is the config.json of one of DENOISERS. Without schedule and predicts it is taken for Stable Diffusion 1.x
+    (scaled-linear betas, eps); EDM's networks are EDM() and "x0" by construction. Raises ValueError for other networks
+    and for EDM's with anything else.
+    """
     module = build(config, dtype=dtype, remat=remat)
-    params = draw_numpy(weight_shapes(module), seed)
+    if not isinstance(module, DENOISERS):
+        names = ", ".join(c.__name__ for c in DENOISERS)
+        raise ValueError(f"{type(module).__name__} does not denoise: models.init takes the config of a {names}")
+    karras = isinstance(module, KarrasUNet)
+    schedule, predicts = schedule or (EDM() if karras else DDPM()), predicts or ("x0" if karras else "eps")
+    if karras and not (isinstance(schedule, EDM) and predicts == "x0"):
+        raise ValueError(f"{type(module).__name__} predicts x0 on the schedule EDM(), not {predicts} on {schedule}")
+    params = flax.traverse_util.flatten_dict(draw_numpy(weight_shapes(module), seed))
     if zero_out:
-        params["conv_out"] = jax.tree.map(jnp.zeros_like, params["conv_out"])
-    return Denoiser(params, Apply(module), DDPM() if schedule is None else schedule, predicts)
+        params |= {p: jnp.zeros_like(x) for p, x in params.items() if p[-2].endswith(module.last)}
+    return Denoiser(flax.traverse_util.unflatten_dict(params), Apply(module), schedule, predicts)
 
 
 def read_params(path: Path, module, place=None) -> dict:

@@ -197,6 +197,7 @@ class DhariwalUNet(KarrasUNet):
     """ADM as Karras et al. train it for ImageNet-64."""
 
     channels_per_head: int = 64
+    last = "out_conv"  # the layer that gives F
 
     def style(self) -> Style:
         """ADM's blocks."""
@@ -248,6 +249,7 @@ class SongUNet(KarrasUNet):
     encoder_type: str = "standard"
     decoder_type: str = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
+    last = "aux_conv"  # the end of the names of the layers, one or one per level, whose sum is F
 
     def style(self) -> Style:
         """The blocks of DDPM++ and NCSN++."""

@@ -333,6 +333,7 @@ class UNet2DConditionModel(Encoder):
     center_input_sample: bool = False
     conv_out_kernel: int = 3
     sample_size: int | tuple[int, ...] | None = None  # only written to configs
+    last = "conv_out"  # the layer that gives the output
 
     @nn.compact
     def __call__(
