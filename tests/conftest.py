@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402  (reads the variables above)
 import pytest  # noqa: E402
+from parity import parity, pytest_addoption, pytest_terminal_summary  # noqa: E402, F401  (a fixture and hooks)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from golden import make_edm as golden
 
-from cddistill.diffusion import EDM
+from cddistill import build as build_run
+from cddistill import models
+from cddistill.diffusion import DDPM, EDM
 from cddistill.models import convert, edm, edm_blocks
 from cddistill.models.init import weight_shapes
 from cddistill.models.unet import Apply
@@ -51,33 +53,23 @@ def nhwc(x):
     return np.moveaxis(x, 1, -1)
 
 
-def assert_close(ours, theirs, relative=1e-4):
-    np.testing.assert_allclose(ours, theirs, atol=relative * np.abs(theirs).max(), rtol=0)
-
-
 @pytest.mark.parametrize("name", sorted(golden.CONFIGS))
-def test_output_features_and_gradients_equal_the_independent_implementation(name):
-    module = build(golden.CONFIGS[name])
+def test_output_features_and_every_gradient_equal_the_independent_implementation(name, parity):
+    module, network = build(golden.CONFIGS[name]), f"{golden.CONFIGS[name]['_class_name']}, {name}"
     recorded = json.loads(str(RECORDED[f"{name}/shapes"]))
     assert torch_shapes(module) == {k: tuple(v) for k, v in recorded.items()}
     labels, params = golden.inputs(golden.CONFIGS[name]), random_params(module)
     x, sigma, of = nhwc(labels.pop("x")), labels.pop("sigma"), nhwc(labels.pop("of"))
 
-    def loss(x, moving):
-        out, features = Apply(module)(params | moving, x, sigma, labels, features=True)
+    def loss(params, x):
+        out, features = Apply(module)(params, x, sigma, labels, features=True)
         return (out * of).sum(), (out, features)
 
-    run = loss if name == "progressive" else jax.grad(loss, (0, 1), has_aux=True)
-    every = name == "adm"  # its weights; in the others those of the embedding, where they differ, compile much faster
-    grads, (out, features) = jax.jit(run)(x, {k: v for k, v in params.items() if every or k.startswith("map")})
-    assert_close(out, nhwc(RECORDED[f"{name}/out"]))
-    assert_close(features, nhwc(RECORDED[f"{name}/features"]))
-    if name != "progressive":
-        assert_close(grads[0], nhwc(RECORDED[f"{name}/grad"]), 1e-3)
-        norms = dict(zip(sorted(recorded), RECORDED[f"{name}/grad_norm"], strict=True))
-        weights = {convert.torch_name(p): g for p, g in flax.traverse_util.flatten_dict(grads[1]).items()}
-        theirs = np.array([norms[k] for k in weights])
-        assert_close(np.array([np.linalg.norm(g) for g in weights.values()]), theirs, 1e-3)
+    (weights, image), (out, features) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    parity(network, "output", out, nhwc(RECORDED[f"{name}/out"]))
+    parity(network, "output", features, nhwc(RECORDED[f"{name}/features"]))
+    parity(network, "input gradient", image, nhwc(RECORDED[f"{name}/grad"]))
+    parity.weights(network, weights, RECORDED[f"{name}/grad_norm"])
 
 
 @pytest.mark.parametrize(
@@ -88,10 +80,11 @@ def test_output_features_and_gradients_equal_the_independent_implementation(name
         ("edm-cifar10-32x32-cond-ve", 56_400_771),
     ],
 )
-def test_sizes_of_the_published_models(name, count):
-    sizes = {path: np.prod(x.shape) for path, x in flat_shapes(build(edm.PRESETS[name])).items()}
-    assert sum(sizes.values()) == count
+def test_sizes_of_the_published_models(name, count, parity):
+    shapes = flat_shapes(build(edm.PRESETS[name]))
+    parity.size(name, shapes, count)
     if name.endswith("adm"):  # what DMD2's discriminator runs and trains
+        sizes = {path: np.prod(x.shape) for path, x in shapes.items()}
         assert sum(n for path, n in sizes.items() if path[0] == "enc" or path[0].startswith("map")) == 91_805_376
 
 
@@ -236,6 +229,41 @@ def test_remat_stores_less_for_the_backward_pass():
         return sum(np.prod(x.shape) for x in jax.tree.leaves(backward))
 
     assert stored(remat=True) < 0.5 * stored()
+
+
+@pytest.mark.parametrize(
+    ("config", "last"),
+    [
+        (SMALL, [("out_conv",)]),
+        (golden.CONFIGS["ddpmpp"], [("dec", "16x16_aux_conv")]),
+        (golden.CONFIGS["progressive"], [("dec", "16x16_aux_conv"), ("dec", "8x8_aux_conv")]),
+    ],
+)
+def test_new_networks_know_their_schedule_and_start_as_c_skip_x(config, last):
+    """What is 0 are the layers whose sum is F, and nothing else."""
+    net, drawn = models.init(config), models.init(config, zero_out=False)
+    assert (net.schedule, net.predicts) == (EDM(), "x0")
+    flat, whole = (flax.traverse_util.flatten_dict(n.params) for n in (net, drawn))
+    assert {path for path in flat if np.any(flat[path] != whole[path])} == {
+        (*layer, leaf) for layer in last for leaf in ("kernel", "bias")
+    }
+    x = golden.inputs(config)
+    x0, sigma, labels = nhwc(x["x"]), x["sigma"], {k: x[k] for k in x if k.endswith("labels")}
+    c_skip = edm.PRECONDITIONING[net.apply.module.precond](sigma, 0.5)[0][:, None, None, None]
+    np.testing.assert_array_equal(jax.jit(net.apply)(net.params, x0, sigma, labels), c_skip * x0)
+
+
+def test_new_networks_follow_edm_only(tmp_path):
+    with pytest.raises(ValueError, match=r"DhariwalUNet predicts x0 on the schedule EDM\(\), not eps on DDPM"):
+        models.init(SMALL, 0, DDPM(), "eps")
+    with pytest.raises(ValueError, match=r"not v on EDM"):
+        models.init(SMALL, 0, EDM(sigma_max=50.0), "v")
+    assert models.init(SMALL, 0, EDM(sigma_max=50.0)).schedule.sigma_max == 50.0
+    with pytest.raises(ValueError, match="AutoencoderKL does not denoise: models.init takes .* DhariwalUNet, SongUNet"):
+        models.init({"_class_name": "AutoencoderKL"})
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(SMALL))
+    assert build_run.from_scratch(tmp_path, 0).schedule == EDM()
 
 
 def test_three_steps_by_heun_are_finite_and_depend_on_the_class():

@@ -102,34 +102,34 @@ def program(name):
 
 
 @pytest.mark.parametrize("style", ["peft", "dotted", "processor", "kohya", "kohya_xl"])
-def test_files_of_every_style_compute_what_diffusers_computes(style, tmp_path):
+def test_files_of_every_style_compute_what_diffusers_computes(style, tmp_path, parity):
     net, adapter = read_style(tmp_path, style)
     (_, grad), out = program(files()[style][0])(lora.adapt(net, adapter).params)
     assert 2 * len(lora.factors(adapter.params)) == RECORDED[f"{style}/num"]
-    assert_close(out, nhwc(RECORDED[f"{style}/out"]))
-    assert_close(grad, nhwc(RECORDED[f"{style}/grad"]), 1e-4)
+    parity(f"UNet with a LoRA of style {style}", "output", out, nhwc(RECORDED[f"{style}/out"]))
+    parity(f"UNet with a LoRA of style {style}", "input gradient", grad, nhwc(RECORDED[f"{style}/grad"]))
 
 
-def test_gradients_of_down_and_up_equal_diffusers(tmp_path):
+def test_gradients_of_down_and_up_equal_diffusers(tmp_path, parity):
     net, adapter = read_style(tmp_path, "peft")
     (of_weights, _), _ = program("sd15")(lora.adapt(net, adapter).params)
     _, backward = jax.vjp(lambda params: adapter.apply(params, net.params), adapter.params)
-    options, norms = json.loads(files()["peft"][2]["lora_adapter_metadata"]), {}
+    options, grads = json.loads(files()["peft"][2]["lora_adapter_metadata"]), {}
     for layer, (down, up) in lora.factors(backward(of_weights)[0]).items():
         name = lora.layer_name(layer)
         alpha = options["unet.alpha_pattern"].get(name, options["unet.lora_alpha"])
-        norms |= {f"{name}.A": np.linalg.norm(down), f"{name}.B": np.linalg.norm(up) * alpha / golden.RANK}
-    assert_close(np.array([norms[k] for k in sorted(norms)]), RECORDED["peft/grad_norm"])
+        grads |= {(f"{name}.A",): down, (f"{name}.B",): up * alpha / golden.RANK}
+    parity.weights("UNet with a LoRA of style peft", grads, RECORDED["peft/grad_norm"], name_of=lambda path: path[0])
 
 
-def test_text_encoders_have_loras_too(tmp_path):
+def test_text_encoders_have_loras_too(tmp_path, parity):
     tensors, params = files()["kohya"][1], weights_of(encoder())
     loras = lora.read_lora(written(tmp_path, tensors), {"text_encoder": params, "unet": None})
     assert list(loras) == ["text_encoder"]
     assert 2 * len(lora.factors(loras["text_encoder"].params)) == RECORDED["kohya/num_text"]
     apply, ids = clip.Apply(encoder()), make_clip.token_ids(make_clip.L)
     out = jax.jit(apply)(loras["text_encoder"](params), ids).last_hidden_state
-    assert_close(out, RECORDED["kohya/text"])
+    parity("Text encoder with a LoRA of style kohya", "output", out, RECORDED["kohya/text"])
 
 
 LAYERS = {"block": {"to_q": (4, 6), "to_out_0": (6, 4), "conv1": (3, 3, 4, 6), "proj_in": (1, 1, 6, 4)}}

@@ -55,69 +55,62 @@ def recorded_net(name):
     return Denoiser(recorded_weights(module), Apply(module), DDPM(), "eps"), nhwc(x.pop("sample")), x.pop("timestep"), x
 
 
-def assert_close(ours, theirs):
-    """1e-5 of the largest value: sums in another order give 1e-6, the tanh approximation of GELU would give 5e-5."""
-    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+@pytest.mark.parametrize("name", golden.UNETS)
+def test_unet_and_every_gradient_equal_diffusers(name, parity):
+    """Editing and inpainting models see z_t and what is concatenated to it."""
+    (net, sample, t, text), network = recorded_net(name), f"UNet2DConditionModel, {name}"
 
-
-@pytest.mark.parametrize("name", ["sd15", "sd21_unclip", "sdxl", "upscaler", "odd"])
-def test_unet_equals_diffusers(name):
-    net, z_t, t, text = recorded_net(name)
-    assert_close(jax.jit(net.apply)(net.params, z_t, t, text), nhwc(RECORDED[f"{name}/out"]))
-
-
-def test_unet_and_every_gradient_equal_diffusers():
-    net, z_t, t, text = recorded_net("pixel")
-
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(params):
-        out = net.apply(params, z_t, t, text)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(params, sample):
+        concat = {"concat": sample[..., 4:]} if sample.shape[-1] > 4 else {}
+        out = net.apply(params, sample[..., :4], t, text | concat)
         return (out**2).mean(), out
 
-    (_, out), grads = jax.jit(loss)(net.params)
-    assert_close(out, nhwc(RECORDED["pixel/out"]))
-    norms = {convert.torch_name(p): np.linalg.norm(g) for p, g in flax.traverse_util.flatten_dict(grads).items()}
-    assert_close(np.array([norms[k] for k in sorted(norms)]), RECORDED["pixel/grad_norm"])
+    (_, out), (weights, image) = jax.jit(loss)(net.params, sample)
+    parity(network, "output", out, nhwc(RECORDED[f"{name}/out"]))
+    parity(network, "input gradient", image, nhwc(RECORDED[f"{name}/grad"]))
+    parity.weights(network, weights, RECORDED[f"{name}/grad_norm"])
 
 
 @pytest.mark.parametrize("name", sorted(golden.CONTROLNETS))
-def test_controlnet_equals_diffusers(name):
-    net, z_t, t, text = recorded_net(name)
+def test_controlnet_and_every_gradient_equal_diffusers(name, parity):
+    (net, z_t, t, text), network = recorded_net(name), f"ControlNetModel, {name}"
     config = golden.controlnet_config(name)
     module = ControlNetModel.from_config(config)
     x = golden.inputs(config | {"sample_size": golden.UNETS[name]["sample_size"]}, seed=1)
     z_c, cond, t_c = nhwc(x.pop("sample")), nhwc(x.pop("controlnet_cond")), x.pop("timestep")
 
-    @jax.jit
-    def run(unet, branch):
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(branch, cond):
         residuals = Apply(module)(branch, z_c, t_c, x, cond, conditioning_scale=0.7)
-        return net.apply(unet, z_t, t, text, residuals), residuals
+        out = net.apply(net.params, z_t, t, text, residuals)
+        return (out**2).mean(), (out, residuals.mid)
 
-    out, residuals = run(net.params, recorded_weights(module))
-    assert_close(residuals.mid, nhwc(RECORDED[f"{name}/mid"]))
-    assert_close(out, nhwc(RECORDED[f"{name}/controlled"]))
+    (_, outputs), (weights, image) = jax.jit(loss)(recorded_weights(module), cond)
+    for ours, recorded in zip(outputs, ("controlled", "mid"), strict=True):
+        parity(network, "output", ours, nhwc(RECORDED[f"{name}/{recorded}"]))
+    parity(network, "input gradient", image, nhwc(RECORDED[f"{name}/controlled_grad"]))
+    parity.weights(network, weights, RECORDED[f"{name}/controlled_grad_norm"])
 
 
 @pytest.mark.parametrize(
-    ("config", "unet", "controlnet"),
+    ("name", "config", "unet", "controlnet"),
     [
-        (SD1, 859_520_964, 361_279_120),
-        (SD2, 865_910_724, 364_228_240),
-        (SDXL, 2_567_463_684, None),
-        (SD1 | {"in_channels": 8}, 859_532_484, None),  # InstructPix2Pix
-        (SD1 | {"in_channels": 9}, 859_535_364, None),  # inpainting
+        ("Stable Diffusion 1.5", SD1, 859_520_964, 361_279_120),
+        ("Stable Diffusion 2.1", SD2, 865_910_724, 364_228_240),
+        ("SDXL", SDXL, 2_567_463_684, None),
+        ("InstructPix2Pix", SD1 | {"in_channels": 8}, 859_532_484, None),
+        ("LCM of Stable Diffusion 1.5", SD1 | {"time_cond_proj_dim": 256}, 859_602_884, None),
+        ("Stable Diffusion 1.5 inpainting", SD1 | {"in_channels": 9}, 859_535_364, None),
     ],
 )
-def test_sizes_of_the_real_models(config, unet, controlnet):
-    def count(tree):
-        return sum(np.prod(x.shape) for x in jax.tree.leaves(tree))
-
+def test_sizes_of_the_real_models(name, config, unet, controlnet, parity):
     module, shapes = models.abstract(config)
-    assert count(shapes) == unet
+    parity.size(f"UNet of {name}", shapes, unet)
     if controlnet:
         make = functools.partial(models.make_branch, embedding_channels=(16, 32, 96, 256))
         branch = jax.eval_shape(make, Denoiser(shapes, Apply(module), DDPM(), "eps"), jax.random.key(0))
-        assert count(branch) == controlnet
+        parity.size(f"ControlNet of {name}", branch.params, controlnet)
         assert sum(k.startswith("controlnet_") for k in branch.params) == 1 + 13
 
 

@@ -74,8 +74,8 @@ def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name", golden.GRADIENTS)
-def test_outputs_and_every_gradient_equal_diffusers(name):
+@pytest.mark.parametrize("name", golden.CONFIGS)
+def test_outputs_and_every_gradient_equal_diffusers(name, parity):
     autoencoder, x, z = recorded(name)
     module, theirs = autoencoder.encoder.module, {k: RECORDED[f"{name}/{k}"] for k in ("encoded", "decoded")}
     a, b = (nhwc(golden.normal(seed, *y.shape)) for seed, y in zip((2, 3), theirs.values(), strict=True))
@@ -86,11 +86,12 @@ def test_outputs_and_every_gradient_equal_diffusers(name):
         return (a * encoded).sum() + (b * decoded).sum(), (encoded, decoded)
 
     (_, ours), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(autoencoder.params, x, z)
-    for mine, recording in zip((*ours, *grads[1:]), (*theirs, "grad_x", "grad_z"), strict=True):
-        assert_close(mine, nhwc(RECORDED[f"{name}/{recording}"]))
-    norms = {convert.torch_name(p): jnp.linalg.norm(g) for p, g in flax.traverse_util.flatten_dict(grads[0]).items()}
-    theirs = RECORDED[f"{name}/grad_norm"]
-    np.testing.assert_allclose([norms[k] for k in sorted(norms)], theirs, rtol=1e-4, atol=1e-6 * theirs.max())
+    network = f"{type(module).__name__}, {name}"
+    for mine, recording in zip(ours, theirs.values(), strict=True):
+        parity(network, "output", mine, nhwc(recording))
+    for mine, recording in zip(grads[1:], ("grad_x", "grad_z"), strict=True):
+        parity(network, "input gradient", mine, nhwc(RECORDED[f"{name}/{recording}"]))
+    parity.weights(network, grads[0], RECORDED[f"{name}/grad_norm"])
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "odd", "tiny"])
@@ -202,17 +203,17 @@ def test_remat_stores_less_for_the_backward_pass(name):
 
 
 @pytest.mark.parametrize(
-    ("cls", "config", "size"),
+    ("name", "cls", "config", "published"),
     [
-        (AutoencoderKL, SD, 83_653_863),  # Stable Diffusion 1, 2 and XL
-        (AutoencoderKL, SD | SD3, 83_819_683),  # and Flux
-        (AutoencoderTiny, {}, 2_445_063),
-        (AutoencoderTiny, {"latent_channels": 16}, 2_458_899),
+        ("Autoencoder of Stable Diffusion 1, 2 and XL", AutoencoderKL, SD, 83_653_863),
+        ("Autoencoder of Stable Diffusion 3 and Flux", AutoencoderKL, SD | SD3, 83_819_683),
+        ("TAESD", AutoencoderTiny, {}, 2_445_063),
+        ("TAESD3", AutoencoderTiny, {"latent_channels": 16}, 2_458_899),
     ],
 )
-def test_sizes_of_the_real_models(cls, config, size):
+def test_sizes_of_the_real_models(name, cls, config, published, parity):
     module = cls.from_config(config)
-    assert sum(np.prod(x.shape) for x in jax.tree.leaves(weight_shapes(module))) == size
+    parity.size(name, weight_shapes(module), published)
     assert module.factor == 8
 
 

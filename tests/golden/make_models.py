@@ -56,6 +56,11 @@ ODD = {  # options that no model above uses
     "class_embed_type": "timestep",
     "time_embedding_dim": 24,
 }
+ONE = SD | {  # a single block, for what differs outside of blocks only
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+}
 UNETS = {
     "sd15": SD,
     "sd21_unclip": SD | {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True,
@@ -64,6 +69,9 @@ UNETS = {
     "sdxl": SD | XL,
     "upscaler": SD | {"in_channels": 7, "only_cross_attention": [True, False], "num_class_embeds": 9,
                       "time_cond_proj_dim": 5, "norm_eps": 1e-3},
+    "instruct_pix2pix": ONE | {"in_channels": 8},
+    "inpainting": ONE | {"in_channels": 9},
+    "lcm": ONE | {"time_cond_proj_dim": 5},
     "pixel": PIXEL,
     "odd": PIXEL | ODD,
 }  # fmt: skip
@@ -126,23 +134,27 @@ def main():
     def tensors(tree):
         return {k: tensors(v) if isinstance(v, dict) else torch.from_numpy(v) for k, v in tree.items()}
 
-    out = {}
-    for name, config in UNETS.items():
+    def norms(net):
+        grads = {k: p.grad.norm() for k, p in net.named_parameters()}
+        return torch.stack([grads[k] for k in sorted(grads)])
+
+    def record(name, config):
         net, x = network(UNet2DConditionModel, config), tensors(inputs(config))
-        y = net(**x).sample
+        y = net(**(x | {"sample": x["sample"].requires_grad_()})).sample
         (y**2).mean().backward()
-        out[f"{name}/out"] = y.detach().numpy()
-        names = sorted(k for k, _ in net.named_parameters())
-        grads = dict(net.named_parameters())
-        out[f"{name}/grad_norm"] = np.array([grads[k].grad.norm().item() for k in names], np.float32)
+        yield from {"out": y, "grad": x["sample"].grad, "grad_norm": norms(net)}.items()
         if name in CONTROLNETS:
-            control = controlnet_config(name)
-            xc = tensors(inputs(control | {"sample_size": config["sample_size"]}, seed=1))
-            down, mid = network(ControlNetModel, control)(**xc, conditioning_scale=0.7, return_dict=False)
-            cond = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-            y = net(**x, **cond).sample
-            out[f"{name}/controlled"] = y.detach().numpy()
-            out[f"{name}/mid"] = mid.detach().numpy()
+            config = controlnet_config(name) | {"sample_size": config["sample_size"]}
+            branch, xc = network(ControlNetModel, controlnet_config(name)), tensors(inputs(config, seed=1))
+            xc["controlnet_cond"].requires_grad_()
+            x["sample"] = x["sample"].detach()  # whose gradient is already taken
+            down, mid = branch(**xc, conditioning_scale=0.7, return_dict=False)
+            y = net(**x, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+            (y**2).mean().backward()
+            yield from {"mid": mid, "controlled": y, "controlled_grad": xc["controlnet_cond"].grad}.items()
+            yield "controlled_grad_norm", norms(branch)
+
+    out = {f"{n}/{k}": v.detach().numpy() for n, config in UNETS.items() for k, v in record(n, config)}
     np.savez_compressed(Path(__file__).parent / "models.npz", **out)
     print({k: (v.shape, float(np.abs(v).mean())) for k, v in out.items()})
 

@@ -31,7 +31,6 @@ CONFIGS = {
     "tiny": {"encoder_block_out_channels": [8] * 3, "decoder_block_out_channels": [8] * 3, "latent_channels": 5,
              "num_encoder_blocks": [1, 2, 1], "num_decoder_blocks": [2, 1, 1]},
 }  # fmt: skip
-GRADIENTS = ("sd", "tiny")
 TILED = (23, 25)  # latent pixels; with tiles of 8 the last are 5 high, and 7 and then 1 wide: less than a fade is
 
 
@@ -47,19 +46,18 @@ def inputs(config: dict, size: tuple[int, int] = (4, 6)):
     return np.tanh(normal(0, *image)), normal(1, 2, config.get("latent_channels", 4), *size)
 
 
-def record(net, x, z, gradients):
-    """Raw outputs of both halves and, if asked for, the gradients of a random projection of them."""
+def record(net, x, z):
+    """Raw outputs of both halves and the gradients of a random projection of them."""
     import torch
 
     x, z = (torch.from_numpy(a).requires_grad_() for a in (x, z))
     encoded = net.encode(x)
     encoded = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.parameters
     out = {"encoded": encoded, "decoded": net.decode(z).sample}
-    if gradients:
-        a, b = (torch.from_numpy(normal(seed, *y.shape)) for seed, y in zip((2, 3), out.values(), strict=True))
-        ((a * out["encoded"]).sum() + (b * out["decoded"]).sum()).backward()
-        norms = {k: p.grad.norm() for k, p in net.named_parameters()}
-        out |= {"grad_x": x.grad, "grad_z": z.grad, "grad_norm": torch.stack([norms[k] for k in sorted(norms)])}
+    a, b = (torch.from_numpy(normal(seed, *y.shape)) for seed, y in zip((2, 3), out.values(), strict=True))
+    ((a * out["encoded"]).sum() + (b * out["decoded"]).sum()).backward()
+    norms = {k: p.grad.norm() for k, p in net.named_parameters()}
+    out |= {"grad_x": x.grad, "grad_z": z.grad, "grad_norm": torch.stack([norms[k] for k in sorted(norms)])}
     return {k: v.detach().numpy() for k, v in out.items()}
 
 
@@ -88,7 +86,7 @@ def main():
         net = (AutoencoderTiny if name == "tiny" else AutoencoderKL)(**config)
         shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
         net.load_state_dict({k: torch.from_numpy(v) for k, v in weights(shapes).items()})
-        recorded = record(net, *inputs(config), gradients=name in GRADIENTS)
+        recorded = record(net, *inputs(config))
         out |= {f"{name}/{k}": v for k, v in recorded.items()}
     out |= {f"tiled/{k}": v for k, v in tiled(*inputs(kl(2) | {"in_channels": 4}, TILED)).items()}
     np.savez_compressed(Path(__file__).parent / "vae.npz", **out)

@@ -1,0 +1,51 @@
+"""The instrument itself: what differs from PyTorch fails, what was compared is in the table."""
+
+import numpy as np
+import pytest
+from parity import Parity, table
+
+
+@pytest.fixture
+def noted():
+    return []
+
+
+@pytest.fixture
+def compare(noted):
+    return Parity(lambda kind, note: noted.append(note))
+
+
+def test_errors_are_relative_to_the_largest_value(compare, noted):
+    theirs = np.array([200.0, 1.0])
+    compare("net", "output", theirs + 1e-3, theirs)
+    assert noted[0] == ("net", "output", pytest.approx(5e-6), 1e-5, 2)
+    with pytest.raises(AssertionError, match="net: output differs from PyTorch by 2.0e-05"):
+        compare("net", "output", theirs + 4e-3, theirs)
+    compare("net", "output", theirs + 4e-3, theirs, limit=3e-5)
+    for ours in (np.array([200.0, np.nan]), theirs[:1], theirs[None]):
+        with pytest.raises(AssertionError):
+            compare("net", "output", ours, theirs)
+
+
+def test_every_weights_gradient_counts_for_itself(compare, noted):
+    grads = {"b": {"kernel": np.array([[3.0, 4.0]])}, "a": {"scale": np.array([1e-9])}}
+    norms = np.array([0.0, 5.0])  # a.weight, b.weight; that of the first is 0 but for rounding
+    compare.weights("net", grads, norms)
+    assert noted[0] == ("net", "weight gradients", pytest.approx(2e-7), 1e-3, 2)
+    with pytest.raises(AssertionError, match="weight gradients"):
+        compare.weights("net", grads, np.array([0.02, 5.0]))
+    with pytest.raises(AssertionError):
+        compare.weights("net", grads, norms[1:])
+
+
+def test_a_size_is_exact(compare):
+    compare.size("net", {"a": np.zeros((2, 3)), "b": np.zeros(4)}, 10)
+    with pytest.raises(AssertionError):
+        compare.size("net", {"a": np.zeros((2, 3))}, 7)
+
+
+def test_the_table_has_the_largest_error_and_every_number():
+    output = [("net", "output", 1e-6, 1e-5, 4), ("net", "output", 2.34e-6, 1e-5, 2)]
+    rows = table([*output, ("a net", "trajectory", 1e-4, 3e-4, 1000)]).splitlines()
+    assert rows[0] == "| | output | trajectory | numbers |"
+    assert rows[2:] == ["| a net |  | 1.0e-04 (limit 3e-04) | 1,000 |", "| net | 2.3e-06 |  | 6 |"]
