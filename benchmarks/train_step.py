@@ -91,7 +91,8 @@ def main():
     state = jax.jit(lambda nets: init_state(nets, turns, optimizers, method.ema()))(nets)
     step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema())
 
-    driver = sharding.make_driver("jit", step, sharding.make_mesh(), state)
+    mesh = sharding.make_mesh()
+    driver = sharding.make_driver("jit", step, mesh, state)
     state, frozen, on_device = driver.put_state(state), driver.put_frozen(frozen), driver.put_batch(batch)
     start = time.perf_counter()
     compiled = driver.step.lower(state, frozen, on_device, tuple(turns)).compile()
@@ -101,8 +102,8 @@ def main():
 
     student = Adapted(nets["backbone"], nets["branch"])
     t, z = jnp.array([500]), on_device["x0"]
-    loss = jax.jit(jax.grad(lambda net, b: (net(z, t, b["text"], b["cond"]).eps ** 2).mean()))
-    forward = jax.jit(lambda net, b: net(z, t, b["text"], b["cond"]).eps)
+    eps = sharding.inside(mesh, lambda net, b: net(z, t, b["text"], b["cond"]).eps)  # with the step's kernels
+    loss, forward = jax.jit(jax.grad(lambda net, b: (eps(net, b) ** 2).mean())), jax.jit(eps)
     parts_s = seconds(lambda: loss(student, on_device), args.repeats) + seconds(
         lambda: forward(student, on_device), args.repeats
     )

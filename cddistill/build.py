@@ -50,16 +50,15 @@ def build(experiment: Experiment) -> Parts:
     run, method = experiment.run, experiment.method
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
+    ours = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash}
     load = functools.partial(models.load, place=functools.partial(place, mesh), expect=models.DENOISERS)
     load = functools.partial(from_scratch, seed=run.seed) if run.scratch else load
-    frozen = {"teacher": load(run.teacher, dtype=jnp.dtype(run.dtype), remat=run.remat)}
+    frozen = {"teacher": load(run.teacher, **ours)}
     if run.lora:
         frozen["teacher"] = lora.merge(run.lora, {"unet": frozen["teacher"]}, run.lora_scale)["unet"]
-    frozen["autoencoder"] = load_autoencoder(run.teacher, dtype=jnp.dtype(run.dtype))
+    frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
     if run.controlnet:
-        frozen["controlnet"] = models.load(
-            run.controlnet, "controlnet", dtype=jnp.dtype(run.dtype), remat=run.remat, expect=models.CONTROLNETS
-        )
+        frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
     if getattr(method, "signal", "") == "lpips":
         frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
@@ -150,6 +149,7 @@ def sampler(parts: Parts):
     method, mesh = parts.experiment.method, parts.mesh
 
     @functools.partial(jax.jit, static_argnums=4, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.inside, mesh)
     def draw(nets, ema, frozen, batch, steps, seed):
         n = namespace(SimpleNamespace(step=0, ema=ema), frozen, nets)
         key = jax.random.key(seed)

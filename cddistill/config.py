@@ -33,6 +33,7 @@ class Run:
     fsdp: int = 1  # devices that share one copy of the weights; -1 = all; jit only
     dtype: str = "float32"  # of the networks' arithmetic; "bfloat16" halves activations; weights stay float32
     remat: bool = False  # recompute activations block by block in the backward pass
+    flash: bool = True  # attention by fused kernels where there are any; False if a loss takes second derivatives
     log_every: int = 10  # steps
     checkpoint_every: int = 500  # steps
     keep: int = 2  # newest checkpoints kept, besides the best

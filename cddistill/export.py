@@ -144,7 +144,7 @@ def reread(parts: Parts, state: TrainState, folder) -> float:
     draw = functools.partial(sampler(parts), batch=few(parts), steps=max(run.sample_steps), seed=run.seed)
     before = draw(state)
     for name in ROLES.keys() & nets.keys():
-        nets[name] = models.load(folder, ROLES[name], dtype=jnp.dtype(run.dtype), remat=run.remat)
+        nets[name] = models.load(folder, ROLES[name], dtype=jnp.dtype(run.dtype), remat=run.remat, flash=run.flash)
     return float(np.abs(before - draw(state.replace(nets=nets, ema=nets))).max())
 
 

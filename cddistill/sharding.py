@@ -85,10 +85,21 @@ class Driver(NamedTuple):
     get_state: Callable  # training's arrays -> mesh arrays, one copy, for checkpoints and sampling
 
 
+def inside(mesh, f):
+    """f, to be jitted, traced with the mesh in sight: kernels that GSPMD cannot split are split by hand over it."""
+
+    @functools.wraps(f)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*args)
+
+    return traced
+
+
 def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> Driver:
     """`jax.jit` over the mesh: the default. `state` gives shapes only."""
     layout = by_shape(mesh, state, min_elements)
-    compiled = jax.jit(step, static_argnums=3, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    compiled = jax.jit(inside(mesh, step), static_argnums=3, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     return Driver(
         put_state=lambda tree: put(tree, layout),
         put_frozen=lambda tree: put(tree, by_shape(mesh, tree, min_elements)),

@@ -166,7 +166,7 @@ def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels:
             raise ValueError(f"a branch cannot be made for a UNet with {name} = {config[name]!r}")
     shared = {f: v for f, v in config.items() if f in Encoder.__dataclass_fields__}
     embed = {"conditioning_channels": cond_channels, "conditioning_embedding_out_channels": tuple(embedding_channels)}
-    module = BRANCHES[kind].from_config(shared | embed, dtype=unet.dtype, remat=unet.remat)
+    module = BRANCHES[kind].from_config(shared | embed, dtype=unet.dtype, remat=unet.remat, flash=unet.flash)
     return Net(branch_params(module, teacher.params, key), Apply(module))
 
 

@@ -1,16 +1,91 @@
 """Attention as in diffusers: transformer blocks over image tokens, and plain spatial self-attention."""
 
+import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from cddistill.models.blocks import GroupNorm, conv
 
 
-def attend(x, context, heads: int, bias: bool, dtype):
-    """Multi-head attention of x [b, l, d] to context [b, m, e], softmax in float32; call inside a compact module."""
+def attention(q, k, v, causal: bool = False, flash: bool = True):
+    """softmax(q k^T / sqrt(d)) v of q [b, l, heads, d] and k, v [b, m, heads, d], the softmax in float32.
+
+    XLA computes it, or, with flash, a kernel that never stores the [l, m] weights. Such a kernel has no second and no
+    forward-mode derivative, and GSPMD cannot split it: so it is used only where a mesh is in sight (sharding.inside,
+    jax.set_mesh) that says for which platform the program is and how to split rows by hand. What is exported sees no
+    mesh, and so runs on any platform.
+    """
+    mesh, static = jax.sharding.get_abstract_mesh(), all(isinstance(n, int) for n in (*q.shape, *k.shape))
+    if causal or not flash or mesh.abstract_device is None or AxisType.Explicit in mesh.axis_types or not static:
+        return xla(q, k, v, causal)
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    whole = q.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
+    name = kernel(mesh.abstract_device.platform, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+    if name == "xla" or not whole:
+        return xla(q, k, v)
+    return by_rows(KERNELS[name], axes)(q, k, v)
+
+
+def kernel(platform: str, dtype, q_len: int, k_len: int, width: int) -> str:
+    """Which of KERNELS computes attention of q_len to k_len tokens in heads of this width on a platform, or "xla"."""
+    if platform == "tpu" and q_len % 128 == k_len % 128 == 0 and width <= 128:
+        return "pallas"
+    halves = dtype in (jnp.bfloat16, jnp.float16)
+    even = q_len % 2 == k_len % 2 == 0  # JAX refuses gradients for odd lengths, such as the 77 tokens of CLIP
+    if platform == "gpu" and halves and even and width <= 128 and width % 8 == 0 and cudnn_runs():
+        return "cudnn"
+    return "xla"
+
+
+def cudnn_runs() -> bool:
+    """Whether this machine has GPUs of NVIDIA, Ampere or newer; elsewhere JAX refuses even to trace cuDNN's kernel."""
+    try:
+        return all(float(gpu.compute_capability) >= 8.0 for gpu in jax.devices("cuda"))
+    except RuntimeError:  # there is none
+        return False
+
+
+def by_rows(f, axes: tuple[str, ...]):
+    """f on each device's rows alone, split over these axes of the mesh; none are left inside of pmap and shard_map."""
+    rows = P(axes)
+    return jax.shard_map(f, in_specs=rows, out_specs=rows, axis_names={*axes}, check_vma=False) if axes else f
+
+
+def xla(q, k, v, causal: bool = False):
+    """All sizes, derivatives and platforms."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+
+
+def cudnn(q, k, v):
+    """NVIDIA's fused kernels."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def pallas(q, k, v):
+    """JAX's flash attention for TPUs, in tiles of up to 512 tokens."""
+    tile_q, tile_k = math.gcd(q.shape[1], 512), math.gcd(k.shape[1], 512)
+    tiles = flash_attention.BlockSizes(
+        block_b=1, block_q=tile_q, block_k_major=tile_k, block_k=tile_k,
+        block_q_major_dkv=tile_q, block_q_dkv=tile_q, block_k_major_dkv=tile_k, block_k_dkv=tile_k,
+        block_q_dq=tile_q, block_k_major_dq=tile_k, block_k_dq=tile_k,
+    )  # fmt: skip
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    h = flash_attention.flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=tiles)
+    return jnp.swapaxes(h, 1, 2)
+
+
+KERNELS = {"cudnn": cudnn, "pallas": pallas}
+
+
+def attend(x, context, heads: int, bias: bool, dtype, flash: bool):
+    """Multi-head attention of x [b, l, d] to context [b, m, e]; call inside a compact module."""
     d = x.shape[-1]
     if d % heads:
         raise ValueError(f"{d} channels cannot be split into {heads} attention heads")
@@ -18,7 +93,7 @@ def attend(x, context, heads: int, bias: bool, dtype):
     k = nn.Dense(d, use_bias=bias, dtype=dtype, name="to_k")(context)
     v = nn.Dense(d, use_bias=bias, dtype=dtype, name="to_v")(context)
     q, k, v = (y.reshape(*y.shape[:2], heads, d // heads) for y in (q, k, v))
-    h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    h = attention(q, k, v, flash=flash).reshape(x.shape)
     return nn.Dense(d, dtype=dtype, name="to_out_0")(h)
 
 
@@ -27,10 +102,11 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    flash: bool = True
 
     @nn.compact
     def __call__(self, x, context):
-        return attend(x, context, self.heads, False, self.dtype)
+        return attend(x, context, self.heads, False, self.dtype, self.flash)
 
 
 class SpatialAttention(nn.Module):
@@ -40,6 +116,7 @@ class SpatialAttention(nn.Module):
     groups: int
     eps: float
     dtype: Any = jnp.float32
+    flash: bool = True
 
     @nn.compact
     def __call__(self, x, context=None):
@@ -47,7 +124,7 @@ class SpatialAttention(nn.Module):
         tokens = GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
         if c % self.head_dim:
             raise ValueError(f"{c} channels cannot be split into heads of width attention_head_dim = {self.head_dim}")
-        return x + attend(tokens, tokens, c // self.head_dim, True, self.dtype).reshape(x.shape)
+        return x + attend(tokens, tokens, c // self.head_dim, True, self.dtype, self.flash).reshape(x.shape)
 
 
 class GEGLU(nn.Module):
@@ -79,15 +156,17 @@ class BasicTransformerBlock(nn.Module):
     heads: int
     only_cross_attention: bool = False
     dtype: Any = jnp.float32
+    flash: bool = True
 
     @nn.compact
     def __call__(self, x, context):
         norm1, norm2, norm3 = (
             nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name=f"norm{i}") for i in (1, 2, 3)
         )
+        attend = partial(Attention, self.heads, self.dtype, self.flash)
         h = norm1(x)
-        x = x + Attention(self.heads, self.dtype, name="attn1")(h, context if self.only_cross_attention else h)
-        x = x + Attention(self.heads, self.dtype, name="attn2")(norm2(x), context)
+        x = x + attend(name="attn1")(h, context if self.only_cross_attention else h)
+        x = x + attend(name="attn2")(norm2(x), context)
         return x + FeedForward(self.dtype, name="ff")(norm3(x))
 
 
@@ -100,6 +179,7 @@ class Transformer2DModel(nn.Module):
     linear: bool = False
     only_cross_attention: bool = False
     dtype: Any = jnp.float32
+    flash: bool = True
 
     @nn.compact
     def __call__(self, x, context):
@@ -114,6 +194,6 @@ class Transformer2DModel(nn.Module):
         y = project(y, "proj_in").reshape(b, h * w, c)
         for i in range(self.depth):
             y = BasicTransformerBlock(
-                self.heads, self.only_cross_attention, self.dtype, name=f"transformer_blocks_{i}"
+                self.heads, self.only_cross_attention, self.dtype, self.flash, name=f"transformer_blocks_{i}"
             )(y, context)
         return x + project(y.reshape(x.shape), "proj_out")

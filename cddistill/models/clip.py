@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cddistill.models.attention import attention
+
 
 def quick_gelu(x):
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with; OpenCLIP has the exact one."""
@@ -75,7 +77,7 @@ class CLIPAttention(nn.Module):
             nn.Dense(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(b, n, self.heads, d // self.heads)
             for name in ("q", "k", "v")
         )
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        h = attention(q, k, v, causal=True).reshape(x.shape)
         return nn.Dense(d, dtype=self.dtype, name="out_proj")(h)
 
 

@@ -99,7 +99,10 @@ def inside(root: Path, subfolder: str) -> Path:
     return root / subfolder if (root / subfolder).is_dir() else root
 
 
-def load(folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False, place=None, expect=()):
+def load(
+    folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False, flash: bool = True, place=None,
+    expect=(),
+):  # fmt: skip
     """The network in a folder, by the class that its config.json names: a Denoiser, an Autoencoder or a Net.
 
     folder is a path, "emoji" or a Hub id; the network lies in its subfolder, or in the folder itself. It may also be a
@@ -108,10 +111,10 @@ def load(folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False
     Stable Diffusion 1.x (scaled-linear betas, eps).
 
     Weights become float32 whatever the file holds, kernels [h, w, in, out] or [in, out]; dtype is what layers compute
-    in, remat trades time for memory in the backward pass. place(path, array) puts each weight on a device as soon as
-    it is read, so that no second copy of the network exists; the default is the first device. expect: classes of
-    which the network must be. Raises ValueError naming the file or key for anything missing, truncated, misshapen,
-    unsupported or unexpected.
+    in, remat trades time for memory in the backward pass, flash allows attention kernels without second derivatives.
+    place(path, array) puts each weight on a device as soon as it is read, so that no second copy of the network exists;
+    the default is the first device. expect: classes of which the network must be. Raises ValueError naming the file or
+    key for anything missing, truncated, misshapen, unsupported or unexpected.
     """
     path = inside(resolve(folder, subfolder), subfolder)
     config = read_config(path)
@@ -121,7 +124,7 @@ def load(folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False
             f"{path} holds {held}, not a {' or '.join(names)}: point at a folder that holds one, or that has it in "
             f"{subfolder}/"
         )
-    module = build(config, dtype=dtype, remat=remat)
+    module = build(config, dtype=dtype, remat=remat, flash=flash)
     return as_net(module, read_params(path, module, place), path)
 
 
@@ -155,7 +158,7 @@ def class_name(config: dict) -> str:
 
 
 def build(config: dict, **ours):
-    """The module of a config.json; `ours` are dtype and, for classes that have it, remat."""
+    """The module of a config.json; `ours` are dtype and, for classes that have them, remat and flash."""
     name = class_name(config)
     if name not in CLASSES:
         raise ValueError(f"_class_name {name!r} is not supported, only {', '.join(CLASSES)} are")
@@ -171,7 +174,7 @@ def abstract(config: dict):
 
 def init(
     config: dict, seed: int = 0, schedule=None, predicts: str | None = None, zero_out: bool = True, dtype=jnp.float32,
-    remat: bool = False,
+    remat: bool = False, flash: bool = True,
 ) -> Denoiser:  # fmt: skip
     """A denoiser to train from scratch: PyTorch's default initialisation; zero_out starts its last layers at 0.
 
@@ -179,7 +182,7 @@ def init(
     (scaled-linear betas, eps); EDM's networks are EDM() and "x0" by construction. Raises ValueError for other networks
     and for EDM's with anything else.
     """
-    module = build(config, dtype=dtype, remat=remat)
+    module = build(config, dtype=dtype, remat=remat, flash=flash)
     if not isinstance(module, DENOISERS):
         names = ", ".join(c.__name__ for c in DENOISERS)
         raise ValueError(f"{type(module).__name__} does not denoise: models.init takes the config of a {names}")

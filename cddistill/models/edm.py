@@ -67,13 +67,14 @@ class KarrasUNet(nn.Module):
     sigma_data: float = 0.5
     dtype: Any = jnp.float32
     remat: bool = False  # recompute each block's inside in the backward pass
+    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
 
     @classmethod
     def from_config(cls, config: dict, **ours):
         """The module of a config.json, whose keys are this class's fields.
 
-        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
-        that is unknown, or whose value is not supported.
+        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
+        option that is unknown, or whose value is not supported.
         """
         config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
         known = cls().options()
@@ -89,7 +90,7 @@ class KarrasUNet(nn.Module):
 
     def options(self) -> dict:
         """The fields that are keys of a config."""
-        ours = {"parent", "name", "dtype", "remat"}
+        ours = {"parent", "name", "dtype", "remat", "flash"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
 
     def to_config(self) -> dict:
@@ -203,7 +204,7 @@ class DhariwalUNet(KarrasUNet):
         """ADM's blocks."""
         return Style(
             adaptive_scale=True, skip_scale=1.0, head_width=self.channels_per_head, project_resampled=False, eps=1e-5,
-            taps=(1, 1), dtype=self.dtype, remat=self.remat,
+            taps=(1, 1), dtype=self.dtype, remat=self.remat, flash=self.flash,
         )  # fmt: skip
 
     def encoder(self):
@@ -255,7 +256,7 @@ class SongUNet(KarrasUNet):
         """The blocks of DDPM++ and NCSN++."""
         return Style(
             adaptive_scale=False, skip_scale=ROOT_HALF, head_width=None, project_resampled=True, eps=1e-6,
-            taps=self.resample_filter, dtype=self.dtype, remat=self.remat,
+            taps=self.resample_filter, dtype=self.dtype, remat=self.remat, flash=self.flash,
         )  # fmt: skip
 
     def encoder(self):

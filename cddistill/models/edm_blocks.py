@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cddistill.models.attention import attention
 from cddistill.models.blocks import GroupNorm, conv
 
 ROOT_HALF = 0.5**0.5  # keeps the variance of a sum of two
@@ -40,6 +41,7 @@ class Style:
     taps: tuple[int, ...]  # the resampling filter along one axis
     dtype: Any
     remat: bool
+    flash: bool
 
     def block(self, width: int, name: str, attends: bool = False, resample: str = ""):
         """A residual block, rematerialised on request."""
@@ -104,7 +106,7 @@ class UNetBlock(nn.Module):
             raise ValueError(f"{c} channels cannot be split into attention heads of channels_per_head = {head}")
         qkv = conv(3 * c, 1, self.style.dtype, "qkv")(self.style.norm(x, "norm2"))
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, c // head, head, 3), -1, 0)
-        attended = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        attended = attention(q, k, v, flash=self.style.flash).reshape(x.shape)
         return conv(c, 1, self.style.dtype, "proj")(attended)
 
 

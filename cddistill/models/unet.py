@@ -170,13 +170,14 @@ class Encoder(nn.Module):
     conv_in_kernel: int = 3
     dtype: Any = jnp.float32
     remat: bool = False  # recompute each block's inside in the backward pass
+    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
 
     @classmethod
     def from_config(cls, config: dict, **ours):
         """The module of a diffusers config.json.
 
-        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
-        that is unknown, or whose value is not supported.
+        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
+        option that is unknown, or whose value is not supported.
         """
         defaults = cls().options()
         config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
@@ -195,7 +196,7 @@ class Encoder(nn.Module):
 
     def options(self) -> dict:
         """The fields that are keys of a diffusers config."""
-        ours = {"parent", "name", "dtype", "remat"}
+        ours = {"parent", "name", "dtype", "remat", "flash"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
 
     def to_config(self) -> dict:
@@ -244,12 +245,15 @@ class Encoder(nn.Module):
         head_dim = self.per_block(self.attention_head_dim)[i if head_dim_of is None else head_dim_of]
         depth = self.per_block(self.transformer_layers_per_block)[i]
         only_cross = self.per_block(self.only_cross_attention)[i]
-        cross = partial(Transformer2DModel, heads, depth, self.norm_num_groups, self.use_linear_projection)
+        cross = partial(
+            Transformer2DModel, heads, depth, self.norm_num_groups, self.use_linear_projection, dtype=self.dtype,
+            flash=self.flash,
+        )  # fmt: skip
         return {
             "none": None,
-            "cross": partial(cross, only_cross_attention=only_cross, dtype=self.dtype),
-            "mid": partial(cross, dtype=self.dtype),
-            "self": partial(SpatialAttention, head_dim, self.norm_num_groups, self.norm_eps, self.dtype),
+            "cross": partial(cross, only_cross_attention=only_cross),
+            "mid": cross,
+            "self": partial(SpatialAttention, head_dim, self.norm_num_groups, self.norm_eps, self.dtype, self.flash),
         }[kind]
 
     def block(self, cls):

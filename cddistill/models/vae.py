@@ -61,6 +61,7 @@ class Coder(nn.Module):
     attention: bool
     dtype: Any
     remat: bool
+    flash: bool
 
     def block(self, cls):
         """The block's class, rematerialised on request."""
@@ -72,7 +73,7 @@ class Coder(nn.Module):
 
     def middle(self, h):
         """The middle block; its attention has one head of full width."""
-        attention = partial(SpatialAttention, self.widths[-1], self.groups, EPS, self.dtype)
+        attention = partial(SpatialAttention, self.widths[-1], self.groups, EPS, self.dtype, self.flash)
         return self.block(MidBlock)(self.resnet(-1), attention if self.attention else None, name="mid_block")(h)
 
     def leave(self, h):
@@ -128,13 +129,14 @@ class AutoencoderKL(nn.Module):
     mid_block_add_attention: bool = True
     dtype: Any = jnp.float32
     remat: bool = False  # recompute each block's inside in the backward pass
+    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
 
     @classmethod
     def from_config(cls, config: dict, **ours):
         """The module of a diffusers config.json.
 
-        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
-        that is unknown, or whose value is not supported.
+        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
+        option that is unknown, or whose value is not supported.
         """
         return from_config(cls, config, SUPPORTED, **ours)
 
@@ -173,7 +175,7 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         shared = (
             self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.mid_block_add_attention,
-            self.dtype, self.remat,
+            self.dtype, self.remat, self.flash,
         )  # fmt: skip
         self.encoder = Encoder(2 * self.latent_channels, *shared)
         self.decoder = Decoder(self.out_channels, *shared)
@@ -321,7 +323,7 @@ def from_config(cls, config: dict, supported: dict, **ours):
 
 def options(module) -> dict:
     """The fields that are keys of a diffusers config."""
-    ours = {"parent", "name", "dtype", "remat"}
+    ours = {"parent", "name", "dtype", "remat", "flash"}
     return {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ours}
 
 

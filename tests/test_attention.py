@@ -1,0 +1,314 @@
+"""Attention and the kernels that may compute it, and what every network owes to dtype, remat and flash."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pallas_api
+from jax.experimental.pallas.ops.tpu import flash_attention
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from cddistill import models, sharding
+from cddistill.models import attention as module
+from cddistill.models import convert
+from cddistill.models.attention import attention, kernel, pallas, xla
+from cddistill.models.init import weight_shapes
+from cddistill.step import TrainState
+
+UNET = {
+    "block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
+    "mid_block_type": None, "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}  # fmt: skip
+SELF = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"]}
+BRANCH = {k: v for k, v in UNET.items() if k != "up_block_types"} | {"mid_block_type": "UNetMidBlock2D"}
+BRANCH |= {"conditioning_embedding_out_channels": [4, 8]}
+KARRAS = {"img_resolution": 16, "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [16]}
+VAE = {"block_out_channels": [8], "norm_num_groups": 4}
+TINY = {f"{half}_block_out_channels": [8, 8] for half in ("encoder", "decoder")}
+TINY |= {f"num_{half}_blocks": [1, 1] for half in ("encoder", "decoder")}
+CLIP = {
+    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "projection_dim": 8, "max_position_embeddings": 128,
+}  # fmt: skip
+PRODUCTS = ("dot_general", "conv_general_dilated")
+NETWORKS = {
+    "unet": UNET | {"_class_name": "UNet2DConditionModel"},
+    "unet_self": UNET | SELF | {"_class_name": "UNet2DConditionModel"},
+    "controlnet": BRANCH | {"_class_name": "ControlNetModel"},
+    "mu_blend": BRANCH | {"_class_name": "MuBlendModel"},
+    "adm": KARRAS | {"_class_name": "DhariwalUNet", "channels_per_head": 4},
+    "ncsnpp": KARRAS | {"_class_name": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual"},
+    "vae": VAE | {"_class_name": "AutoencoderKL"},
+    "tiny_vae": TINY | {"_class_name": "AutoencoderTiny"},
+    "clip": CLIP | {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"},
+}
+
+
+def randn(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def qkv(b=1, q_len=256, k_len=128, heads=2, width=8, dtype=jnp.float32):
+    shapes = (b, q_len, heads, width), (b, k_len, heads, width), (b, k_len, heads, width)
+    return tuple(randn(i, *shape, dtype=dtype) for i, shape in enumerate(shapes))
+
+
+def mesh_of(platform, shape=(1, 1), kind=AxisType.Auto):
+    """A mesh of devices that are not here: programs can be lowered for it."""
+    return AbstractMesh(shape, ("data", "fsdp"), (kind,) * 2, abstract_device=AbstractDevice(platform, 1, platform))
+
+
+def lowered(f, mesh, *args, platform="tpu"):
+    """The StableHLO of f, traced inside a mesh (or none), for a platform."""
+
+    def inside(*args):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return f(*args)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jax.jit(inside if mesh else f).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, also those inside of others."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Pallas kernels as plain JAX, also where the mesh of this machine's CPUs stands for one of TPUs."""
+    flash_attention.flash_attention.clear_cache()
+    monkeypatch.setattr(pallas_api, "pallas_call", functools.partial(pallas_api.pallas_call, interpret=True))
+    monkeypatch.setattr(module, "kernel", lambda platform, *sizes: kernel("tpu", *sizes))
+    yield
+    flash_attention.flash_attention.clear_cache()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_a_softmax_over_keys(causal):
+    q, k, v = qkv(2, 7, 7 if causal else 5)
+    weights = np.exp(np.einsum("blhd,bmhd->bhlm", q, k) / np.sqrt(8))
+    weights = np.tril(weights) if causal else weights
+    expected = np.einsum("bhlm,bmhd->blhd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(attention(q, k, v, causal), expected, atol=1e-5)
+
+
+def test_softmax_is_float32_under_bfloat16():
+    jaxpr = jax.make_jaxpr(attention)(*qkv(dtype=jnp.bfloat16))
+    assert {eqn.outvars[0].aval.dtype for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"} == {
+        jnp.dtype("float32")
+    }
+
+
+@pytest.mark.parametrize(
+    ("expected", "platform", "dtype", "sizes"),
+    [
+        ("pallas", "tpu", "bfloat16", (4096, 4096, 64)),
+        ("pallas", "tpu", "float32", (128, 256, 128)),
+        ("xla", "tpu", "bfloat16", (4096, 77, 64)),  # text
+        ("xla", "tpu", "bfloat16", (64, 128, 64)),
+        ("xla", "tpu", "bfloat16", (4096, 4096, 160)),  # Stable Diffusion 1's lowest levels
+        ("cudnn", "gpu", "bfloat16", (4096, 4096, 64)),
+        ("cudnn", "gpu", "float16", (64, 78, 128)),
+        ("xla", "gpu", "bfloat16", (4096, 77, 64)),
+        ("xla", "gpu", "float32", (4096, 4096, 64)),
+        ("xla", "gpu", "bfloat16", (4096, 4096, 136)),
+        ("xla", "gpu", "bfloat16", (4096, 4096, 20)),
+        ("xla", "cpu", "bfloat16", (4096, 4096, 64)),
+    ],
+)
+def test_which_kernel_computes_it(expected, platform, dtype, sizes, monkeypatch):
+    monkeypatch.setattr(module, "cudnn_runs", lambda: True)
+    assert kernel(platform, jnp.dtype(dtype), *sizes) == expected
+    monkeypatch.setattr(module, "cudnn_runs", lambda: False)
+    assert kernel(platform, jnp.dtype(dtype), *sizes) == expected.replace("cudnn", "xla")
+
+
+@pytest.mark.parametrize(("found", "runs"), [(["9.0", "8.0"], True), (["8.0", "7.5"], False), (["12.1"], True)])
+def test_cudnn_needs_ampere(found, runs, monkeypatch):
+    class GPU:
+        def __init__(self, capability):
+            self.compute_capability = capability
+
+    assert not module.cudnn_runs()  # no GPU here
+    monkeypatch.setattr(jax, "devices", lambda platform: [GPU(capability) for capability in found])
+    assert module.cudnn_runs() == runs
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 0.02)])  # bfloat16 has 8 bits
+def test_pallas_computes_what_xla_does(dtype, atol, interpreted):
+    inputs, weight = qkv(q_len=1024, k_len=128, dtype=jnp.dtype(dtype)), randn(3, 1, 1024, 2, 8)
+
+    def both(f):
+        scalar = lambda *x: (f(*x).astype(jnp.float32) * weight).mean(1).sum()
+        return jax.jit(lambda *x: (f(*x), *jax.grad(scalar, (0, 1, 2))(*x)))
+
+    for a, b in zip(both(pallas)(*inputs), both(xla)(*inputs), strict=True):
+        assert a.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(a.astype("f"), b.astype("f"), atol=atol * np.abs(b).max().astype("f"))
+
+
+def test_rows_are_split_by_hand_over_the_mesh(interpreted):
+    mesh = sharding.make_mesh(fsdp=2)
+    inputs = qkv(8)
+    place = lambda f: jax.jit(sharding.inside(mesh, lambda *x: (f(*x), *jax.grad(total(f), (0, 1, 2))(*x))))
+    total = lambda f: lambda *x: (f(*x) ** 2).sum()
+    ours = place(attention)(*sharding.put_rows(mesh, inputs))
+    for a, b in zip(ours, place(xla)(*inputs), strict=True):
+        assert a.sharding.is_equivalent_to(sharding.by_row(mesh), 4)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_kernel_needs_a_mesh_and_whole_rows():
+    has_kernel = lambda mesh, b=4, **kwargs: (
+        "tpu_custom_call" in lowered(functools.partial(attention, **kwargs), mesh, *qkv(b))
+    )
+    assert has_kernel(mesh_of("tpu", (2, 2)))
+    assert has_kernel(mesh_of("tpu"), b=3)
+    assert not has_kernel(mesh_of("tpu", (2, 2)), b=3)
+    assert not has_kernel(mesh_of("tpu", (2, 2)), flash=False)
+    assert not has_kernel(mesh_of("cpu", (2, 2)))
+    assert not has_kernel(mesh_of("tpu", kind=AxisType.Explicit))
+    assert not has_kernel(None)
+    causal = functools.partial(attention, causal=True)
+    assert "tpu_custom_call" not in lowered(causal, mesh_of("tpu"), *qkv(1, 128, 128))
+
+
+def test_cudnn_on_gpus(monkeypatch):
+    """No GPU is here, so what JAX asks of one is answered for it; whether the kernel runs, this cannot tell."""
+    run = functools.partial(lowered, jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum()), platform="cuda")
+    inputs = qkv(4, 64, 78, dtype=jnp.bfloat16)
+    assert "cudnn" not in run(mesh_of("gpu", (2, 2)), *inputs)
+    monkeypatch.setattr(module, "cudnn_runs", lambda: True)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91900)
+    text = run(mesh_of("gpu", (2, 2)), *inputs)
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
+    assert "cudnn" not in run(mesh_of("gpu"), *qkv(4))  # float32
+
+
+def test_second_derivatives_without_flash(interpreted):
+    mesh = sharding.make_mesh(fsdp=2)
+    (q, *kv), kwargs = qkv(8), {"flash": False}
+
+    def penalty(q):  # as of a discriminator: the squared norm of a gradient
+        return (jax.grad(lambda q: (attention(q, *kv, **kwargs) ** 2).sum())(q) ** 2).sum()
+
+    grad = jax.jit(sharding.inside(mesh, jax.grad(penalty)))(q)
+    d = randn(9, *q.shape)
+    slope = (jax.jit(penalty)(q + 1e-2 * d) - jax.jit(penalty)(q - 1e-2 * d)) / 2e-2
+    np.testing.assert_allclose((grad * d).sum(), slope, rtol=1e-2)
+    kwargs["flash"] = True
+    with pytest.raises(NotImplementedError):
+        jax.eval_shape(sharding.inside(mesh, jax.grad(penalty)), q)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_drivers_let_networks_see_the_mesh(parallel):
+    seen = []
+
+    def step(state, frozen, batch, play, axis=None):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return state, {"loss": batch["x"].mean()}
+
+    state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {})
+    driver = sharding.make_driver(parallel, step, sharding.make_mesh(), state)
+    driver.step(driver.put_state(state), driver.put_frozen({}), driver.put_batch({"x": np.ones((8, 1), "f")}), ())
+    assert seen[0].size == 8
+    assert seen[0].abstract_device.platform == "cpu"
+
+
+def test_exports_hold_no_kernel():
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in qkv()]
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):  # a symbol is no number of rows
+        exported = jax.export.export(jax.jit(attention), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    assert "tpu_custom_call" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(*qkv(2)), xla(*qkv(2)), atol=1e-6)
+
+
+@functools.cache
+def weights(name):
+    """Random weights of a network, none of them zero."""
+    shapes, seeds = weight_shapes(convert.build(NETWORKS[name])), itertools.count()
+
+    def draw(x):
+        noise = np.random.default_rng(next(seeds)).normal(size=x.shape).astype("f")
+        return noise / np.sqrt(np.prod(x.shape[:-1])) if len(x.shape) > 1 else 0.5 + 0.1 * noise
+
+    return jax.tree.map(draw, shapes)
+
+
+def call(name, **ours):
+    """params -> all outputs of a network in one vector."""
+    network, rng = convert.build(NETWORKS[name], **ours), np.random.default_rng(7)
+    x = lambda *shape: rng.normal(size=shape).astype("f")
+    text, t = {"encoder_hidden_states": x(1, 5, 8)}, np.array([3])
+    args, kwargs = {
+        "unet": ((x(1, 16, 8, 4), t), text),
+        "unet_self": ((x(1, 16, 8, 4), t), {}),
+        "controlnet": ((x(1, 16, 8, 4), t, x(1, 32, 16, 3)), text),
+        "mu_blend": ((x(1, 16, 8, 4), t, x(1, 32, 16, 3)), text),
+        "adm": ((x(1, 16, 8, 3), np.ones(1, "f")), {}),
+        "ncsnpp": ((x(1, 16, 8, 3), np.ones(1, "f")), {}),
+        "vae": ((x(1, 16, 8, 3),), {}),
+        "tiny_vae": ((x(1, 32, 16, 3),), {}),
+        "clip": ((rng.integers(0, 20, (1, 128)),), {}),
+    }[name]
+
+    def run(params):
+        out = network.apply({"params": params}, *args, **kwargs)
+        return jnp.concatenate([jnp.asarray(x, jnp.float32).ravel() for x in jax.tree.leaves(out)])
+
+    return run
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_products_are_computed_in_bfloat16(name):
+    def halves(f):  # of every product: which operands are bfloat16
+        found = [eqn for eqn in equations(jax.make_jaxpr(f)(weights(name)).jaxpr) if eqn.primitive.name in PRODUCTS]
+        if name in ("adm", "ncsnpp"):  # whose embedding, a vector per image, is float32
+            found = [eqn for eqn in found if eqn.invars[0].aval.ndim > 2]
+        return [[x.aval.dtype == jnp.bfloat16 for x in eqn.invars] for eqn in found]
+
+    run = call(name, dtype=jnp.bfloat16)
+    forward, both = halves(run), halves(jax.grad(lambda params: run(params).sum()))
+    assert len(both) > len(forward) > 5
+    assert all(map(all, forward))
+    assert all(map(any, both))  # XLA's attention has float32 gradients of its weights
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("unet_self", "ncsnpp", "clip")])
+def test_remat_changes_nothing_and_bfloat16_little(name):
+    def outputs(params):
+        plain, again = (jax.vjp(call(name, remat=remat), params) for remat in (False, True))
+        return *((out, backward(jnp.cos(out))) for out, backward in (plain, again)), call(name, dtype=jnp.bfloat16)(
+            params
+        )
+
+    (out, grads), again, half = jax.jit(outputs)(weights(name))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(a).max())), (out, grads), again)
+    assert 1e-4 < np.abs(half - out).max() / np.abs(out).max() < 0.1  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_take_kernels_unless_told_not_to(name):
+    has_kernel = lambda flash: "tpu_custom_call" in lowered(call(name, flash=flash), mesh_of("tpu"), weights(name))
+    assert has_kernel(True) == (name not in ("tiny_vae", "clip"))  # without attention, causal
+    assert not has_kernel(False)
+
+
+def test_flash_reaches_loaded_networks_and_branches(tmp_path):
+    teacher = models.init(NETWORKS["unet"], flash=False)
+    models.save(tmp_path, "unet", teacher.params, teacher.apply.module.to_config())
+    assert [models.load(tmp_path, flash=flash).apply.module.flash for flash in (True, False)] == [True, False]
+    branch = jax.eval_shape(functools.partial(models.make_branch, teacher), jax.random.key(0))
+    assert not branch.apply.module.flash
