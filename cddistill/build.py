@@ -1,6 +1,7 @@
 """From an experiment to its parts: frozen nets, the state at step 0 and how to sample from it."""
 
 import functools
+import pathlib
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -77,7 +78,16 @@ def place(mesh, path, x):
 def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:
     """The VAE of a teacher's pipeline; the identity for pixel models, which have none."""
     root = models.resolve(teacher, "vae")
-    return models.load(root, "vae", **kwargs) if (root / "vae").is_dir() else Autoencoder()
+    return models.load(root, "vae", expect=models.AUTOENCODERS, **kwargs) if has(root, "vae") else Autoencoder()
+
+
+def has(root: pathlib.Path, part: str) -> bool:
+    """Whether a teacher's pipeline has this part; ValueError if its model_index.json names one that is not there."""
+    index = root / "model_index.json"
+    named = index.is_file() and any(models.schedulers.read_json(index).get(part) or ())  # may be [null, null]
+    if named and not (root / part).is_dir():
+        raise ValueError(f"{root} lacks {part}/, which its model_index.json names: download that folder too")
+    return (root / part).is_dir()
 
 
 def from_scratch(folder, seed, **kwargs):

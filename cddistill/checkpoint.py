@@ -136,7 +136,8 @@ class Checkpoints:
         self.wait()
         there = sorted(self.manager.all_steps(), reverse=True)
         if not there or step not in (None, *there):
-            raise FileNotFoundError(f"no checkpoint {'' if step is None else step} in {self.folder}; there are {there}")
+            others = f"; there are {there}" if there else " yet: train first, or give another --workdir"
+            raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}{others}")
         reasons = {}
         for s in there if step is None else [step]:
             try:

@@ -6,6 +6,7 @@ Every host writes its share of the rows to files of its own, and how far it is, 
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from rich.progress import Progress
 
 from cddistill import data, models, sharding
-from cddistill.build import load_autoencoder
+from cddistill.build import has, load_autoencoder
 from cddistill.config import Experiment
 from cddistill.data.splits import SPLITS
 from cddistill.evals import grids
@@ -30,16 +31,20 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
 
     Images pass through the VAE of config.teacher, captions through its text encoders; what a teacher does not have is
     left out. Nothing is augmented. Rows already written by the same command are kept. Raises ValueError for data that
-    are arrays already, for a teacher without folder, and for an `output` made by another command.
+    are arrays already, for a teacher that encodes nothing, and for an `output` made by another command.
     """
     run = experiment.run
     if experiment.data.source == "arrays":
         raise ValueError("data.source=arrays is encoded already: --mode=encode takes images")
     dtype, root = jnp.dtype(run.dtype), models.resolve(run.teacher, "text_encoder")
     vae = load_autoencoder(run.teacher, dtype=dtype)
-    prompts = load_prompts(root, dtype) if (root / "text_encoder").is_dir() else None
+    prompts = load_prompts(root, dtype) if has(root, "text_encoder") else None
     if prompts and run.lora:
         prompts = prompts.adapted(run.lora, run.lora_scale)
+    if vae.params is None and prompts is None:
+        raise ValueError(
+            f"{run.teacher} has neither vae/ nor text_encoder/: it takes images as they are, train on them"
+        )
     encoders, hosts, host = Encoders(vae, prompts, run.batch_size), jax.process_count(), jax.process_index()
     made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
     for split in SPLITS:
@@ -80,9 +85,23 @@ def write(folder: pathlib.Path, made: dict, items, total: int, batch_size: int, 
 
 
 def rows_file(path: pathlib.Path, shape, dtype):
-    """An array on disk of this shape, opened where it is already."""
-    mode = "r+" if path.is_file() else "w+"
-    return np.lib.format.open_memmap(path, mode, dtype if mode == "w+" else None, shape if mode == "w+" else None)
+    """An array on disk of this shape, opened where it is already; OSError if the disk has no room for all of it."""
+    if path.is_file():
+        return np.lib.format.open_memmap(path, "r+")
+    rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        reserve(path)
+    return rows
+
+
+def reserve(path: pathlib.Path) -> None:
+    """Make the disk give a file all of its blocks: if it cannot later, that kills the process which has it mapped."""
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @dataclasses.dataclass

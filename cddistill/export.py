@@ -54,7 +54,7 @@ HERE_ONLY = "No scheduler of diffusers samples this student; cddistill does, in 
 def export(parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None) -> str:
     """Write the averaged student to `output` and check it; returns what was found, in a sentence.
 
-    `output` is a folder to make or fill (diffusers), or a file *.stablehlo or *.onnx. Raises ValueError, before
+    `output` is a folder (diffusers), or a file *.stablehlo or *.onnx. Raises ValueError, before
     anything is written, for a student that the form cannot hold and in a run of several hosts.
     """
     if jax.process_count() > 1:
@@ -63,10 +63,8 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
             "JAX_PLATFORMS=cpu); checkpoints are restored onto any number of devices"
         )
     path = pathlib.Path(output)
-    if path.suffix == ".stablehlo":
-        return stablehlo(parts, state, path)
-    if path.suffix == ".onnx":
-        return onnx(parts, state, path)
+    if path.suffix in FILES:
+        return FILES[path.suffix](parts, state, path)
     return pipeline(parts, state, path, config, scores or {})
 
 
@@ -241,6 +239,9 @@ def onnx(parts: Parts, state: TrainState, path: pathlib.Path) -> str:
     (image,) = session.run(None, {name: x for name, x in zip(names, leaves, strict=True) if name in taken})
     error = np.abs(image - jax.jit(draw)(inputs)).max()
     return f"onnxruntime's image differs by at most {error:.2g} of 1 (keep {path.name}.data beside it if there is one)"
+
+
+FILES = {".stablehlo": stablehlo, ".onnx": onnx}  # all but these are folders
 
 
 def drawing(parts: Parts, state: TrainState, decode: bool = True):

@@ -3,15 +3,23 @@
 python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
 
+import errno
 import logging
 import os
 import pathlib
 import re
+import shutil
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place to write to",
+    errno.EDQUOT: "free some space, or choose another place to write to",
+    errno.EROFS: "choose another place to write to",
+    errno.EACCES: "change its permissions, or choose another place",
+}
 MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21."
@@ -69,7 +77,12 @@ def parse(argv):
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line; the flag parsers' own are put into words."""
+    """An error as one line; the flag parsers' own and the disk's are put into words."""
+    if isinstance(error, shutil.Error):  # (from, to, why) of every file
+        _, place, why = error.args[0][0]
+        return f"{place} cannot be written ({why}): free some space, or choose another place"
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return f"{': '.join(filter(None, (error.filename, error.strerror)))}; {REMEDIES[error.errno]}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = " ".join(" ".join(lines).split())
     if "Traceback" in said:  # config_flags wraps a config file's own error in its traceback

@@ -134,7 +134,12 @@ def sample(settings, workdir: pathlib.Path, source: str | None, output: str) -> 
 
 def export_run(settings, workdir: pathlib.Path, output: str) -> None:
     """Write the newest checkpoint in a form for other programs: see `export.export`."""
+    target = pathlib.Path(output)
+    file = target.suffix in export.FILES
+    if not file and target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     parts, state = finished(settings, workdir)
+    claim(target.parent if file else target, "--output")
     scores = workdir / "scores.json"
     scores = json.loads(scores.read_text()) if scores.is_file() else {}
     said = export.export(parts, state, output, config.plain(settings), scores)
@@ -144,23 +149,21 @@ def export_run(settings, workdir: pathlib.Path, output: str) -> None:
 def encode_data(settings, output: pathlib.Path) -> None:
     """Write a data set as latents and text embeddings: see `encode.encode`."""
     experiment = config.resolve(settings)
-    claim(output)
+    claim(output, "--output")
     cache_programs()
     encode.encode(experiment, output, config.plain(settings))
     print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
 
 
-def claim(workdir: pathlib.Path) -> None:
-    """Make the workdir, and find out now whether it can be written."""
+def claim(folder: pathlib.Path, flag: str = "--workdir") -> None:
+    """Make the folder that a flag names, and find out now whether it can be written."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(
-            f"workdir {workdir} cannot be written ({error.strerror}); choose another with --workdir"
-        ) from error
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); choose another with {flag}") from error
 
 
 def cache_programs() -> None:

@@ -173,7 +173,7 @@ def test_nothing_saved_yet(opened):
     assert checkpoints.latest_step() is None
     assert checkpoints.best_step() is None
     assert checkpoints.last_good() == "none yet"
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: train first"):
         checkpoints.restore(abstract(initial()))
     checkpoints.save(3, run(3))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 4 in .*there are \[3\]"):

@@ -141,7 +141,7 @@ def test_shards_are_joined(net, folder):
     (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_equal(models.load(folder).params, net.params)
     (folder / "unet" / "b.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"b\.safetensors is missing, but the index lists it"):
+    with pytest.raises(ValueError, match=r"b\.safetensors is missing, but the index lists it: download"):
         models.load(folder)
 
 
@@ -201,7 +201,7 @@ def test_every_class_loads_as_what_it_is(tmp_path, name, former):
     path = models.save(tmp_path, "part", params, module.to_config(), dtype=np.float32)
     assert {"_class_name", "architectures"} & {*json.loads((path / "config.json").read_text())}
     if former:
-        (path / FILE).unlink()
+        next(path.glob("*.safetensors")).unlink()
         flat = flax.traverse_util.flatten_dict(params, sep="/")
         flat = {name.replace("/layers_", "/layers/"): x for name, x in flat.items()}  # so in transformers' classes
         tree = flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -216,7 +216,8 @@ def test_every_class_loads_as_what_it_is(tmp_path, name, former):
 def test_a_class_knows_what_else_its_files_hold(tmp_path):
     module, shapes = models.abstract(OTHERS["CLIPTextModel"][1] | {"_class_name": "CLIPTextModel"})
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32)
+    written = models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32) / "model.safetensors"
+    written.rename(tmp_path / "unet" / FILE)
 
     def publish(tensors):
         for name in [*tensors]:
@@ -319,12 +320,24 @@ def test_broken_files_are_named(folder):
     (folder / "unet" / "diffusion_pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"unet holds none of diffusion_pytorch_model\.safetensors, "):
         models.load(folder)
-    (folder / "unet" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        models.load(folder)
+    for content, sentence in (
+        (b"{", r"config\.json is not valid JSON"),
+        (b"\xff\xfe", r"config\.json is not valid JSON"),
+        (b"[1]", r"config\.json holds a list, not an object"),
+    ):
+        (folder / "unet" / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            models.load(folder)
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"unet/config\.json is missing"):
         models.load(folder)
+
+
+def test_weights_that_cannot_be_written_are_named(tmp_path):
+    net = models.load("emoji")
+    (tmp_path / "unet" / FILE).mkdir(parents=True)
+    with pytest.raises(OSError, match=rf"unet/{FILE} cannot be written .*: free some space, or choose another place"):
+        models.save(tmp_path, "unet", net.params, net.apply.module.to_config())
 
 
 def test_unsupported_networks_are_named(folder):

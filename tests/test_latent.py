@@ -1,5 +1,6 @@
 """A latent text-to-image teacher, from its pipeline folder to a student in a folder: encode, train, sample, export."""
 
+import errno
 import functools
 import json
 import shutil
@@ -230,6 +231,66 @@ def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
     images = np.asarray(back.call(inputs | {"text": text, "null": text}))
     assert images.shape == (3, 16, 16, 3)
     assert back.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_a_folder_in_use_is_left_alone(encoded, run, tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match="is not empty: choose another --output"):
+        train.export_run(encoded[0], run, str(tmp_path))
+    with pytest.raises(ValueError, match=r"mine/student cannot be written .*another with --output"):
+        train.export_run(encoded[0], run, str(tmp_path / "mine" / "student"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_pipeline_without_its_vae_is_refused(teacher, tmp_path):
+    settings, part = pictures(teacher, teacher / ".." / "x", write=False), tmp_path / "part"
+    settings.teacher = str(part)
+    shutil.copytree(teacher, part)
+    shutil.rmtree(part / "text_encoder")
+    with pytest.raises(ValueError, match="part lacks text_encoder/, which its model_index.json names: download"):
+        train.encode_data(settings, tmp_path / "out")
+    shutil.rmtree(part / "vae")
+    with pytest.raises(ValueError, match="part lacks vae/, which its model_index.json names: download"):
+        train.encode_data(settings, tmp_path / "out")
+    (part / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="part has neither vae/ nor text_encoder/"):
+        train.encode_data(settings, tmp_path / "out")
+    shutil.copytree(part / "unet", part / "vae")
+    with pytest.raises(ValueError, match="vae holds a UNet2DConditionModel, not an AutoencoderKL or AutoencoderTiny"):
+        train.encode_data(settings, tmp_path / "out")
+
+
+def test_a_full_disk_is_noticed_before_rows_are_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(encode.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*x0\.npy'"):
+        encode.rows_file(tmp_path / "x0.npy", (4, 2), np.float16)
+    assert not (tmp_path / "x0.npy").exists()
+
+
+@pytest.mark.timeout(900)  # jax2onnx takes minutes
+def test_onnx_draws_the_same_pictures(encoded, run, tmp_path, capsys):
+    """The file against the student itself, on inputs that the exporter has not seen."""
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    with jax.numpy_rank_promotion("allow"):  # jax2onnx adds biases without reshaping them
+        train.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+    said = capsys.readouterr().out
+    assert float(said.split("at most ")[1].split()[0]) < 1e-3, said
+    parts, state = train.finished(encoded[0], run)
+    rng = np.random.default_rng(7)
+    inputs = jax.tree.map(
+        lambda x: rng.standard_normal((1, *x.shape[1:]), np.float32), export.noise_and(export.few(parts))
+    )
+    session = runtime.InferenceSession(str(tmp_path / "student.onnx"), providers=["CPUExecutionProvider"])
+    names = [".".join(key.key for key in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
+    assert [x.name for x in session.get_inputs()] == names
+    (image,) = session.run(["image"], dict(zip(names, jax.tree.leaves(inputs), strict=True)))
+    expected = jax.jit(export.drawing(parts, state))(inputs)
+    assert np.std(expected) > 0.01
+    np.testing.assert_allclose(image, expected, atol=1e-3)
 
 
 def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):

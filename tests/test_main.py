@@ -1,11 +1,15 @@
 """The command line as a shell sees it: exit codes, one sentence, nothing written."""
 
+import errno
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from cddistill.main import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,6 +36,7 @@ def cddistill(*flags, cwd):
         ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=play"], "mode"),
         ([], "--config is missing"),
         ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=sample"], "needs --output"),
+        ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=export", "--output=student"], "holds no run: train first"),
     ],
 )
 def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path):
@@ -42,3 +47,17 @@ def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space, or"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: Read-only file system; choose another place"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied; change its permissions"),
+        (shutil.Error([("a", "b/c", "[Errno 28] No space")]), "b/c cannot be written ([Errno 28] No space): free some"),
+        (OSError("one\n  two"), "one two"),
+    ],
+)
+def test_what_the_disk_says_is_put_into_words(error, said):
+    assert sentence(error).startswith(said)

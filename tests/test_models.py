@@ -298,6 +298,8 @@ def test_branches_that_cannot_be_made_are_named():
         ({"act_fn": "gelu", "dropout": 0.1}, "act_fn = 'gelu', dropout = 0.1"),
         ({"new_option": None}, "new_option = None"),
         ({"norm_num_groups": None}, "norm_num_groups = None"),
+        ({"layers_per_block": "2", "norm_eps": [1]}, r"layers_per_block = '2', norm_eps = \[1\]; .*models\.unet lists"),
+        ({"block_out_channels": [16, "32", 32]}, r"block_out_channels = \[16, '32', 32\]"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "UNetMidBlock2DSimpleCrossAttn"),
         ({"down_block_types": ["KDownBlock2D"] * 3}, "block types KDownBlock2D are not supported"),
         ({"layers_per_block": [1, 2]}, "layers_per_block has 2 entries but block_out_channels has 3"),

@@ -266,7 +266,7 @@ def test_pixel_models_have_the_identity():
         (
             "sd",
             {"act_fn": "relu", "norm_type": "spatial"},
-            "AutoencoderKL .* act_fn = 'relu', norm_type = 'spatial'; see",
+            "AutoencoderKL .* act_fn = 'relu', norm_type = 'spatial';",
         ),
         ("sd", {"norm_num_groups": None}, "norm_num_groups = None"),
         ("sd", {"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types must be 2 times UpDecoderBlock2D"),

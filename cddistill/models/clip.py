@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.attention import attention
+from cddistill.models.configured import Configured
 
 
 def quick_gelu(x):
@@ -149,8 +150,11 @@ class CLIPTextTransformer(nn.Module):
         return penultimate, self.norm(name="final_layer_norm")(last)
 
 
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(Configured):
     """A text encoder; defaults are transformers'."""
+
+    supported = SUPPORTED
+    no_effect = NO_EFFECT
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -162,36 +166,18 @@ class CLIPTextModel(nn.Module):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    dtype: Any = jnp.float32
-    remat: bool = False  # recompute each layer's inside in the backward pass
 
     @classmethod
     def from_config(cls, config: dict, **ours):
-        """The module of a transformers config.json, or of the "text_config" inside one.
+        """The module of a transformers config.json, or of the "text_config" inside one."""
+        return super().from_config(config.get("text_config", config), **ours)
 
-        `ours` are dtype and remat. Keys with a leading underscore and those that change no number (models/clip.py lists
-        them) are ignored. Raises ValueError naming every option that is unknown, or whose value is not supported.
-        """
-        defaults = cls().options()
-        config = config.get("text_config", config)
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
-
-        def supported(k, v):
-            return v in SUPPORTED[k] if k in SUPPORTED else k in defaults and isinstance(v, type(defaults[k]))
-
-        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
-            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/clip.py lists what it supports")
-        module = cls(**{k: v for k, v in config.items() if k in defaults}, **ours)
-        if module.hidden_size % module.num_attention_heads:
+    def check(self):
+        """Sizes that fit together."""
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size = {module.hidden_size} cannot be split into {module.num_attention_heads} attention heads"
+                f"hidden_size = {self.hidden_size} cannot be split into {self.num_attention_heads} attention heads"
             )
-        return module
-
-    def options(self) -> dict:
-        """The fields that are keys of a transformers config."""
-        ours = {"parent", "name", "dtype", "remat"}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
 
     def to_config(self) -> dict:
         """The config.json of this module, as transformers reads it."""

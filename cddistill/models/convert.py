@@ -119,10 +119,9 @@ def load(
     path = inside(resolve(folder, subfolder), subfolder)
     config = read_config(path)
     if expect and class_name(config) not in (names := [c.__name__ for c in expect]):
-        held = f"{'an' if class_name(config)[0] in 'AEIO' else 'a'} {class_name(config)}"
+        held, wanted = (f"{'an' if x[0] in 'AEIO' else 'a'} {x}" for x in (class_name(config), " or ".join(names)))
         raise ValueError(
-            f"{path} holds {held}, not a {' or '.join(names)}: point at a folder that holds one, or that has it in "
-            f"{subfolder}/"
+            f"{path} holds {held}, not {wanted}: point at a folder that holds one, or that has it in {subfolder}/"
         )
     module = build(config, dtype=dtype, remat=remat, flash=flash)
     return as_net(module, read_params(path, module, place), path)
@@ -247,7 +246,10 @@ def save(folder, subfolder: str, params, config: dict, dtype=np.float16) -> Path
     flat = flax.traverse_util.flatten_dict(jax.device_get(params))
     tensors = {torch_name(p): np.array(to_torch(p, np.asarray(x)), dtype, order="C") for p, x in flat.items()}
     file = path / ("model.safetensors" if "architectures" in config else TORCH_FILE)  # transformers, diffusers
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file} cannot be written ({error}): free some space, or choose another place") from error
     file.chmod(0o644)  # safetensors makes files that only their owner can read
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path

@@ -9,9 +9,6 @@ it for each of them. D and the embedding are float32, `dtype` is what the rest o
     net.Denoiser(params, Apply(module), diffusion.EDM(), "x0")(x, sigma, {"class_labels": labels})
 """
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,14 +16,9 @@ import numpy as np
 
 from cddistill.diffusion import like
 from cddistill.models.blocks import conv, sinusoid
+from cddistill.models.configured import Configured
 from cddistill.models.edm_blocks import ROOT_HALF, Decoder, Encoder, Level, Style
 
-CHOICES = {
-    "precond": ("edm", "vp", "ve"),
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "skip", "residual"),
-    "decoder_type": ("standard", "skip"),
-}
 NO_EFFECT = {"dropout", "label_dropout"}  # of training from scratch; the null label says what the second one teaches
 
 
@@ -51,8 +43,11 @@ def ve(sigma, sigma_data):
 PRECONDITIONING = {"edm": edm, "vp": vp, "ve": ve}
 
 
-class KarrasUNet(nn.Module):
+class KarrasUNet(Configured):
     """What both families share: the options, the preconditioning, the order of layers."""
+
+    supported = {"precond": ("edm", "vp", "ve")}
+    no_effect = NO_EFFECT
 
     img_resolution: int = 64  # of training; only names depend on it
     img_channels: int = 3
@@ -65,37 +60,6 @@ class KarrasUNet(nn.Module):
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     precond: str = "edm"
     sigma_data: float = 0.5
-    dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block's inside in the backward pass
-    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
-
-    @classmethod
-    def from_config(cls, config: dict, **ours):
-        """The module of a config.json, whose keys are this class's fields.
-
-        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
-        option that is unknown, or whose value is not supported.
-        """
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
-        known = cls().options()
-
-        def supported(k, v):
-            return k in known and v is not None and v in CHOICES.get(k, (v,))
-
-        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
-            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/edm.py lists what it supports")
-        module = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, **ours)
-        module.check()
-        return module
-
-    def options(self) -> dict:
-        """The fields that are keys of a config."""
-        ours = {"parent", "name", "dtype", "remat", "flash"}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
-
-    def to_config(self) -> dict:
-        """The config.json of this module."""
-        return {"_class_name": type(self).__name__, **self.options()}
 
     def check(self):
         """Sizes that fit together."""
@@ -240,6 +204,12 @@ class Fourier(nn.Module):
 
 class SongUNet(KarrasUNet):
     """DDPM++ (the defaults), and NCSN++: fourier, residual, [1, 3, 3, 1], channel_mult_noise 2."""
+
+    supported = KarrasUNet.supported | {
+        "embedding_type": ("positional", "fourier"),
+        "encoder_type": ("standard", "skip", "residual"),
+        "decoder_type": ("standard", "skip"),
+    }
 
     model_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)

@@ -235,10 +235,13 @@ def write_scheduler(folder: Path, schedule, predicts: str, timesteps=None) -> No
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's content."""
+    """What a JSON file says, which must be an object."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a diffusers folder")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # also for bytes that are no text
+        raise ValueError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object {{...}}: download it again")
+    return content

@@ -10,10 +10,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.vae import check_images, check_latents, from_config, options
+from cddistill.models.configured import Configured
+from cddistill.models.vae import check_images, check_latents
 
 # Options of diffusers that are no fields below, and their only values.
 SUPPORTED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
+NO_EFFECT = {"block_out_channels"}  # diffusers writes it and never reads it
 
 
 class AutoencoderTinyBlock(nn.Module):
@@ -73,8 +75,11 @@ class DecoderTiny(Layers):
         return conv(self.features, 3, self.dtype, f"layers_{i}")(h)
 
 
-class AutoencoderTiny(nn.Module):
+class AutoencoderTiny(Configured):
     """The networks, with the methods of AutoencoderKL."""
+
+    supported = SUPPORTED
+    no_effect = NO_EFFECT
 
     in_channels: int = 3
     out_channels: int = 3
@@ -88,24 +93,6 @@ class AutoencoderTiny(nn.Module):
     latent_magnitude: float = 3  # with latent_shift the range of latents that are stored as bytes;
     latent_shift: float = 0.5  # only written to configs
     force_upcast: bool = False  # only written to configs
-    dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block's inside in the backward pass
-
-    @classmethod
-    def from_config(cls, config: dict, **ours):
-        """The module of a diffusers config.json.
-
-        `ours` are dtype and remat. Keys with a leading underscore are ignored. Raises ValueError naming every option
-        that is unknown, or whose value is not supported.
-        """
-        config = {
-            k: v for k, v in config.items() if k != "block_out_channels"
-        }  # diffusers writes it and never reads it
-        return from_config(cls, config, SUPPORTED, **ours)
-
-    def to_config(self) -> dict:
-        """The config.json of this module, as diffusers reads it."""
-        return {"_class_name": "AutoencoderTiny", **options(self)}
 
     def check(self):
         """Options that must agree with each other."""

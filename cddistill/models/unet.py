@@ -22,6 +22,7 @@ from cddistill.models.blocks import (
     conv,
     sinusoid,
 )
+from cddistill.models.configured import Configured
 
 DOWN_BLOCKS = {"DownBlock2D": "none", "CrossAttnDownBlock2D": "cross", "AttnDownBlock2D": "self"}
 UP_BLOCKS = {"UpBlock2D": "none", "CrossAttnUpBlock2D": "cross", "AttnUpBlock2D": "self"}
@@ -139,8 +140,11 @@ class UpBlock2D(nn.Module):
         return self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
 
 
-class Encoder(nn.Module):
+class Encoder(Configured):
     """What a UNet and its ControlNet share: the options, the embeddings, the way down and the middle."""
+
+    supported = SUPPORTED
+    no_effect = NO_EFFECT
 
     in_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -168,40 +172,6 @@ class Encoder(nn.Module):
     time_embedding_dim: int | None = None
     time_cond_proj_dim: int | None = None
     conv_in_kernel: int = 3
-    dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block's inside in the backward pass
-    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
-
-    @classmethod
-    def from_config(cls, config: dict, **ours):
-        """The module of a diffusers config.json.
-
-        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
-        option that is unknown, or whose value is not supported.
-        """
-        defaults = cls().options()
-        config = {k: v for k, v in config.items() if not k.startswith("_") and k not in NO_EFFECT}
-
-        def supported(k, v):
-            if k in SUPPORTED:
-                return v in SUPPORTED[k]
-            return k in defaults and (v is not None or defaults[k] is None)
-
-        if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not supported(k, v)):
-            raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; models/unet.py lists what it supports")
-        as_tuple = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in defaults}
-        module = cls(**as_tuple, **ours)
-        module.check()
-        return module
-
-    def options(self) -> dict:
-        """The fields that are keys of a diffusers config."""
-        ours = {"parent", "name", "dtype", "remat", "flash"}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours}
-
-    def to_config(self) -> dict:
-        """The config.json of this module, as diffusers reads it."""
-        return {"_class_name": type(self).__name__, **self.options()}
 
     def check(self):
         """Lengths of the per-block options and names of the blocks."""

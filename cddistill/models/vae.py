@@ -18,6 +18,7 @@ import numpy as np
 
 from cddistill.models.attention import SpatialAttention
 from cddistill.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv
+from cddistill.models.configured import Configured
 
 EPS = 1e-6  # of every norm
 SUPPORTED = {"act_fn": ("silu", "swish")}  # options of diffusers that are no fields below, and their only values
@@ -107,8 +108,10 @@ class Decoder(Coder):
         return self.leave(h)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Configured):
     """The networks; what their raw output is as a latent, and back, say `to_latent` and `from_latent`."""
+
+    supported = SUPPORTED
 
     in_channels: int = 3
     out_channels: int = 3
@@ -127,22 +130,6 @@ class AutoencoderKL(nn.Module):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block's inside in the backward pass
-    flash: bool = True  # attention by a fused kernel where there is one; it has no second derivative
-
-    @classmethod
-    def from_config(cls, config: dict, **ours):
-        """The module of a diffusers config.json.
-
-        `ours` are dtype, remat and flash. Keys with a leading underscore are ignored. Raises ValueError naming every
-        option that is unknown, or whose value is not supported.
-        """
-        return from_config(cls, config, SUPPORTED, **ours)
-
-    def to_config(self) -> dict:
-        """The config.json of this module, as diffusers reads it."""
-        return {"_class_name": "AutoencoderKL", **options(self)}
 
     def published(self, tensors: dict, where) -> dict:
         """A file's tensors by today's PyTorch names: attention's were query, key, value and proj_attn once."""
@@ -301,30 +288,6 @@ def fade(a, b, extent: int, axis: int):
     end = jax.lax.slice_in_dim(a, a.shape[axis] - extent, None, axis=axis)
     start, rest = jnp.split(b, [extent], axis)
     return jnp.concatenate([(1 - weight) * end + weight * start, rest], axis)
-
-
-def from_config(cls, config: dict, supported: dict, **ours):
-    """A module whose fields are a config's keys; for what is no field, `supported` has the values that change nothing.
-
-    Raises ValueError naming every option that is unknown, or whose value is not supported.
-    """
-    defaults = options(cls())
-    config = {k: v for k, v in config.items() if not k.startswith("_")}
-
-    def known(k, v):
-        return v in supported[k] if k in supported else k in defaults and (v is not None or defaults[k] is None)
-
-    if bad := sorted(f"{k} = {v!r}" for k, v in config.items() if not known(k, v)):
-        raise ValueError(f"{cls.__name__} does not support {', '.join(bad)}; see its fields in {cls.__module__}")
-    module = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in defaults}, **ours)
-    module.check()
-    return module
-
-
-def options(module) -> dict:
-    """The fields that are keys of a diffusers config."""
-    ours = {"parent", "name", "dtype", "remat", "flash"}
-    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ours}
 
 
 def check_images(module, x):
