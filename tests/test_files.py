@@ -22,7 +22,6 @@ from cddistill.models import files
 GOLDEN = Path(golden.__file__).parent
 ARRAYS = {
     "a.kernel": np.arange(12, dtype="f").reshape(3, 4),
-    "a.wide": np.arange(70 * 130, dtype="f").reshape(70, 130),  # more than a tile, and no whole number of them
     "a.bias": np.array([1.0, -2.0], np.float16),
     "b.scale": np.array([[0.5, 3.0]], ml_dtypes.bfloat16),
     "b.steps": np.array([1, -1], np.int64),
