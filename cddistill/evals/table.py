@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill.evals import kid, pairs
+from cddistill.evals import kid, manifold, pairs
 from cddistill.models import efficientnet, lpips
 
 Scores = dict[str, tuple[float, float] | None]  # metric -> (mean, standard error); None: could not be computed
@@ -30,6 +30,9 @@ KID = """1000 × the unbiased squared MMD, kernel (a·b/d + 1)³, of EfficientNe
 Other real images score about 0. Not comparable with KID or FID on Inception features."""
 FD = """Frechet distance of KID's features on the targets' first 64 principal axes. Biased upwards: compare it at \
 equal numbers of images only. Not comparable with FID."""
+PRECISION = """Share of the images that lie among the targets (k = 3) in KID's features: realism. Compare it at equal \
+numbers of images only."""
+RECALL = """Share of the targets that lie among the images, likewise: coverage. A set that repeats itself has little."""
 METRICS = {
     "PSNR": Metric(True, 2, how="Peak signal-to-noise ratio in dB: how exactly pixels are restored; rewards blur."),
     "SSIM": Metric(True, 4, pairs.SMALLEST, how="Structural similarity in 11 px Gaussian windows, mean over channels."),
@@ -38,7 +41,17 @@ METRICS = {
     "KID-EffLite0@64": Metric(False, 1, images=3, how=KID.format(64)),
     "KID-EffLite0@224": Metric(False, 1, images=3, how=KID.format(224)),
     "FD-EffLite0-PCA64": Metric(False, 1, images=2 * kid.PCA, how=FD),
+    "Precision-EffLite0": Metric(True, 3, images=manifold.NEIGHBOURS + 1, how=PRECISION),
+    "Recall-EffLite0": Metric(True, 3, images=manifold.NEIGHBOURS + 1, how=RECALL),
 }
+
+
+TO_TEACHER = " to the teacher"  # behind a metric's name: its targets are the teacher's samples, not real images
+
+
+def known(metric: str) -> Metric:
+    """How to read a metric by its name in a table."""
+    return METRICS.get(metric.removesuffix(TO_TEACHER), Metric(None))
 
 
 class NotComputed(ValueError):
@@ -85,6 +98,8 @@ def evaluate(
             raise ValueError(f"{name!r} has images of shape {images.shape}, their targets {targets.shape}")
     size = 64 if max(targets.shape[1:3]) <= 64 else 224
     distances = {f"KID-EffLite0@{size}": kid.kid, "FD-EffLite0-PCA64": kid.frechet}
+    if not paired:  # of a restoration every output lies beside its target
+        distances |= {"Precision-EffLite0": manifold.precision, "Recall-EffLite0": manifold.recall}
     features = functools.cache(lambda: standardized_features(size, sets, targets))
     columns, missing = {}, []
     for metric in (*(JUDGES if paired else ()), *distances):
@@ -120,14 +135,14 @@ def columns_of(rows) -> list[str]:
 
 def arrow(metric: str) -> str:
     """Which way is better."""
-    return {True: "↑", False: "↓", None: ""}[METRICS.get(metric, Metric(None)).higher]
+    return {True: "↑", False: "↓", None: ""}[known(metric).higher]
 
 
 def cell(metric: str, value) -> str:
     """'0.1234 ± 0.0012', or a dash."""
     if value is None:
         return "–"
-    digits = METRICS.get(metric, Metric(None)).digits
+    digits = known(metric).digits
     mean, error = value
     if not np.isfinite(error):
         return f"{mean:.{digits}f}"
