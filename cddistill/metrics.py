@@ -15,6 +15,8 @@ import tensorboardX
 from clu.metrics import Average
 from etils import epath
 
+from cddistill import health
+
 
 class MetricWriter(Protocol):
     """The methods of clu's writers, so that one of those fits wherever this is asked for; each may do nothing."""
@@ -127,6 +129,26 @@ class Terminal(MetricWriter):
         self.bar.stop()
 
 
+class Watch(MetricWriter):
+    """Says so on the terminal as soon as the metrics show that a run is ill (see `health`), each thing once."""
+
+    def __init__(self, workdir, console, first_step: int = 0):
+        self.console, self.patient = console, health.Patient()
+        if first_step:
+            for record in read_records(workdir):
+                self.patient.examine(record)
+
+    def write_scalars(self, step, scalars):
+        for alarm in self.patient.examine({"step": step, **scalars}):
+            self.console.print(f"health: {alarm.name} at step {alarm.step}: {alarm.words}", highlight=False)
+
+
+def read_records(workdir) -> list[dict]:
+    """The lines of a run's metrics.jsonl; of a file that is missing, none."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def words(scalars: dict[str, float]) -> str:
     """ "student/loss 0.1234  critic/loss 5.67"."""
     return "  ".join(f"{name} {float(value):.4g}" for name, value in scalars.items())
@@ -148,7 +170,8 @@ def make_writer(workdir, total_steps: int, batch_size: int, first_step: int = 0,
     if not is_host0:
         return MultiWriter()
     files = JsonlWriter(workdir, first_step), TensorBoardWriter(workdir, first_step)
-    return MultiWriter(*files, Terminal(total_steps, batch_size, first_step))
+    terminal = Terminal(total_steps, batch_size, first_step)
+    return MultiWriter(*files, terminal, Watch(workdir, terminal.console, first_step))
 
 
 class Delayed:

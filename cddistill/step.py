@@ -54,6 +54,7 @@ def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema
         updates, opt[name] = optimizers[name].update(grads, opt[name], moving)
         nets |= optax.apply_updates(moving, updates)
         logs |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        logs |= {"moved": optax.tree.norm(updates) / optax.tree.norm(moving)}  # share of the weights' own size
         metrics |= {f"{name}/{k}": v for k, v in logs.items()}
 
     averages = {n: optax.incremental_update(nets[n], state.ema[n], 1.0 - decay) for n, decay in ema.items()}

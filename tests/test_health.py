@@ -1,0 +1,91 @@
+"""Rules that read a run's metrics: each rings on its symptom, in plain words, once, and not before its window."""
+
+import json
+
+import numpy as np
+import pytest
+import rich.console
+
+from cddistill import health, metrics
+
+WELL = {
+    "student/moved": 1e-3, "critic/moved": 1e-3, "critic/eps_error": 0.2, "student/eps_error": 0.19,
+    "student/gan_share": 0.2, "critic/sample_mean": 0.1, "critic/sample_power": 0.26, "critic/real_mean": 0.1,
+    "critic/real_power": 0.26, "val/diversity": 0.5, "critic/gan": 1.2, "critic/real_accuracy": 0.7,
+    "critic/drawn_accuracy": 0.7,
+}  # fmt: skip
+ILL = {
+    "student frozen": {"student/moved": 0.0},
+    "critic frozen": {"critic/moved": 0.0},
+    "critic too fast": {"critic/moved": 0.2},
+    "critic lost": {"critic/eps_error": 1.5, "student/eps_error": 1.5},
+    "GAN dominates": {"student/gan_share": 0.95},
+    "critic lags": {"critic/eps_error": 0.3},
+    "over-saturated": {"critic/sample_power": 0.6},
+    "washed out": {"critic/sample_power": 0.05},
+    "collapsed": {"val/diversity": 0.02},
+    "discriminator dead": {"critic/gan": 1.386, "critic/real_accuracy": 0.5, "critic/drawn_accuracy": 0.5},
+    "discriminator wins": {"critic/real_accuracy": 1.0, "critic/drawn_accuracy": 0.99},
+}
+
+
+def records(changes, n=60):
+    """A run's log, a little noisy as they are."""
+    rng = np.random.default_rng(0)
+    noisy = lambda: {k: v * (1 + 0.02 * rng.normal()) for k, v in (WELL | changes).items()}
+    return [{"step": 10 * (i + 1), **noisy()} for i in range(n)]
+
+
+def names(rows):
+    return {alarm.name for alarm in health.diagnose(rows)}
+
+
+def test_a_healthy_run_is_left_alone():
+    assert not names(records({}))
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_an_illness_is_named_when_its_window_is_full(name):
+    rows, window = records(ILL[name]), health.RULES[name].window
+    assert names(rows) == {name}
+    assert not names(rows[: window - 1])
+    (alarm,) = health.diagnose(rows)
+    assert alarm.step == 10 * window
+
+
+def test_swinging_brightness_is_told_from_a_steady_one():
+    rows = records({})
+    for i, row in enumerate(rows):
+        row["critic/sample_mean"] = 0.1 + 0.2 * np.sin(i)
+        row["critic/sample_power"] = 0.3
+    assert names(rows) == {"brightness swings"}
+
+
+def test_every_rule_is_tested():
+    assert {*ILL, "brightness swings"} == {*health.RULES}
+
+
+def test_numbers_that_are_missing_or_not_finite_raise_no_alarm():
+    assert not names([{"step": i, "student/moved": None} for i in range(30)])
+    assert not names([{"step": i, "student/loss": 1.0} for i in range(30)])
+
+
+def test_a_method_with_other_metrics_is_judged_by_what_it_has():
+    assert names([{"step": i, "student/moved": 0.0, "student/loss": 1.0} for i in range(5)]) == {"student frozen"}
+
+
+def test_alarms_reach_the_terminal_once_and_survive_a_restart(tmp_path):
+    rows = records(ILL["critic frozen"])
+    writer = metrics.JsonlWriter(tmp_path)
+    with (tmp_path / "out.txt").open("w") as out:
+        console = rich.console.Console(file=out, width=200)
+        for row in rows[:2]:
+            writer.write_scalars(row["step"], {k: v for k, v in row.items() if k != "step"})
+        again = metrics.Watch(tmp_path, console, first_step=20)  # the first two records come from the file
+        for row in rows[2:]:
+            again.write_scalars(row["step"], row)
+    said = (tmp_path / "out.txt").read_text()
+    assert said.count("critic frozen at step 30") == 1
+    assert "optim.critic.lr" in said
+    assert [r["step"] for r in metrics.read_records(tmp_path)] == [10, 20]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["critic/moved"] == 0.0
