@@ -1,6 +1,7 @@
-"""CoDi, its ablations and the undistilled baseline on embedded super-resolution, several seeds each, as one table.
+"""Methods, their ablations and undistilled baselines on the embedded data, several seeds each, as one table.
 
-    python benchmarks/compare_sr.py --workdir=runs/compare --steps=3000 --seeds=3
+    python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3        CoDi, super-resolution
+    python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3      DMD2, class-conditional
 
 Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. With --jobs, that many
 run at once, each on its share of the cores. Means over seeds, with the standard error over seeds (not over images).
@@ -15,41 +16,80 @@ import queue
 import statistics
 import subprocess
 import sys
+from typing import NamedTuple
+
+
+class Study(NamedTuple):
+    """What is compared: flags by name, ways of looking at a run's student (row suffix -> flags), and the columns."""
+
+    variants: dict[str, list[str]]
+    looks: dict[str, dict[str, list[str]]]  # by variant
+    look: dict[str, list[str]]  # of all others
+    common: list[str]
+    once: tuple[str, ...]  # rows that are the same for all variants: printed for the first
+    columns: tuple[str, ...]
+
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
-VARIANTS = {
-    "fine-tuned, not distilled": [FINETUNE],
-    "CoDi": [SR],
-    "PE-CoDi": [f"{SR}:pe"],
-    "CoDi, DDIM instead of PREv": [SR, "--config.method.noise=predicted"],
-    "CoDi without noise consistency": [SR, "--config.method.consistency_weight=0.0"],
-    "CoDi, frozen teacher's z_s (x0 space)": [SR, "--config.method.ode=teacher", "--config.method.space=x0",
-                                              "--config.method.noise=predicted"],
-    "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
-    "CoDi, one t for the batch": [SR, "--config.method.shared_t=True"],
-}  # fmt: skip
+ONE, FOUR = "--config=configs/dmd2_emoji.py", "--config=configs/dmd2_emoji.py:four"
+NO_GAN = "--config.method.gan_weight=0."
 PLACED, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling times
-LOOKS = {  # ways in which a student is sampled: label -> flags
-    "fine-tuned, not distilled": {"": [PLACED, "--config.sample_steps=(4,8)"],
-                                  ", even times": [EVEN, "--config.sample_steps=(4,8,50)"]},
-    "CoDi": {"": [PLACED, "--config.sample_steps=(1,2,4)"], ", even times": [EVEN, "--config.sample_steps=(4,)"]},
+STUDIES = {
+    "sr": Study(
+        variants={
+            "fine-tuned, not distilled": [FINETUNE],
+            "CoDi": [SR],
+            "PE-CoDi": [f"{SR}:pe"],
+            "CoDi, DDIM instead of PREv": [SR, "--config.method.noise=predicted"],
+            "CoDi without noise consistency": [SR, "--config.method.consistency_weight=0.0"],
+            "CoDi, frozen teacher's z_s (x0 space)": [
+                SR, "--config.method.ode=teacher", "--config.method.space=x0", "--config.method.noise=predicted",
+            ],
+            "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
+            "CoDi, one t for the batch": [SR, "--config.method.shared_t=True"],
+        },
+        looks={
+            "fine-tuned, not distilled": {"": [PLACED, "--config.sample_steps=(4,8)"],
+                                          ", even times": [EVEN, "--config.sample_steps=(4,8,50)"]},
+            "CoDi": {"": [PLACED, "--config.sample_steps=(1,2,4)"],
+                     ", even times": [EVEN, "--config.sample_steps=(4,)"]},
+        },
+        look={"": [PLACED, "--config.sample_steps=(1,2,4)"]},
+        common=["--config.baseline="],
+        once=("bicubic",),
+        columns=("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64"),
+    ),
+    "dmd2": Study(  # tables 3 and 4 of the paper
+        variants={
+            "DM, no TTUR": [ONE, NO_GAN, "--config.method.ratio=1"],
+            "DM, TTUR": [ONE, NO_GAN],
+            "DMD2: DM, TTUR, GAN": [ONE],
+            "GAN alone, TTUR": [ONE, "--config.method.dm_weight=0."],
+            "four steps": [FOUR],
+            "four steps, no backward simulation": [FOUR, "--config.method.backward_simulation=False"],
+        },
+        looks={},
+        look={"": []},
+        common=[],
+        once=("teacher, 50 steps",),
+        columns=("KID-EffLite0@64", "Precision-EffLite0", "Recall-EffLite0", "KID-EffLite0@64 to the teacher",
+                 "Precision-EffLite0 to the teacher", "Recall-EffLite0 to the teacher"),
+    ),
 }  # fmt: skip
-LOOK = {"": [PLACED, "--config.sample_steps=(1,2,4)"]}
-COLUMNS = ("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64")
 
 
-def run(name, seed, args, cores) -> dict:
+def run(study, name, seed, args, cores) -> dict:
     """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}."""
     slug = "".join(c if c.isalnum() else "_" for c in name)
     workdir = pathlib.Path(args.workdir) / f"{slug}-{seed}"
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    command = [*VARIANTS[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
-    command += ["--config.baseline=", "--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
+    command = [*study.variants[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
+    command += [*study.common, "--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
     scores, mine = {}, cores.get()
     try:
         if not (workdir / "checkpoints" / str(args.steps)).is_dir():
             call(command, mine, workdir)
-        for label, more in LOOKS.get(name, LOOK).items():
+        for label, more in study.looks.get(name, study.look).items():
             done = workdir / f"scores{label.replace(', ', '-').replace(' ', '-')}.done.json"
             if not done.exists():
                 call([*command, *more, "--mode=evaluate"], mine, workdir)
@@ -71,36 +111,39 @@ def call(flags, cores: str, workdir):
 def main():
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--workdir", default="runs/compare")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
-    cores, available = queue.Queue(), sorted(os.sched_getaffinity(0))
+    study, cores, available = STUDIES[args.study], queue.Queue(), sorted(os.sched_getaffinity(0))
     for job in range(args.jobs):
         cores.put(",".join(map(str, available[job :: args.jobs])))
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that an interruption leaves it even
         runs = {
-            (name, seed): pool.submit(run, name, seed, args, cores) for seed in range(args.seeds) for name in VARIANTS
+            (name, seed): pool.submit(run, study, name, seed, args, cores)
+            for seed in range(args.seeds)
+            for name in study.variants
         }
-    scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in VARIANTS}
-    print("| |", " | ".join(("network calls", *COLUMNS)), "|")
-    print("|---" * (len(COLUMNS) + 2) + "|")
-    first = scores["CoDi"]
-    line("bicubic", first, "bicubic")
+    scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in study.variants}
+    print("| |", " | ".join(("network calls", *study.columns)), "|")
+    print("|---" * (len(study.columns) + 2) + "|")
+    for row in study.once:
+        line(study, row, next(iter(scores.values())), row)
     for name, runs in scores.items():
         for row in runs[0]:
-            if not row.startswith("bicubic"):
-                line(f"{name}, {row.removeprefix('student, ')}", runs, row)
+            if row not in study.once:
+                line(study, f"{name}, {row.removeprefix('student, ')}", runs, row)
 
 
-def line(label, runs, row):
+def line(study, label, runs, row):
     """One line of the table."""
     cells = [str(runs[0][row]["nfe"] or 0)]
-    for metric in COLUMNS:
-        values = [r[row]["metrics"][metric][0] for r in runs]
+    for metric in study.columns:
+        values = [r[row]["metrics"][metric][0] for r in runs if metric in r[row]["metrics"]]
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        cells.append(f"{statistics.mean(values):.4g} ± {error:.2g}")
+        cells.append(f"{statistics.mean(values):.4g} ± {error:.2g}" if values else "")
     print("|", " | ".join((label, *cells)), "|")
 
 
