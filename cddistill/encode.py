@@ -137,6 +137,13 @@ class Encoders:
         return {k: np.asarray(x[:n], np.float32 if k in exact else np.float16) for k, x in arrays.items()}
 
 
+def null_files(null: dict) -> dict[str, np.ndarray]:
+    """The null text of one row by the names of the files that hold it; of classes there is none."""
+    return {NULL[name]: np.asarray(x, np.float16) for name, x in named(null).items() if name in NULL}
+
+
 def named(text: dict) -> dict:
     """The `text` of a UNet by the names of the files that hold it."""
+    if "class_labels" in text:
+        return {"class_labels": text["class_labels"]}
     return {"text": text["encoder_hidden_states"], **text.get("added_cond_kwargs", {})}

@@ -34,6 +34,7 @@ class DataConfig:
     degradation: str = "bicubic"  # sr: or realesrgan
     sharpen: bool = False  # unsharp-mask the images first, as Real-ESRGAN does with its targets
     flip: bool = True  # mirror at random; in training only
+    pairs: str = ""  # folder that --mode=pairs has written: batches then have as many noise-to-image pairs, too
     skip_bad: bool = False  # folder: leave out images that cannot be read, instead of stopping
 
     def __post_init__(self):
@@ -104,12 +105,22 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
 
     x0 float32 [b,h,w,c] in [-1, 1]; with a task cond float32 [b,h,w,c] in [0, 1]; text and null as a teacher takes them
     ({"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}); index int32 [b], the row's number in
-    the global batch. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every epoch,
-    and its randomness is keyed by that number. Threads prepare the next steps meanwhile.
+    the global batch; with data.pairs also pairs, {noise, x0, text, null} of as many rows. Row r of step k is element
+    k * batch_size + r of an endless stream that is reshuffled every epoch, and its randomness is keyed by that number.
+    Threads prepare the next steps meanwhile.
     """
-    stream = Steps(shuffled(load(config, split), seed), batch_size, np.arange(batch_size, dtype=np.int32)[rows])
+    pairs = shuffled(load_pairs(config), seed + 1) if config.pairs else None
+    stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
+
+
+def load_pairs(config):
+    """The pairs of data.pairs; ValueError for a folder that holds none."""
+    source = Arrays(dataclasses.replace(config, source="arrays", path=config.pairs, task="none"), "train")
+    if "noise" not in source.arrays:
+        raise ValueError(f"there is no noise.npy in {source.root}: data.pairs is a folder made by --mode=pairs")
+    return source
 
 
 def shuffled(dataset, seed):
@@ -124,6 +135,7 @@ class Steps:
     """This host's rows of every step's batch, by step."""
 
     stream: grain.MapDataset
+    pairs: grain.MapDataset | None
     batch_size: int
     rows: np.ndarray
 
@@ -133,7 +145,11 @@ class Steps:
     def __getitem__(self, step):
         items = [self.stream[step * self.batch_size + int(row)] for row in self.rows]
         kept = [{name: item[name] for name in ("x0", "text", "null", "cond") if name in item} for item in items]
-        return stack(kept) | {"index": self.rows}
+        batch = stack(kept) | {"index": self.rows}
+        if self.pairs is not None:
+            items = [self.pairs[step * self.batch_size + int(row)] for row in self.rows]
+            batch["pairs"] = stack([{name: item[name] for name in ("noise", "x0", "text", "null")} for item in items])
+        return batch
 
 
 def examples(config, split="test", n=0, seed=0):
