@@ -60,7 +60,7 @@ def build(experiment: Experiment) -> Parts:
     frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
     if run.controlnet:
         frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
-    if getattr(method, "signal", "") == "lpips":
+    if getattr(method, "lpips", False):
         frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     check_shapes(frozen["teacher"], batch_shapes(experiment))

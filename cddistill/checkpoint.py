@@ -105,6 +105,11 @@ class Checkpoints:
         """
         return self.newest(step, lambda s: self.read(s, abstract))
 
+    def nets(self) -> set[str]:
+        """Names of the nets in the newest checkpoint."""
+        description = self.manager.item_metadata(self.latest_step())
+        return {name.split(".")[1] for name in by_name(description.tree) if name.startswith("nets.")}
+
     def restore_weights(self, abstract: TrainState, names: Collection[str] | None = None, step: int | None = None):
         """As `restore`, but only the nets and the averages called `names` (None: all), and opt = {}.
 

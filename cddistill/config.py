@@ -42,6 +42,10 @@ class Run:
     eval_images: int = 0  # of the test split; 0 = all
     baseline: str = ""  # folder, or "emoji_sr": a fine-tuned network without distillation, for the report
     baseline_steps: tuple[int, ...] = (4, 50)
+    teacher_steps: tuple[int, ...] = ()  # of the teacher itself, for the report: its own samples at so many steps
+    teacher_guidance: float = 1.0  # classifier-free, in those
+    pairs: int = 10_000  # rows that --mode=pairs makes
+    start_from: str = ""  # workdir of a run whose trained weights, of nets that both have, are the first of this one
     report: bool = True  # evaluate and write report.html at the end
 
 
@@ -56,17 +60,25 @@ class Experiment(NamedTuple):
 
 FREE = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
-    *("baseline", "baseline_steps", "parallel", "fsdp", "method.guidance", "method.grid_power", "method.sampler"),
+    *("teacher_steps", "teacher_guidance", "baseline", "baseline_steps", "parallel", "fsdp"),
+    *("method.guidance", "method.grid_power", "method.sampler"),
 )
 """Fields that may change when a run is continued: they alter neither the weights' path nor the data."""
 
 
 def defaults(method: str) -> ConfigDict:
-    """A ConfigDict with every field at its default, for config files to start from."""
-    config = ConfigDict(dataclasses.asdict(Run()))
-    config.method = ConfigDict({"name": method} | dataclasses.asdict(choose("method.name", METHODS, method)()))
+    """A ConfigDict with every field at its default, for config files to start from.
+
+    Where a method has several turns, optim.<turn>.<field> is optim.<field> until it is set itself.
+    """
+    config, default = ConfigDict(dataclasses.asdict(Run())), choose("method.name", METHODS, method)()
+    config.method = ConfigDict({"name": method} | dataclasses.asdict(default))
     config.data = ConfigDict(dataclasses.asdict(DataConfig()))
     config.optim = ConfigDict(dataclasses.asdict(OptimConfig()))
+    if len(turns := default.turns()) > 1:
+        fields = list(config.optim)
+        for turn in turns:
+            config.optim[turn] = ConfigDict({field: config.optim.get_oneway_ref(field) for field in fields})
     return config.lock()
 
 

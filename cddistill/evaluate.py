@@ -1,6 +1,7 @@
 """Looking at a student: sample grids while it trains, the comparison with its baselines, the report, and single
 pictures."""
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 import cddistill
-from cddistill import data, evals, models, sharding
+from cddistill import data, evals, health, metrics, models, sharding
 from cddistill.build import Parts, arrays, decoder, sampler
 from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
@@ -37,12 +38,21 @@ class Preview:
             truth, drawn = decoder(self.parts)(self.batch["x0"]), list(students.values())[-1]
             rows = {"input": self.batch["cond"]} | students | {"truth": truth}
             scores = {"val/psnr": float(np.mean(pairs.psnr(drawn, truth)))}
+        else:
+            others = self.sample(state, self.batch, run.sample_steps[-1], run.seed + 1)
+            scores = {"val/diversity": diversity(list(students.values())[-1], others)}
         if sharding.is_host0():
             grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
             writer.write_images(step, {"samples": np.concatenate([np.asarray(x)[..., :3] for x in rows.values()])})
             if scores:
                 writer.write_scalars(step, scores)
         return scores
+
+
+def diversity(a, b) -> float:
+    """How much images [n, ...] change with the noise: the spread between two draws over that of all images, squared;
+    0 if noise makes no difference, at most about 1."""
+    return float(np.mean((a - b) ** 2) / max(2.0 * np.var(np.stack([a, b]), axis=(0, 1)).mean(), 1e-12))
 
 
 def report(
@@ -56,18 +66,21 @@ def report(
     sets, nfe = {}, {}
     if paired and parts.experiment.data.task == "sr":
         sets["bicubic"] = np.asarray(batch["cond"])
-    compared = [("student", parts, state, steps) for steps in run.sample_steps]
+    compared = [("teacher", teacher(parts), state, steps) for steps in run.teacher_steps]
+    compared += [("student", parts, state, steps) for steps in run.sample_steps]
     if run.baseline:
         nets = load_baseline(parts)
         compared = [("fine-tuned, not distilled", *nets(k), k) for k in run.baseline_steps] + compared
     for name, its_parts, its_state, steps in compared:
-        label, start = f"{name}, {steps} step{'s' * (steps > 1)}", time.monotonic()
+        label, start = label_of(name, steps), time.monotonic()
         sets[label] = sampler(its_parts)(its_state, batch, steps, run.seed)
         nfe[label] = its_parts.experiment.method.nfe(steps)
         timings |= {f"sampling: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
         return []
     rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired)
+    if run.teacher_steps and not paired:
+        rows = beside_the_teacher(rows, sets, sets[label_of("teacher", max(run.teacher_steps))])
     timings |= {"evaluation, s": time.monotonic() - began}
     print(evals.markdown(rows), flush=True)
     scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
@@ -83,14 +96,37 @@ def report(
             )
         ],
         rows=rows,
-        metrics_path=metrics if (metrics := workdir / "metrics.jsonl").is_file() else None,
+        metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
         config=config,
         timings=timings,
         versions=versions(),
-        notes=notes(parts),
+        notes=[*notes(parts), *health_of(workdir)],
     )
     print(f"report: {workdir / 'report.html'}", flush=True)
     return rows
+
+
+def label_of(name: str, steps: int) -> str:
+    """The name of a row."""
+    return f"{name}, {steps} step{'s' * (steps > 1)}"
+
+
+def teacher(parts: Parts) -> Parts:
+    """Parts whose student is the teacher itself, sampled by DDIM on even times."""
+    method = METHODS["pretrained"](guidance=parts.experiment.run.teacher_guidance)
+    return parts._replace(experiment=parts.experiment._replace(method=method))
+
+
+def beside_the_teacher(rows, sets, drawn):
+    """The rows with distances to the teacher's samples too; the teacher's own row stays as it is."""
+    others = {name: images for name, images in sets.items() if images is not drawn}
+    found = {row.name: row.metrics for row in evals.evaluate(others, drawn, paired=False)}
+    return [
+        dataclasses.replace(
+            row, metrics=row.metrics | {m + evals.TO_TEACHER: x for m, x in found.get(row.name, {}).items()}
+        )
+        for row in rows
+    ]
 
 
 def load_baseline(parts: Parts):
@@ -129,6 +165,13 @@ def notes(parts: Parts) -> list[str]:
     if parts.experiment.data.source == "emoji":
         lines.append("The networks are told the picture's group, as the teacher was; bicubic upscaling is not.")
     return lines
+
+
+def health_of(workdir) -> list[str]:
+    """What the run's metrics say about it."""
+    alarms = health.diagnose(records := metrics.read_records(workdir))
+    said = [f"Health: {alarm.name} from step {alarm.step} on: {alarm.words}." for alarm in alarms]
+    return said or ["Health: nothing in the metrics of this run calls for a remark."] * bool(records)
 
 
 def versions() -> dict[str, str]:

@@ -15,10 +15,11 @@ from cddistill import data, models
 from cddistill.build import Parts, arrays, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
+from cddistill.method import normal
 from cddistill.models import lora, schedulers
 from cddistill.step import TrainState, namespace
 
-ROLES = {"backbone": "unet", "branch": "controlnet"}  # net -> its folder in a pipeline
+ROLES = {"backbone": "unet", "student": "unet", "branch": "controlnet"}  # net -> its folder in a pipeline
 CARD = """---
 library_name: diffusers
 tags: [cddistill, {method}, few-step, distillation]
@@ -73,9 +74,10 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
     how = method.sampling(teacher.schedule, max(run.sample_steps)) if isinstance(teacher.schedule, DDPM) else None
     if isinstance(teacher.schedule, DDPM):
-        schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, how and how.timesteps)
+        own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
+        schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, **own)
     nets, source = state.ema or state.nets, models.resolve(run.teacher)
-    changed = {ROLES[name]: nets[name] for name in ROLES.keys() & nets.keys()}
+    changed = {ROLES[name]: whole(teacher, nets[name]) for name in ROLES.keys() & nets.keys()}
     if run.lora:
         changed = {"unet": teacher} | changed | merged_encoders(source, run)
     kept = {p.name: p for p in source.iterdir() if p.is_dir() and p.name != "scheduler"}
@@ -93,6 +95,11 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return said
     return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder):.2g}"
+
+
+def whole(teacher, net):
+    """A net as it is, or the teacher with the LoRA that the net is."""
+    return lora.adapt(teacher, net) if isinstance(net.apply, lora.Update) else net
 
 
 def merged_encoders(source, run) -> dict:
@@ -116,7 +123,7 @@ def card(config: dict, scores: dict, steps: int, how) -> str:
     """README.md of an exported student."""
     sampling = HERE_ONLY.format(steps=steps)
     if how is not None:
-        sampling = IN_TORCH.format(times=how.timesteps, guidance=config["method"]["guidance"])
+        sampling = IN_TORCH.format(times=how.timesteps, guidance=how.guidance)
     names = list(next(iter(scores.values()))["metrics"]) if scores else []
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row, values in scores.items():
@@ -151,13 +158,22 @@ def in_torch(parts: Parts, state: TrainState, folder) -> float:
 
     Both start from the same noise. Latents, where the student makes them, are compared undecoded.
     """
-    inputs = noise_and(few(parts))
+    inputs, run, method = noise_and(few(parts)), parts.experiment.run, parts.experiment.method
+    how = method.sampling(parts.frozen["teacher"].schedule, max(run.sample_steps))
     ours = jax.jit(drawing(parts, state, decode=False))(inputs)
-    return float(np.abs(ours - torch_draw(folder, inputs, parts.experiment.method.guidance)).max())
+
+    def fresh(i):  # the noise that `drawing` adds behind step i
+        key, index = jax.random.fold_in(jax.random.key(run.seed), i), np.arange(len(inputs["noise"]))
+        return np.asarray(normal(key, index, inputs["noise"].shape[1:]))
+
+    return float(np.abs(ours - torch_draw(folder, inputs, how.guidance, fresh)).max())
 
 
-def torch_draw(folder, inputs, guidance: float) -> np.ndarray:
-    """x0 [b, h, w, c] that PyTorch diffusers makes of these inputs with an exported student's nets and scheduler."""
+def torch_draw(folder, inputs, guidance: float, fresh) -> np.ndarray:
+    """x0 [b, h, w, c] that PyTorch diffusers makes of these inputs with an exported student's nets and scheduler.
+
+    fresh(i) is the noise [b, h, w, c] to add behind step i, where the scheduler adds any.
+    """
     import diffusers
     import torch
 
@@ -185,12 +201,15 @@ def torch_draw(folder, inputs, guidance: float) -> np.ndarray:
 
     z = tensor(inputs["noise"])
     with torch.no_grad():
-        for t in scheduler.timesteps:
+        for i, t in enumerate(scheduler.timesteps):
             out = call(z, t, inputs["text"])
             if guidance != 1.0:
                 null = call(z, t, inputs["null"])
                 out = null + guidance * (out - null)
-            z = scheduler.step(out, t, z).prev_sample
+            stepped = scheduler.step(out, t, z)
+            z = stepped.prev_sample
+            if "denoised" in stepped and (after := scheduler.timesteps[i + 1 : i + 2]).numel():
+                z = scheduler.add_noise(stepped.denoised, tensor(fresh(i)), after)
     return np.moveaxis(z.numpy(), 1, -1)
 
 

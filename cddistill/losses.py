@@ -8,6 +8,11 @@ def mse(a, b):
     return ((a - b) ** 2).mean(tuple(range(1, a.ndim)))
 
 
+def norm(a):
+    """Euclidean norm of each sample."""
+    return jnp.sqrt((a**2).sum(tuple(range(1, a.ndim))))
+
+
 def pseudo_huber(a, b, c: float = 1e-3):
     """sqrt(|a - b|^2 + c^2) - c of each sample's mean square: quadratic near zero, linear far away (Song & Dhariwal
     2024)."""

@@ -28,7 +28,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: ru
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pictures) that conditions the student.")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "sample: the picture to write; export: the folder, *.stablehlo or *.onnx; encode: the folder."
+    "output",
+    None,
+    "sample: the picture; export: the folder, *.stablehlo or *.onnx; encode, pairs: the folder.",
 )
 
 
@@ -50,14 +52,12 @@ def main(_):
         return train.train(CONFIG.value, workdir)
     if MODE.value == "evaluate":
         return train.evaluate_run(CONFIG.value, workdir)
-    if MODE.value == "pairs":
-        raise ValueError(
-            "--mode=pairs writes noise-to-image pairs for method diffusion2gan, which this version does not have yet"
-        )
     if not OUTPUT.value:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
         return train.encode_data(CONFIG.value, pathlib.Path(OUTPUT.value))
+    if MODE.value == "pairs":
+        return train.make_pairs(CONFIG.value, pathlib.Path(OUTPUT.value))
     if MODE.value == "export":
         return train.export_run(CONFIG.value, workdir, OUTPUT.value)
     return train.sample(CONFIG.value, workdir, INPUT.value, OUTPUT.value)

@@ -34,6 +34,10 @@ class Denoiser(Net):
         alpha, sigma = self.alpha_sigma(t, z_t)
         return diffusion.predict(self.predicts, self.apply(self.params, z_t, t, *cond, **kwargs), z_t, alpha, sigma)
 
+    def features(self, z_t, t, *cond):
+        """The network's bottleneck, float32 [b, h, w, c]: what enters EDM's middle blocks, what leaves a UNet's."""
+        return self.apply(self.params, z_t, jnp.broadcast_to(t, z_t.shape[:1]), *cond, features=True)[1]
+
     def alpha_sigma(self, t, x):
         """Alpha and sigma at t, shaped to broadcast over x."""
         return tuple(diffusion.like(c, x) for c in self.schedule.alpha_sigma(jnp.broadcast_to(t, x.shape[:1])))

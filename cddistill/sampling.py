@@ -93,17 +93,19 @@ def dpm_solver_pp(denoise: Denoise, schedule: Schedule, noise: jax.Array, times:
     return jax.lax.scan(step, (z, jnp.zeros_like(z)), jnp.arange(len(times)))[0][0]
 
 
-def lcm(denoise: Denoise, schedule: Schedule, noise, times, fresh: Fresh | None = None, scaling: float = 10.0):
+def lcm(denoise: Denoise, schedule: Schedule, noise, times, fresh: Fresh | None = None, scaling: float | None = 10.0):
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): x0 from each time, noised anew to the next.
 
-    len(times) evaluations; step i adds fresh(i), so more than one step needs it. scaling multiplies t in `boundary`.
+    len(times) evaluations; step i adds fresh(i), so more than one step needs it. scaling multiplies t in `boundary`;
+    None leaves the boundary condition out.
     """
     if fresh is None and len(times) > 1:
         raise ValueError("lcm adds noise between its steps: pass fresh, or sample in one step")
     alpha, sigma = levels(schedule, times)
 
     def step(z, i):
-        x0 = boundary(denoise(z, times[i]).x0, z, times[i], scaling)
+        x0 = denoise(z, times[i]).x0
+        x0 = x0 if scaling is None else boundary(x0, z, times[i], scaling)
         return alpha[i + 1] * x0 + (sigma[i + 1] * fresh(i) if fresh else 0.0), None
 
     return jax.lax.scan(step, first_level(sigma, noise), jnp.arange(len(times)))[0]

@@ -1,5 +1,6 @@
 """A run from its config to its report: build, restore, loop, log, checkpoint, evaluate. The file to read first."""
 
+import contextlib
 import json
 import pathlib
 import resource
@@ -8,7 +9,7 @@ import time
 import jax
 from clu.parameter_overview import count_parameters
 
-from cddistill import build, checkpoint, config, data, encode, evaluate, export, metrics, sharding
+from cddistill import build, checkpoint, config, data, encode, evaluate, export, metrics, pairs, sharding
 from cddistill.step import active
 
 
@@ -34,7 +35,11 @@ def train(settings, workdir: pathlib.Path) -> None:
         evaluate.load_baseline(parts)  # a folder that cannot be loaded is better known now
     checkpoint.write_config(workdir, plain)
     checkpoints = open_checkpoints(workdir, experiment)
-    state = parts.init() if checkpoints.latest_step() is None else checkpoints.restore(parts.abstract)
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(parts.abstract)
+    else:
+        state = parts.init()
+        state = borrow(parts, state, pathlib.Path(experiment.run.start_from)) if experiment.run.start_from else state
     print(overview(parts), flush=True)
     with checkpoint.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
@@ -153,6 +158,28 @@ def encode_data(settings, output: pathlib.Path) -> None:
     cache_programs()
     encode.encode(experiment, output, config.plain(settings))
     print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
+
+
+def make_pairs(settings, output: pathlib.Path) -> None:
+    """Write noise and what the teacher makes of it: see `pairs.make_pairs`."""
+    experiment = config.resolve(settings)
+    claim(output, "--output")
+    cache_programs()
+    pairs.make_pairs(experiment, output, config.plain(settings))
+    print(f"pairs in {output}: use them with --config.data.pairs={output}")
+
+
+def borrow(parts, state, workdir: pathlib.Path):
+    """The state at step 0 with the trained weights of another run, of all nets that both have."""
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"start_from={str(workdir)!r} holds no run: it is the --workdir of one that has been trained")
+    with contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)) as source:
+        common = sorted(source.nets() & {*state.nets})
+        if not common:
+            raise ValueError(f"the run in {workdir} trained none of {', '.join(state.nets)}")
+        nets = state.nets | source.restore_weights(parts.abstract.replace(ema={}), common).nets
+    print(f"{' and '.join(common)} from {workdir}", flush=True)
+    return state.replace(nets=nets, ema={name: jax.tree.map(jax.numpy.copy, nets[name]) for name in state.ema})
 
 
 def claim(folder: pathlib.Path, flag: str = "--workdir") -> None:

@@ -9,11 +9,12 @@ LAYERS = [  # a file may import from strictly lower lines; names on one line do 
     {"models", "method"},
     {"losses", "sampling"},
     {"methods"},
-    {"step", "optim", "data"},
+    {"step", "optim", "data", "health"},
     {"checkpoint", "evals", "metrics"},
     {"config"},
     {"build"},
     {"evaluate", "export", "encode"},
+    {"pairs"},
     {"train"},
     {"main"},
 ]

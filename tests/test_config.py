@@ -111,3 +111,13 @@ def test_the_sd21_config_builds_abstractly():
         state, frozen, batch,
     )  # fmt: skip
     assert metrics["student/loss"].shape == ()
+
+
+def test_a_turn_follows_the_common_optimiser_until_it_is_told_otherwise():
+    c = config.defaults("dmd2")
+    c.optim.lr, c.optim.critic.lr = 3e-4, 1e-5
+    c.optim.clip = 10.0
+    optim = config.resolve(c).optim
+    assert (optim["critic"].lr, optim["student"].lr) == (1e-5, 3e-4)
+    assert optim["critic"].clip == optim["student"].clip == 10.0
+    assert "critic" not in config.defaults("codi").optim

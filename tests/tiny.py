@@ -25,6 +25,10 @@ VARIANTS = {
     "codi": METHODS["codi"](ema_decay=0.9),
     "codi_pe": METHODS["codi"](ema_decay=0.9, freeze_backbone=True),
     "codi_concat": METHODS["codi"](ema_decay=0.9, adapter="concat"),
+    "dmd2": METHODS["dmd2"](times=(999, 499), ratio=1, real_guidance=2.0, gan_weight=0.1, ema_decay=0.9),
+    "dmd2_lora": METHODS["dmd2"](
+        times=(999, 499), ratio=1, student_lora="blocks", fake_lora="blocks", lora_rank=2, gan_features="teacher"
+    ),
     "codi_released": METHODS["codi"](
         ode="teacher",
         noise="predicted",

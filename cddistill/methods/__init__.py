@@ -2,6 +2,7 @@
 
 from cddistill.methods.codi import CoDi
 from cddistill.methods.denoising import Denoising
+from cddistill.methods.dmd2 import DMD2
 from cddistill.methods.pretrained import Pretrained
 
-METHODS = {"diffusion": Denoising, "codi": CoDi, "pretrained": Pretrained}
+METHODS = {"diffusion": Denoising, "codi": CoDi, "dmd2": DMD2, "pretrained": Pretrained}

@@ -72,6 +72,11 @@ class CoDi:
         """The teacher, and a branch that starts as a copy of its encoder and adds nothing (or a ControlNet)."""
         return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
 
+    @property
+    def lpips(self) -> bool:
+        """Whether a loss needs n.lpips."""
+        return self.signal == "lpips"
+
     def turns(self):
         return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone), loss=self.loss)}
 
@@ -177,7 +182,7 @@ class CoDi:
     def sampling(self, schedule, steps):
         if self.boundary == "lcm":
             return None
-        return Sampling(timesteps=tuple(map(int, self.sample_times(schedule, steps))))
+        return Sampling(timesteps=tuple(map(int, self.sample_times(schedule, steps))), guidance=self.guidance)
 
     def nfe(self, steps):
         return steps if self.guidance == 1.0 else 2 * steps

@@ -65,7 +65,8 @@ class Denoising:
     def sampling(self, schedule, steps):
         if self.sampler != "ddim":
             return None
-        return Sampling(timesteps=tuple(map(int, sampling.times(schedule, steps, self.grid_power))))
+        times = tuple(map(int, sampling.times(schedule, steps, self.grid_power)))
+        return Sampling(timesteps=times, guidance=self.guidance)
 
     def nfe(self, steps):
         per_step = 1 if self.guidance == 1.0 else 2

@@ -50,7 +50,8 @@ class Pretrained:
         how = Sampling()
         if self.scheduler:
             how = read_sampling(models.resolve(self.scheduler) / "scheduler" / "scheduler_config.json")
-        return dataclasses.replace(how, timesteps=self.timesteps) if len(self.timesteps) == steps else how
+        own = self.timesteps if len(self.timesteps) == steps else how.timesteps
+        return dataclasses.replace(how, timesteps=own, guidance=self.guidance)
 
     def nfe(self, steps):
         calls = 2 * steps - 1 if self.sampling(None, steps).sampler == "heun" else steps

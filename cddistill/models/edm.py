@@ -78,6 +78,11 @@ class KarrasUNet(Configured):
         return (jnp.zeros((1, self.factor, self.factor, self.img_channels)), jnp.ones((1,))), kwargs
 
     @property
+    def conditional(self) -> bool:
+        """Whether classes change what the network computes."""
+        return self.label_dim > 0
+
+    @property
     def factor(self) -> int:
         """By how much the coarsest level is smaller than the image."""
         return 2 ** (len(self.channel_mult) - 1)

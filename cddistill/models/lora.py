@@ -121,6 +121,15 @@ def adaptable(params) -> dict:
     return {path[:-1]: x for path, x in flat.items() if path[-1] == "kernel" and x.ndim in (2, 4)}
 
 
+def present(net, targets) -> tuple[str, ...]:
+    """Those of the targets that some layer's name ends in; ValueError if there is none."""
+    names = [f".{layer_name(layer)}" for layer in adaptable(net.params)]
+    found = tuple(t for t in targets if any(name.endswith(f".{t}") for name in names))
+    if not found:
+        raise ValueError(f"this network has no layers for a LoRA of {', '.join(targets)}")
+    return found
+
+
 def layer_name(layer: tuple[str, ...]) -> str:
     """PyTorch's name of the layer at our path."""
     return torch_name((*layer, "kernel")).removesuffix(".weight")

@@ -71,6 +71,7 @@ class Sampling:
     eta: float = 0.0  # share of the noise that DDIM draws anew, in [0, 1]
     original_inference_steps: int = 50  # of LCM's training grid
     timestep_scaling: float = 10.0  # in LCM's boundary condition
+    guidance: float = 1.0  # classifier-free, that a student needs; in no scheduler's file
 
     def times(self, schedule: DDPM, n: int | None = None) -> jax.Array:
         """Native times of n steps, from most to least noisy: int32 [n], or float32 where they are fractional.
@@ -207,22 +208,29 @@ def falling(timesteps, total: int, where: str = "") -> tuple[int, ...]:
     return tuple(own)
 
 
-def write_scheduler(folder: Path, schedule, predicts: str, timesteps=None) -> None:
+def write_scheduler(folder: Path, schedule, predicts: str, timesteps=None, sampler: str = "ddim") -> None:
     """scheduler/scheduler_config.json of a DDPM schedule, with the spacing that students are trained on.
 
-    timesteps are a student's own, strictly decreasing: the class is then DPM-Solver++ of first order, which is DDIM and
-    takes any times. They are kept as "_timesteps"; in PyTorch, pipe(..., timesteps=pipe.scheduler.config["_timesteps"])
-    samples as `ddim` does here. Raises ValueError for other schedules, which diffusers folders cannot hold, or times.
+    timesteps are a student's own, strictly decreasing: the class is then LCM's for sampler "lcm", and DPM-Solver++ of
+    first order, which is DDIM and takes any times, for "ddim". They are kept as "_timesteps"; in PyTorch,
+    pipe(..., timesteps=pipe.scheduler.config["_timesteps"]) samples as `sampler` does here. Raises
+    ValueError for other schedules, which diffusers folders cannot hold, or times.
     """
     if not isinstance(schedule, DDPM):
         raise ValueError(f"diffusers folders hold DDPM schedules, not {type(schedule).__name__}")
     fields = {k: v for k, v in dataclasses.asdict(schedule).items() if v is not None}
     del fields["last_alpha"]  # follows from the class
-    sampler = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True, "clip_sample": False}
+    scheduler = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True, "clip_sample": False}
     if timesteps is not None:
-        own = falling(np.asarray(timesteps).tolist(), schedule.num_timesteps)
-        sampler = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1, "_timesteps": own}
-    config = sampler | {
+        own = {"_timesteps": falling(np.asarray(timesteps).tolist(), schedule.num_timesteps)}
+        scheduler = (
+            own
+            | {
+                "ddim": {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1},
+                "lcm": {"_class_name": "LCMScheduler", "set_alpha_to_one": True, "clip_sample": False},
+            }[sampler]
+        )
+    config = scheduler | {
         "num_train_timesteps": fields.pop("num_timesteps"),
         "rescale_betas_zero_snr": fields.pop("zero_snr"),
         "timestep_spacing": "trailing",

@@ -198,6 +198,12 @@ class Encoder(Configured):
             kwargs["added_cond_kwargs"] = {"text_embeds": jnp.zeros((1, pooled)), "time_ids": jnp.zeros((1, 6))}
         return args, kwargs
 
+    @property
+    def conditional(self) -> bool:
+        """Whether classes or text change what the network computes."""
+        cross = "cross" in map(DOWN_BLOCKS.get, self.down_block_types) or self.mid_block_type == MID_BLOCKS[0]
+        return cross or bool(self.class_embed_type or self.num_class_embeds or self.addition_embed_type)
+
     def per_block(self, value):
         """An option as one value per block."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
@@ -312,18 +318,23 @@ class UNet2DConditionModel(Encoder):
     @nn.compact
     def __call__(
         self, z_t, t, residuals: Residuals | None = None, *, encoder_hidden_states=None, class_labels=None,
-        added_cond_kwargs=None, timestep_cond=None, concat=None,
+        added_cond_kwargs=None, timestep_cond=None, concat=None, features: bool = False,
     ):  # fmt: skip
-        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels]."""
+        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels].
+
+        With features, (output, what comes out of the middle block, float32).
+        """
         context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
         z_t = 2.0 * z_t - 1.0 if self.center_input_sample else z_t
         emb = self.embedding(t, class_labels, added_cond_kwargs, timestep_cond)
         skips, h = self.encode(self.start(z_t, concat, context), emb, context)
         if residuals is not None:
             skips, h = adjust(residuals, skips, h)
+        middle = h.astype(jnp.float32)
         h = self.decode(h, skips, emb, context)
         h = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(h))
-        return conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
+        out = conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
+        return (out, middle) if features else out
 
     def decode(self, h, skips, emb, context):
         """The way up; block j has the widths and options of down block n-1-j."""

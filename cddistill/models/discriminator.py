@@ -1,0 +1,62 @@
+"""Discriminators: small networks that tell real from drawn by what a diffusion network makes of a noisy image."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cddistill.models.blocks import GroupNorm
+from cddistill.models.init import draw
+from cddistill.net import Net
+
+
+class FeatureHead(nn.Module):
+    """DMD2's classifier of bottleneck features (Yin et al. 2024, sec. 4.3): 4x4 convolutions down to one logit.
+
+    Strides of 2 until the map is smaller than 8, then one of 4 without padding, each behind it a GroupNorm of 32 groups
+    (of as many as divide the width) and SiLU, and a 1x1 convolution. Computed in float32, as the published code does.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h):
+        """Features [b, h, w, c], h and w at least 4, to logits [b]."""
+        c, h = h.shape[-1], h.astype(self.dtype)
+        if min(h.shape[1:3]) < 4:
+            raise ValueError(
+                f"the network's bottleneck is {h.shape[1]} x {h.shape[2]}: a discriminator on it needs 4 x 4 or more; "
+                "use gan_weight=0 or larger images"
+            )
+        halvings = max(int(math.log2(min(h.shape[1:3]) / 4)), 0)
+        for i in range(halvings + 1):
+            stride, padding = (2, 1) if i < halvings else (4, 0)
+            h = nn.Conv(c, (4, 4), (stride, stride), padding, dtype=self.dtype, name=f"conv_{i}")(h)
+            h = nn.silu(GroupNorm(math.gcd(32, c), 1e-5, self.dtype, name=f"norm_{i}")(h))
+        return nn.Conv(1, (1, 1), dtype=self.dtype, name="conv_out")(h).mean((1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """A head as a pure function. Equal when the modules are."""
+
+    module: nn.Module
+
+    def __call__(self, params, features):
+        return self.module.apply({"params": params}, features)
+
+
+def make_head(features, key) -> Net:
+    """A head for features of these shapes (an array or jax.ShapeDtypeStruct), drawn as PyTorch's layers start."""
+    module = FeatureHead()
+    shapes = jax.eval_shape(lambda h: module.init(jax.random.key(0), h), features)["params"]
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
+    params = draw(
+        shapes,
+        lambda shape, bound: jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound),
+        lambda shape: jax.random.normal(next(keys), shape),
+    )
+    return Net(params, Logits(module))

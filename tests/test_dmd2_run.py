@@ -1,0 +1,196 @@
+"""DMD2 from its config to its report and to a folder; pairs, warm-up and a second stage."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cddistill import checkpoint, config, data, models, sampling, train
+from cddistill.build import build
+from cddistill.method import normal
+from cddistill.models import lora
+from cddistill.models.schedulers import read_sampling, write_scheduler
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A diffusers folder with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
+    models.save(folder, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    write_scheduler(folder, net.schedule, net.predicts)
+    return folder
+
+
+def settings(teacher, method=(), **changes):
+    """A two-step student of a class-conditional teacher, on 8 px emoji."""
+    c = config.defaults("dmd2")
+    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=2, eval_every=3, eval_images=16)
+    c.update(sample_steps=(1, 2), teacher_steps=(3,), teacher_guidance=1.5)
+    c.method.update(times=(999, 499), ratio=2, real_guidance=1.5, ema_decay=0.9, **dict(method))
+    c.data.update(size=8)
+    c.update(changes)
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory):
+    """A finished run's workdir."""
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(settings(teacher), workdir)
+    return workdir
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(workdir, experiment_settings):
+    parts = build(config.resolve(experiment_settings))
+    return checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(parts.abstract)
+
+
+def test_a_run_leaves_what_scripts_rely_on(run):
+    logged = {name for record in records(run) for name in record}
+    for name in ("critic/denoising", "critic/eps_error", "critic/real_accuracy", "critic/sample_mean", "critic/moved",
+                 "student/dm", "student/gan", "student/gan_share", "student/moved", "val/diversity"):  # fmt: skip
+        assert name in logged
+    scores = json.loads((run / "scores.json").read_text())
+    assert [*scores] == ["teacher, 3 steps", "student, 1 step", "student, 2 steps"]
+    assert (scores["teacher, 3 steps"]["nfe"], scores["student, 2 steps"]["nfe"]) == (6, 2)
+    report = (run / "report.html").read_text()
+    assert "Health: " in report
+    assert "to the teacher" in report
+
+
+def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
+    """Both optimisers, both time scales: bit for bit the run of six steps."""
+    train.train(settings(teacher, steps=3, report=False), tmp_path)
+    train.train(settings(teacher, report=False), tmp_path)
+    for a, b in zip(*(jax.tree.leaves(newest(w, settings(teacher))) for w in (run, tmp_path)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
+    train.export_run(settings(teacher), run, str(tmp_path / "out"))
+    assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999, 499])
+    assert "guidance_scale=1.0" in (tmp_path / "out" / "README.md").read_text()
+    student = newest(run, settings(teacher)).ema["student"]
+    for a, b in zip(*map(jax.tree.leaves, (models.load(tmp_path / "out").params, student.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_what_is_exported_samples_alike(run, teacher, tmp_path):
+    """As `pretrained` reads it: LCM's boundary condition, which DMD2 does not have, is nothing at these times."""
+    train.export_run(settings(teacher), run, str(tmp_path / "out"))
+    how = read_sampling(tmp_path / "out" / "scheduler" / "scheduler_config.json")
+    parts = build(config.resolve(settings(teacher)))
+    student, method = newest(run, settings(teacher)).ema["student"], parts.experiment.method
+    batch, noise, key = tiny.make_batch(size=4), tiny.randn(0, 4, 8, 8, 3), jax.random.key(3)
+    fresh = lambda i: normal(jax.random.fold_in(key, i), batch["index"], (8, 8, 3))
+    n = SimpleNamespace(teacher=parts.frozen["teacher"], student_ema=student)
+    ours = jax.jit(lambda: method.sample(n, noise, batch, key, 2))()
+    denoise = lambda z, t: student(z, t, batch["text"])
+    np.testing.assert_allclose(
+        ours, jax.jit(lambda: sampling.sample(how, denoise, student.schedule, noise, 2, fresh))(), atol=1e-4
+    )
+
+
+def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
+    method = {"student_lora": "blocks", "fake_lora": "blocks", "lora_rank": 2, "gan_weight": 0.0}
+    c = settings(teacher, method, steps=2, report=False)
+    train.train(c, tmp_path / "run")
+    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    student = newest(tmp_path / "run", c).ema["student"]
+    assert isinstance(student.apply, lora.Update)
+    merged = jax.tree.leaves(student(models.load(teacher).params))
+    for a, b in zip(jax.tree.leaves(models.load(tmp_path / "out").params), merged, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    train.make_pairs(settings(teacher, pairs=20), folder)
+    return folder
+
+
+def test_pairs_are_the_teachers_trajectories(pairs, teacher):
+    part = pairs / "train" / "00000-of-00001"
+    noise, x0 = np.load(part / "noise.npy"), np.load(part / "x0.npy")
+    labels = np.load(part / "class_labels.npy")
+    assert noise.shape == x0.shape == (20, 8, 8, 3)
+    np.testing.assert_allclose(np.std(np.float32(noise)), 1.0, atol=0.03)
+    net = models.load(teacher)
+    null = {"class_labels": jnp.full(20, 9)}
+    denoise = sampling.guided(net, {"class_labels": jnp.asarray(labels)}, null, 1.5)
+    want = jax.jit(lambda z: sampling.ddim(denoise, net.schedule, z, net.schedule.grid(3)))(jnp.float32(noise))
+    np.testing.assert_allclose(x0, want, atol=5e-3)
+
+
+def test_pairs_go_on_where_they_stopped(pairs, teacher, tmp_path):
+    made = tmp_path / "train" / "00000-of-00001"
+    train.make_pairs(settings(teacher, pairs=20), tmp_path)
+    manifest = json.loads((made / "manifest.json").read_text())
+    whole = np.load(made / "x0.npy")
+    (made / "manifest.json").write_text(json.dumps(manifest | {"rows": 8}))
+    broken = np.load(made / "x0.npy", mmap_mode="r+")
+    broken[8:] = 0
+    broken.flush()
+    train.make_pairs(settings(teacher, pairs=20), tmp_path)
+    np.testing.assert_array_equal(np.load(made / "x0.npy"), whole)
+    np.testing.assert_array_equal(whole, np.load(pairs / "train" / "00000-of-00001" / "x0.npy"))
+    with pytest.raises(ValueError, match="made by another command"):
+        train.make_pairs(settings(teacher, pairs=20, teacher_guidance=2.0), tmp_path)
+    with pytest.raises(ValueError, match="teacher's number of steps"):
+        train.make_pairs(settings(teacher, pairs=20, teacher_steps=()), tmp_path)
+
+
+def test_batches_have_pairs(pairs):
+    c = data.DataConfig(size=8, pairs=str(pairs))
+    batch = next(data.batches(c, batch_size=4, seed=0))
+    assert batch["pairs"]["noise"].shape == batch["x0"].shape == (4, 8, 8, 3)
+    host = next(data.batches(c, batch_size=4, seed=0, rows=slice(2, 4)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), batch, host)
+
+
+def test_a_folder_without_noise_holds_no_pairs(pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "copy")
+    (tmp_path / "copy" / "train" / "00000-of-00001" / "noise.npy").unlink()
+    with pytest.raises(ValueError, match="--mode=pairs"):
+        next(data.batches(data.DataConfig(size=8, pairs=str(tmp_path / "copy")), batch_size=4, seed=0))
+
+
+WARM = {"dm_weight": 0.0, "gan_weight": 0.0, "regression_weight": 1.0, "regression": "l2"}
+
+
+def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
+    """The regression alone trains the student alone; the next run starts from it, with a fake and disc of its own."""
+    warm = settings(teacher, WARM, steps=40, report=False)
+    warm.update(eval_every=100, checkpoint_every=40)
+    warm.method.ratio = 1
+    warm.optim.lr = 1e-3
+    with pytest.raises(ValueError, match="needs data.pairs"):
+        train.train(warm, tmp_path / "warm")
+    warm.data.pairs = str(pairs)
+    train.train(warm, tmp_path / "warm")
+    losses = [r["student/regression"] for r in records(tmp_path / "warm") if "student/regression" in r]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    state = newest(tmp_path / "warm", warm)
+    assert {*state.nets} == {"student"}
+    second = settings(teacher, steps=2, report=False, start_from=str(tmp_path / "warm"))
+    second.optim.lr = 0.0
+    train.train(second, tmp_path / "second")
+    for part in ("nets", "ema"):
+        got = getattr(newest(tmp_path / "second", second), part)["student"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, state.nets["student"])
+    second.start_from = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no run"):
+        train.train(second, tmp_path / "third")
