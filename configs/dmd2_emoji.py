@@ -23,13 +23,13 @@ def get_config(variant="emoji"):
         config.teacher = "emoji"
         config.teacher_steps = (50,)
         config.teacher_guidance = 2.0
-        config.steps = 3000
-        config.batch_size = 16
-        config.optim.lr = 1e-4
+        config.steps = 1500
+        config.batch_size = 8
+        config.optim.lr = 3e-4
         config.optim.warmup = 50
         config.method.real_guidance = 2.0
         config.method.ema_decay = 0.995
-        config.eval_every = 500
+        config.eval_every = 250
         config.checkpoint_every = 500
         config.method.times = (999,) if variant == "emoji" else (999, 749, 499, 249)
         config.sample_steps = (1,) if variant == "emoji" else (1, 2, 4)
