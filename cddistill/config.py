@@ -89,7 +89,8 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     cls = choose("method.name", METHODS, method.pop("name", None))
     method = build(cls, method, "method.")
     optim = dict(config.pop("optim", {}))
-    turns = {name: optim.pop(name, {}) for name in method.turns()}
+    every = {name: optim.pop(name, {}) for name in cls().turns() | method.turns()}  # also turns switched off
+    turns = {name: every[name] for name in method.turns()}
     data = build(DataConfig, config.pop("data", {}), "data.")
     by_turn = {name: build(OptimConfig, optim | changes, "optim.") for name, changes in turns.items()}
     run = build(Run, config, "")
