@@ -30,7 +30,7 @@ HEALTHY = {f"healthy, seed {seed}": ([f"seed={seed}"], set()) for seed in range(
 
 def run(name, flags, args) -> list[health.Alarm]:
     """The alarms of one run, trained in a process of its own."""
-    workdir = pathlib.Path(args.output) / name.replace(" ", "_")
+    workdir = pathlib.Path(args.output) / "".join(c if c.isalnum() else "_" for c in name)
     common = [f"steps={args.steps}", "batch_size=8", f"optim.lr={RATE}", "report=False", "eval_every=100"]
     command = [sys.executable, "-m", "cddistill.main", "--config=configs/dmd2_emoji.py", f"--workdir={workdir}"]
     with (workdir.parent / f"{workdir.name}.log").open("w") as log:

@@ -64,6 +64,8 @@ def build(experiment: Experiment) -> Parts:
         frozen["lpips"] = lpips.load("vgg")
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     check_shapes(frozen["teacher"], batch_shapes(experiment))
+    for steps in run.sample_steps:
+        method.sampling(frozen["teacher"].schedule, steps)  # says so if the student cannot be sampled in so many
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)

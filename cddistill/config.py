@@ -97,6 +97,8 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
+    if not run.sample_steps or min(run.sample_steps) < 1:
+        raise ValueError(f"sample_steps {run.sample_steps} must be numbers of at least 1, as in (1, 4)")
     if run.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {run.dtype!r} is neither 'float32' nor 'bfloat16'")
     return Experiment(run, method, data, by_turn)

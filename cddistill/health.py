@@ -63,8 +63,8 @@ RULES = {
         "method.gan_weight",
     ),
     "critic lags": Rule(
-        ("critic/eps_error", "student/eps_error"), 20, lambda training, fresh: training.mean() > 1.25 * fresh.mean(),
-        "the critic is a quarter worse on average than when the student's turn comes, so each of these upsets it: "
+        ("critic/eps_error", "student/eps_error"), 20, lambda training, fresh: training.mean() > 1.5 * fresh.mean(),
+        "the critic is half as bad again on average as when the student's turn comes, so each of these upsets it: "
         "raise method.ratio, or lower optim.student.lr",
     ),
     "brightness swings": Rule(

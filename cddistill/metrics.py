@@ -140,7 +140,9 @@ class Watch(MetricWriter):
 
     def write_scalars(self, step, scalars):
         for alarm in self.patient.examine({"step": step, **scalars}):
-            self.console.print(f"health: {alarm.name} at step {alarm.step}: {alarm.words}", highlight=False)
+            self.console.print(
+                f"health: {alarm.name} at step {alarm.step}: {alarm.words}", highlight=False, soft_wrap=True
+            )
 
 
 def read_records(workdir) -> list[dict]:

@@ -103,6 +103,14 @@ def test_what_is_exported_samples_alike(run, teacher, tmp_path):
     )
 
 
+def test_steps_that_the_student_does_not_have_are_refused_before_the_first(teacher, tmp_path):
+    with pytest.raises(ValueError, match="cannot be sampled in 4 steps"):
+        train.train(settings(teacher, sample_steps=(1, 4)), tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        train.train(settings(teacher, sample_steps=(0,)), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
     method = {"student_lora": "blocks", "fake_lora": "blocks", "lora_rank": 2, "gan_weight": 0.0}
     c = settings(teacher, method, steps=2, report=False)

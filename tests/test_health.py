@@ -20,7 +20,7 @@ ILL = {
     "critic too fast": {"critic/moved": 0.2},
     "critic lost": {"critic/eps_error": 1.5, "student/eps_error": 1.5},
     "GAN dominates": {"student/gan_share": 0.95},
-    "critic lags": {"critic/eps_error": 0.3},
+    "critic lags": {"critic/eps_error": 0.35},
     "over-saturated": {"critic/sample_power": 0.6},
     "washed out": {"critic/sample_power": 0.05},
     "collapsed": {"val/diversity": 0.02},

@@ -268,7 +268,8 @@ class DMD2:
         return self.times[:: len(self.times) // steps]
 
     def sampling(self, schedule, steps):
-        return Sampling(sampler="lcm", timesteps=self.taken(steps))
+        times = self.levels(schedule)[jnp.array(self.taken(steps))]
+        return Sampling(sampler="lcm", timesteps=tuple(map(int, times)))
 
     def nfe(self, steps):
         return steps
