@@ -22,7 +22,7 @@ FAULTS = {  # what is wrong: (flags, alarms of which one must ring)
     "ratio 1 at 10 times the rate": (
         ["method.ratio=1", f"optim.student.lr={10 * RATE}"], {"critic lags", "brightness swings"},
     ),
-    "guidance of 30": (["method.real_guidance=30."], {"over-saturated"}),
+    "guidance of 30": (["method.real_guidance=30."], {"guidance too high", "over-saturated"}),
     "student frozen": (["optim.student.lr=0."], {"student frozen"}),
 }  # fmt: skip
 HEALTHY = {f"healthy, seed {seed}": ([f"seed={seed}"], set()) for seed in range(3)}

@@ -58,9 +58,8 @@ RULES = {
         "the critic predicts noise worse than by saying zero: lower optim.critic.lr, and start anew",
     ),
     "GAN dominates": Rule(
-        ("student/gan_share",), 5, lambda share: np.median(share) > 0.8,
-        "the GAN's gradient at the sample is more than four times the distribution-matching one: lower "
-        "method.gan_weight",
+        ("student/gan_share",), 5, lambda share: np.median(share) > 0.5,
+        "the GAN's gradient at the sample is larger than the distribution-matching one: lower method.gan_weight",
     ),
     "critic lags": Rule(
         ("critic/eps_error", "student/eps_error"), 20, lambda training, fresh: training.mean() > 1.5 * fresh.mean(),
@@ -72,6 +71,11 @@ RULES = {
         lambda drawn, real: np.diff(drawn).std() > 3.0 * np.diff(real).std(),
         "from record to record the brightness of samples changes more than three times as much as that of data: raise "
         "method.ratio (the paper: the smallest that keeps it stable), or lower optim.student.lr",
+    ),
+    "guidance too high": Rule(
+        ("student/target_power", "critic/real_power"), 5, lambda target, real: np.median(target / real) > 2.0,
+        "what the guided teacher makes of samples has more than twice the power of data, as no image has: lower "
+        "method.real_guidance",
     ),
     "over-saturated": Rule(
         ("critic/sample_mean", "critic/sample_power", "critic/real_mean", "critic/real_power"), 10,

@@ -10,9 +10,9 @@ from cddistill import health, metrics
 
 WELL = {
     "student/moved": 1e-3, "critic/moved": 1e-3, "critic/eps_error": 0.2, "student/eps_error": 0.19,
-    "student/gan_share": 0.2, "critic/sample_mean": 0.1, "critic/sample_power": 0.26, "critic/real_mean": 0.1,
-    "critic/real_power": 0.26, "val/diversity": 0.5, "critic/gan": 1.2, "critic/real_accuracy": 0.7,
-    "critic/drawn_accuracy": 0.7,
+    "student/gan_share": 0.2, "student/target_power": 0.25, "critic/sample_mean": 0.1, "critic/sample_power": 0.26,
+    "critic/real_mean": 0.1, "critic/real_power": 0.26, "val/diversity": 0.5, "critic/gan": 1.2,
+    "critic/real_accuracy": 0.7, "critic/drawn_accuracy": 0.7,
 }  # fmt: skip
 ILL = {
     "student frozen": {"student/moved": 0.0},
@@ -21,6 +21,7 @@ ILL = {
     "critic lost": {"critic/eps_error": 1.5, "student/eps_error": 1.5},
     "GAN dominates": {"student/gan_share": 0.95},
     "critic lags": {"critic/eps_error": 0.35},
+    "guidance too high": {"student/target_power": 0.8},
     "over-saturated": {"critic/sample_power": 0.6},
     "washed out": {"critic/sample_power": 0.05},
     "collapsed": {"val/diversity": 0.02},

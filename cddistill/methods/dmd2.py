@@ -132,8 +132,8 @@ class DMD2:
         k_dm, k_gan = jax.random.split(key)
         value, slope, logs = 0.0, jnp.zeros_like(x0), {}
         if self.dm_weight:
-            g, error = self.matching(n, x0, batch, k_dm)
-            logs |= {"dm": 0.5 * (g**2).mean(), "dm_gradient": losses.norm(g).mean(), "eps_error": error.mean()}
+            g, seen = self.matching(n, x0, batch, k_dm)
+            logs |= {"dm": 0.5 * (g**2).mean(), "dm_gradient": losses.norm(g).mean()} | seen
             value, slope = self.dm_weight * logs["dm"], self.dm_weight * g / g.size
         if self.gan_weight:
             logs["gan"], pull = jax.vjp(lambda x: jax.nn.softplus(-self.logits(n, x, batch, k_gan)).mean(), x0)
@@ -191,8 +191,7 @@ class DMD2:
         return student(jax.lax.stop_gradient(z), times[step], text).x0
 
     def matching(self, n, x0, batch, key):
-        """g, the direction in which the student's density exceeds the teacher's at x0 (E8-E10), and fake's error in
-        the noise, per sample."""
+        """g, the direction in which the student's density exceeds the teacher's at x0 (E8-E10), and what was seen."""
         k_t, k_eps = jax.random.split(key)
         t, eps = self.random_times(n, k_t, batch, self.dm_range), normal(k_eps, batch["index"], x0.shape[1:])
         z_t = n.teacher.noise(x0, eps, t)
@@ -205,7 +204,7 @@ class DMD2:
             g = g / jnp.maximum(like(jnp.abs(x0 - real.x0).mean(tuple(range(1, x0.ndim))), x0), 1e-6)
         if self.weighting == "dmd1":
             g = g * n.teacher.alpha_sigma(t, x0)[0]
-        return g, losses.mse(fake.eps, eps)
+        return g, {"eps_error": losses.mse(fake.eps, eps).mean(), "target_power": (real.x0**2).mean()}
 
     def compared(self, n, t, error):
         """The mean of those errors whose times are in dm_range: what the student's turn logs as eps_error."""
