@@ -31,7 +31,7 @@ def main():
     args = parser.parse_args()
 
     settings = config.defaults("dmd2")
-    settings.update(batch_size=args.batch, dtype=args.dtype, remat=args.remat)
+    settings.update(batch_size=args.batch, dtype=args.dtype, remat=args.remat, sample_steps=(1,))
     settings.method.update(real_guidance=args.guidance, ema_decay=0.999)
     parts = build(config.resolve(settings))
     method, driver = parts.experiment.method, parts.driver()
