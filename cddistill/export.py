@@ -77,7 +77,7 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
         own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
         schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, **own)
     nets, source = state.ema or state.nets, models.resolve(run.teacher)
-    changed = {ROLES[name]: whole(teacher, nets[name]) for name in ROLES.keys() & nets.keys()}
+    changed = {ROLES[name]: lora.whole(teacher, nets[name]) for name in ROLES.keys() & nets.keys()}
     if run.lora:
         changed = {"unet": teacher} | changed | merged_encoders(source, run)
     kept = {p.name: p for p in source.iterdir() if p.is_dir() and p.name != "scheduler"}
@@ -86,7 +86,7 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     for name in kept.keys() - changed.keys():
         shutil.copytree(kept[name], folder / name, dirs_exist_ok=True)
     for name, net in changed.items():
-        models.save(folder, name, net.params, net.apply.module.to_config())
+        models.save(folder, name, net.params, net.module.to_config())
     index = source / "model_index.json"
     if index.is_file():
         write_index(folder, json.loads(index.read_text()), branch=(folder / "controlnet").is_dir())
@@ -95,11 +95,6 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return said
     return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder):.2g}"
-
-
-def whole(teacher, net):
-    """A net as it is, or the teacher with the LoRA that the net is."""
-    return lora.adapt(teacher, net) if isinstance(net.apply, lora.Update) else net
 
 
 def merged_encoders(source, run) -> dict:

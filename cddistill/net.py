@@ -20,6 +20,11 @@ class Net:
     def __call__(self, *args, **kwargs):
         return self.apply(self.params, *args, **kwargs)
 
+    @property
+    def module(self):
+        """The flax module behind apply, with the network's options; None if apply is any other function."""
+        return getattr(self.apply, "module", None)
+
 
 @flax.struct.dataclass
 class Denoiser(Net):

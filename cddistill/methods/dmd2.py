@@ -77,7 +77,7 @@ class DMD2:
     def init(self, key, frozen, batch):
         """Student and fake start as the teacher, or as LoRAs of it that change nothing; disc is random."""
         teacher, keys = frozen["teacher"], jax.random.split(key, 3)
-        if self.real_guidance != 1.0 and not getattr(getattr(teacher.apply, "module", None), "conditional", True):
+        if self.real_guidance != 1.0 and not getattr(teacher.module, "conditional", True):
             raise ValueError(f"method.real_guidance={self.real_guidance} needs a teacher with classes or text")
         if self.regression_weight and "pairs" not in batch:
             raise ValueError("method.regression_weight needs data.pairs, which --mode=pairs makes")
@@ -226,10 +226,10 @@ class DMD2:
         return sampling.first_level(n.teacher.schedule.alpha_sigma(self.student_times(n))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
-        return whole(n.teacher, n.student_ema if average and self.ema_decay else n.student)
+        return lora.whole(n.teacher, n.student_ema if average and self.ema_decay else n.student)
 
     def fake(self, n) -> Denoiser:
-        return whole(n.teacher, n.fake)
+        return lora.whole(n.teacher, n.fake)
 
     @staticmethod
     def levels(schedule):
@@ -274,11 +274,6 @@ class DMD2:
         return steps
 
 
-def whole(teacher, net) -> Denoiser:
-    """A net that trains as a whole, or the teacher with the LoRA that the net is."""
-    return lora.adapt(teacher, net) if isinstance(net.apply, lora.Update) else net
-
-
 def denoising(fake, x0, eps, t, text):
     """The loss of fake: mean |out - target|^2 (E13), for EDM's networks weighted (E12); and its error in the
     noise, per sample."""
@@ -286,7 +281,7 @@ def denoising(fake, x0, eps, t, text):
     out, target = (diffusion.target(fake.predicts, *x, alpha, sigma) for x in (pred, (x0, eps)))
     loss = losses.mse(out, target)
     if fake.predicts == "x0":
-        sigma_data = getattr(getattr(fake.apply, "module", None), "sigma_data", 0.5)
+        sigma_data = getattr(fake.module, "sigma_data", 0.5)
         loss = loss * ((alpha / sigma) ** 2 + sigma_data**-2).reshape(loss.shape)
     return loss.mean(), losses.mse(pred.eps, eps)
 

@@ -36,7 +36,7 @@ class Pretrained:
 
     def sample(self, n, noise, batch, key, steps):
         schedule, told = n.teacher.schedule, {}
-        if width := getattr(n.teacher.apply.module, "time_cond_proj_dim", None):
+        if width := getattr(n.teacher.module, "time_cond_proj_dim", None):
             told = {"timestep_cond": guidance_embedding(self.told_guidance, width, len(noise))}
         text, null = batch["text"] | told, batch["null"] | told
         denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)

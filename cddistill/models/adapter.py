@@ -155,7 +155,7 @@ def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels:
     latents. The encoder's weights are copies of the teacher's. Raises ValueError for a teacher that is no UNet of this
     package or whose options diffusers' ControlNet lacks.
     """
-    unet = getattr(teacher.apply, "module", None)
+    unet = teacher.module
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError("only a UNet2DConditionModel, as models.load or models.init give it, can have a branch")
     if kind not in BRANCHES:
@@ -203,7 +203,7 @@ def widen(teacher: Denoiser, batch) -> Denoiser:
     A teacher that has them already (InstructPix2Pix, inpainting) is only copied. Raises ValueError for a condition of
     another size than x0 and for a network that has neither number of channels.
     """
-    unet, (x0, cond) = getattr(teacher.apply, "module", None), (batch["x0"].shape, batch["cond"].shape)
+    unet, (x0, cond) = teacher.module, (batch["x0"].shape, batch["cond"].shape)
     if cond[1:3] != x0[1:3]:
         raise ValueError(f"adapter 'concat' needs a condition of x0's size, {x0[1:3]}, not {cond[1:3]}")
     channels, params = x0[-1] + cond[-1], jax.tree.map(jnp.copy, teacher.params)
@@ -216,4 +216,4 @@ def widen(teacher: Denoiser, batch) -> Denoiser:
 
 def concats(teacher: Denoiser, channels: int) -> bool:
     """Whether a network has input channels for a condition beside the `channels` of z_t."""
-    return getattr(getattr(teacher.apply, "module", None), "in_channels", channels) > channels
+    return getattr(teacher.module, "in_channels", channels) > channels

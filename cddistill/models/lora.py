@@ -87,6 +87,11 @@ def adapt(net, lora: Net, scale=1.0):
     return net.replace(params=lora(net.params, scale))
 
 
+def whole(base, net):
+    """A net as it is, or the base with the LoRA that the net is."""
+    return adapt(base, net) if isinstance(net.apply, Update) else net
+
+
 def make_lora(net, key, rank: int, alpha: float | None = None, targets: tuple[str, ...] = ATTENTION) -> Net:
     """A LoRA for a net (a Denoiser, a branch, a text encoder) that changes nothing yet: lora(net.params) = net.params.
 

@@ -54,7 +54,7 @@ class Prompts:
 
     def token_ids(self, tokenizer, net, texts):
         """One tokenizer's ids: as many as its encoder has positions."""
-        clip = net.apply.module
+        clip = net.module
         length = min(tokenizer.model_max_length, clip.max_position_embeddings)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
         ids = np.array(tokens["input_ids"], np.int32)
