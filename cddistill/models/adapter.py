@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.init import draw, weight_shapes
+from cddistill.models.init import draw_jax, weight_shapes
 from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel
 from cddistill.net import Adapted, Denoiser, Net
 
@@ -174,12 +174,7 @@ def branch_params(module, unet_params, key):
     """The encoder copied from the UNet (real copies, so that either may be donated), the rest fresh, its end zero."""
     shapes = weight_shapes(module)
     copied = {name: jax.tree.map(jnp.copy, unet_params[name]) for name in shapes if name.startswith(COPIED)}
-    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(shapes["controlnet_cond_embedding"]))))
-    fresh = draw(
-        shapes["controlnet_cond_embedding"],
-        lambda shape, bound: jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound),
-        lambda shape: jax.random.normal(next(keys), shape),
-    )
+    fresh = draw_jax(shapes["controlnet_cond_embedding"], key)
     if isinstance(module, ControlNetModel):
         fresh["conv_out"] = jax.tree.map(jnp.zeros_like, fresh["conv_out"])
     zeros = {k: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), v) for k, v in shapes.items() if k not in copied}

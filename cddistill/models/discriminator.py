@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.blocks import GroupNorm
-from cddistill.models.init import draw
+from cddistill.models.init import draw_jax
 from cddistill.net import Net
 
 
@@ -53,10 +53,4 @@ def make_head(features, key) -> Net:
     """A head for features of these shapes (an array or jax.ShapeDtypeStruct), drawn as PyTorch's layers start."""
     module = FeatureHead()
     shapes = jax.eval_shape(lambda h: module.init(jax.random.key(0), h), features)["params"]
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
-    params = draw(
-        shapes,
-        lambda shape, bound: jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound),
-        lambda shape: jax.random.normal(next(keys), shape),
-    )
-    return Net(params, Logits(module))
+    return Net(draw_jax(shapes, key), Logits(module))

@@ -29,6 +29,16 @@ def draw(shapes, uniform, normal):
     return {name: draw(sub, uniform, normal) for name, sub in sorted(shapes.items())}
 
 
+def draw_jax(shapes, key):
+    """`draw` with JAX's generator, for what starts inside a jitted program."""
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
+    return draw(
+        shapes,
+        lambda shape, bound: jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound),
+        lambda shape: jax.random.normal(next(keys), shape),
+    )
+
+
 def draw_numpy(shapes, seed: int):
     """`draw` with numpy's generator: a UNet in a second, where one small program per shape would be compiled."""
     rng = np.random.default_rng(seed)
