@@ -15,7 +15,7 @@ from cddistill import data, models
 from cddistill.build import Parts, arrays, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
-from cddistill.method import normal
+from cddistill.method import fresh
 from cddistill.models import lora, schedulers
 from cddistill.step import TrainState, namespace
 
@@ -72,8 +72,9 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
 def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict, scores: dict) -> str:
     """A diffusers folder of the student's nets, the rest of the teacher's pipeline, scheduler and model card."""
     run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
-    how = method.sampling(teacher.schedule, max(run.sample_steps)) if isinstance(teacher.schedule, DDPM) else None
+    how = None
     if isinstance(teacher.schedule, DDPM):
+        how = method.sampling(teacher.schedule, max(run.sample_steps))
         own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
         schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, **own)
     nets, source = state.ema or state.nets, models.resolve(run.teacher)
@@ -94,7 +95,7 @@ def pipeline(parts: Parts, state: TrainState, folder: pathlib.Path, config: dict
     said = f"read back, images differ by at most {reread(parts, state, folder):.2g} of 1 (weights are float16)"
     if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return said
-    return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder):.2g}"
+    return f"{said}; PyTorch diffusers' differ by at most {in_torch(parts, state, folder, how.guidance):.2g}"
 
 
 def merged_encoders(source, run) -> dict:
@@ -148,26 +149,21 @@ def reread(parts: Parts, state: TrainState, folder) -> float:
     return float(np.abs(before - draw(state.replace(nets=nets, ema=nets))).max())
 
 
-def in_torch(parts: Parts, state: TrainState, folder) -> float:
+def in_torch(parts: Parts, state: TrainState, folder, guidance: float) -> float:
     """The largest difference between what the student draws here and what PyTorch diffusers draws from the folder.
 
     Both start from the same noise. Latents, where the student makes them, are compared undecoded.
     """
-    inputs, run, method = noise_and(few(parts)), parts.experiment.run, parts.experiment.method
-    how = method.sampling(parts.frozen["teacher"].schedule, max(run.sample_steps))
+    inputs, seed = noise_and(few(parts)), parts.experiment.run.seed
     ours = jax.jit(drawing(parts, state, decode=False))(inputs)
-
-    def fresh(i):  # the noise that `drawing` adds behind step i
-        key, index = jax.random.fold_in(jax.random.key(run.seed), i), np.arange(len(inputs["noise"]))
-        return np.asarray(normal(key, index, inputs["noise"].shape[1:]))
-
-    return float(np.abs(ours - torch_draw(folder, inputs, how.guidance, fresh)).max())
+    anew = fresh(jax.random.key(seed), np.arange(len(ours)), ours.shape[1:])  # as `drawing` does
+    return float(np.abs(ours - torch_draw(folder, inputs, guidance, anew)).max())
 
 
-def torch_draw(folder, inputs, guidance: float, fresh) -> np.ndarray:
+def torch_draw(folder, inputs, guidance: float, anew) -> np.ndarray:
     """x0 [b, h, w, c] that PyTorch diffusers makes of these inputs with an exported student's nets and scheduler.
 
-    fresh(i) is the noise [b, h, w, c] to add behind step i, where the scheduler adds any.
+    anew(i) is the noise [b, h, w, c] to add behind step i, where the scheduler adds any.
     """
     import diffusers
     import torch
@@ -179,9 +175,8 @@ def torch_draw(folder, inputs, guidance: float, fresh) -> np.ndarray:
         return torch.tensor(np.moveaxis(x, -1, 1) if x.ndim == 4 else x)
 
     unet = part(diffusers.UNet2DConditionModel, "unet")
-    branch = (pathlib.Path(folder) / "controlnet").is_dir() or None
-    branch = branch and part(diffusers.ControlNetModel, "controlnet")
-    written = schedulers.read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json")
+    branch = part(diffusers.ControlNetModel, "controlnet") if (folder / "controlnet").is_dir() else None
+    written = schedulers.read_json(folder / "scheduler" / "scheduler_config.json")
     scheduler = getattr(diffusers, written["_class_name"]).from_pretrained(str(folder), subfolder="scheduler")
     scheduler.set_timesteps(timesteps=list(written["_timesteps"]))
 
@@ -204,7 +199,7 @@ def torch_draw(folder, inputs, guidance: float, fresh) -> np.ndarray:
             stepped = scheduler.step(out, t, z)
             z = stepped.prev_sample
             if "denoised" in stepped and (after := scheduler.timesteps[i + 1 : i + 2]).numel():
-                z = scheduler.add_noise(stepped.denoised, tensor(fresh(i)), after)
+                z = scheduler.add_noise(stepped.denoised, tensor(np.asarray(anew(i))), after)
     return np.moveaxis(z.numpy(), 1, -1)
 
 

@@ -59,6 +59,11 @@ def normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Arra
     return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, index))
 
 
+def fresh(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """Step number -> unit noise [b, *shape] of its own, that follows the sample: what samplers add between steps."""
+    return lambda i: normal(jax.random.fold_in(key, i), index, shape)
+
+
 def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
     """Uniform numbers in [0, 1), shape [b], that follow the sample."""
     return jax.vmap(jax.random.uniform)(per_sample(key, index))

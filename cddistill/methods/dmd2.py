@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from cddistill import diffusion, losses, sampling
 from cddistill.diffusion import guide, like
-from cddistill.method import Turn, check_choices, normal, uniform
+from cddistill.method import Turn, check_choices, fresh, normal, uniform
 from cddistill.models import discriminator, lora
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Denoiser
@@ -85,7 +85,7 @@ class DMD2:
         if "critic" in self.turns():
             nets["fake"] = self.copy(teacher, self.fake_lora, keys[1])
         if self.gan_weight:
-            look = lambda n, b: n.features(b["x0"], self.levels(n.schedule)[0], b["text"])
+            look = lambda n, b: n.features(b["x0"], self.native(n.schedule, 0), b["text"])
             features = jax.eval_shape(look, teacher, batch)
             nets["disc"] = discriminator.make_head(features, keys[2])
         return nets
@@ -161,7 +161,9 @@ class DMD2:
 
     def regress(self, n, pairs):
         """Distance between what the student makes of a pair's noise and what the teacher's ODE did (DMD, eq. 9)."""
-        x0 = self.student(n)(self.start(n, pairs["noise"]), self.student_times(n)[0], pairs["text"]).x0
+        x0 = self.student(n)(
+            self.start(n, pairs["noise"]), self.native(n.teacher.schedule, self.times[0]), pairs["text"]
+        ).x0
         if self.regression == "l2":
             return losses.mse(x0, pairs["x0"]).mean()
         return n.lpips(n.autoencoder.decode(x0), n.autoencoder.decode(pairs["x0"])).mean()
@@ -171,8 +173,8 @@ class DMD2:
     def generate(self, n, batch, key):
         """One student call with a gradient, and before it as many without as its time asks for (E4-E6)."""
         k_step, k_noise, k_anew = jax.random.split(key, 3)
-        student, times, index, text = self.student(n), self.student_times(n), batch["index"], batch["text"]
-        shape, last = batch["x0"].shape[1:], len(self.times)
+        student, index, text = self.student(n), batch["index"], batch["text"]
+        times, shape, last = self.native(n.teacher.schedule, self.times), batch["x0"].shape[1:], len(self.times)
         start = self.start(n, normal(k_noise, index, shape))
         if last == 1:
             return student(start, times[0], text).x0
@@ -181,14 +183,12 @@ class DMD2:
             noised = n.teacher.noise(batch["x0"], normal(k_anew, index, shape), times[step])
             return student(jnp.where(like(step == 0, noised), start, noised), times[step], text).x0
         step = jax.random.randint(k_step, (), 0, last)  # one for the batch, on all devices and hosts
-        looking = jax.lax.stop_gradient(student)
+        looking, anew = jax.lax.stop_gradient(student), fresh(k_anew, index, shape)
 
         def ahead(i, z):
-            x0 = looking(z, times[i], text).x0
-            return n.teacher.noise(x0, normal(jax.random.fold_in(k_anew, i), index, shape), times[i + 1])
+            return n.teacher.noise(looking(z, times[i], text).x0, anew(i), times[i + 1])
 
-        z = jax.lax.fori_loop(0, step, ahead, start)
-        return student(jax.lax.stop_gradient(z), times[step], text).x0
+        return student(jax.lax.fori_loop(0, step, ahead, start), times[step], text).x0
 
     def matching(self, n, x0, batch, key):
         """g, the direction in which the student's density exceeds the teacher's at x0 (E8-E10), and what was seen."""
@@ -208,13 +208,13 @@ class DMD2:
 
     def compared(self, n, t, error):
         """The mean of those errors whose times are in dm_range: what the student's turn logs as eps_error."""
-        first, last = self.levels(n.teacher.schedule)[jnp.array(self.dm_range)]
+        first, last = self.native(n.teacher.schedule, self.dm_range)
         (low, high), (lowest, highest) = self.dm_range, self.fake_range
         return jnp.where((first <= t) & (t <= last), error, 0.0).mean() * (highest - lowest + 1) / (high - low + 1)
 
     def logits(self, n, x0, batch, key):
         """How real each sample looks behind noise (E14), [b]."""
-        judge, t = n.teacher if self.gan_features == "teacher" else self.fake(n), self.levels(n.teacher.schedule)[0]
+        judge, t = n.teacher if self.gan_features == "teacher" else self.fake(n), self.native(n.teacher.schedule, 0)
         if self.gan_noised:
             k_t, k_eps = jax.random.split(key)
             t = self.random_times(n, k_t, batch, self.gan_range)
@@ -223,7 +223,8 @@ class DMD2:
 
     def start(self, n, noise):
         """Unit noise at the first time's level: 80 times as large for EDM, as it is for the rest (E4, E5)."""
-        return sampling.first_level(n.teacher.schedule.alpha_sigma(self.student_times(n))[1], noise)
+        schedule = n.teacher.schedule
+        return sampling.first_level(schedule.alpha_sigma(self.native(schedule, self.times))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
         return lora.whole(n.teacher, n.student_ema if average and self.ema_decay else n.student)
@@ -236,26 +237,23 @@ class DMD2:
         """Native times of levels 0 ... 999: for EDM the grid of E1, for DDPM the times themselves."""
         return schedule.grid(LEVELS)[::-1]
 
-    def student_times(self, n):
-        """Native times of the student's steps."""
-        return self.levels(n.teacher.schedule)[jnp.array(self.times)]
+    def native(self, schedule, levels):
+        """Native times of some levels."""
+        return self.levels(schedule)[jnp.asarray(levels)]
 
     def random_times(self, n, key, batch, levels):
         """Native times, one per sample, uniform over the levels of a range."""
         low, high = levels
         u = uniform(key, batch["index"])
-        return self.levels(n.teacher.schedule)[low + jnp.floor(u * (high - low + 1)).astype(jnp.int32)]
+        return self.native(n.teacher.schedule, low + jnp.floor(u * (high - low + 1)).astype(jnp.int32))
 
     # ---- the student in use
 
     def sample(self, n, noise, batch, key, steps):
         student, schedule = self.student(n, average=True), n.teacher.schedule
-        times = self.levels(schedule)[jnp.array(self.taken(steps))]
-
-        def fresh(i):
-            return normal(jax.random.fold_in(key, i), batch["index"], noise.shape[1:])
-
-        return sampling.lcm(lambda z, t: student(z, t, batch["text"]), schedule, noise, times, fresh, scaling=None)
+        denoise, times = lambda z, t: student(z, t, batch["text"]), self.native(schedule, self.taken(steps))
+        anew = fresh(key, batch["index"], noise.shape[1:])
+        return sampling.lcm(denoise, schedule, noise, times, anew, scaling=None)
 
     def taken(self, steps: int) -> tuple[int, ...]:
         """The levels of so many steps: all that the student has, or every second, third ... of them."""
@@ -267,8 +265,7 @@ class DMD2:
         return self.times[:: len(self.times) // steps]
 
     def sampling(self, schedule, steps):
-        times = self.levels(schedule)[jnp.array(self.taken(steps))]
-        return Sampling(sampler="lcm", timesteps=tuple(map(int, times)))
+        return Sampling(sampler="lcm", timesteps=tuple(map(int, self.native(schedule, self.taken(steps)))))
 
     def nfe(self, steps):
         return steps

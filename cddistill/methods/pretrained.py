@@ -5,11 +5,10 @@ python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from cddistill import models, sampling
-from cddistill.method import normal
+from cddistill.method import fresh
 from cddistill.models import adapter
 from cddistill.models.blocks import sinusoid
 from cddistill.models.schedulers import Sampling, read_sampling
@@ -40,11 +39,8 @@ class Pretrained:
             told = {"timestep_cond": guidance_embedding(self.told_guidance, width, len(noise))}
         text, null = batch["text"] | told, batch["null"] | told
         denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)
-
-        def fresh(i):
-            return normal(jax.random.fold_in(key, i), batch["index"], noise.shape[1:])
-
-        return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, fresh)
+        anew = fresh(key, batch["index"], noise.shape[1:])
+        return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, anew)
 
     def sampling(self, schedule, steps):
         how = Sampling()
