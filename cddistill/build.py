@@ -51,12 +51,8 @@ def build(experiment: Experiment) -> Parts:
     run, method = experiment.run, experiment.method
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
-    ours = {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash}
-    load = functools.partial(models.load, place=functools.partial(place, mesh), expect=models.DENOISERS)
-    load = functools.partial(from_scratch, seed=run.seed) if run.scratch else load
-    frozen = {"teacher": load(run.teacher, **ours)}
-    if run.lora:
-        frozen["teacher"] = lora.merge(run.lora, {"unet": frozen["teacher"]}, run.lora_scale)["unet"]
+    ours = options(run) | {"place": functools.partial(place, mesh)}
+    frozen = {"teacher": load_teacher(run, place=ours["place"])}
     frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
     if run.controlnet:
         frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
@@ -75,6 +71,20 @@ def build(experiment: Experiment) -> Parts:
 def place(mesh, path, x):
     """A weight to the devices as soon as it is read: no host ever holds a whole network."""
     return sharding.put(x, sharding.by_shape(mesh, x))
+
+
+def options(run) -> dict[str, Any]:
+    """What a run says about the arithmetic of every network that it loads."""
+    return {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash}
+
+
+def load_teacher(run, place=None):
+    """The teacher, with the run's LoRA merged into it."""
+    if run.scratch:
+        teacher = from_scratch(run.teacher, run.seed, **options(run))
+    else:
+        teacher = models.load(run.teacher, place=place, expect=models.DENOISERS, **options(run))
+    return lora.merge(run.lora, {"unet": teacher}, run.lora_scale)["unet"] if run.lora else teacher
 
 
 def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:

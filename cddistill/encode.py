@@ -45,20 +45,32 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
         raise ValueError(
             f"{run.teacher} has neither vae/ nor text_encoder/: it takes images as they are, train on them"
         )
-    encoders, hosts, host = Encoders(vae, prompts, run.batch_size), jax.process_count(), jax.process_index()
+    encoders, size = Encoders(vae, prompts), (experiment.data.size,) * 2
+    null = jax.tree.map(lambda x: x[0], prompts.null(1, target_size=size)) if prompts else {}
     made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
     for split in SPLITS:
         dataset = data.load(experiment.data, split, augment=False)
-        mine = range(len(dataset) * host // hosts, len(dataset) * (host + 1) // hosts)
-        items = (dataset.item(i, np.random.default_rng([run.seed, i])) for i in mine)
-        folder = output / split / f"{host:05}-of-{hosts:05}"
-        write(folder, made, items, len(mine), run.batch_size, encoders)
-        for name, x in encoders.null((experiment.data.size,) * 2).items():
-            np.save(folder / f"{name}.npy", x)
+        item = lambda i, dataset=dataset: dataset.item(i, np.random.default_rng([run.seed, i]))
+        write(output / split, made, item, len(dataset), run.batch_size, encoders, null)
 
 
-def write(folder: pathlib.Path, made: dict, items, total: int, batch_size: int, encoders) -> None:
-    """This host's rows of a split, and how far they are."""
+def write(folder: pathlib.Path, made: dict, item, rows: int, batch_size: int, encode, null: dict) -> None:
+    """This host's share of item(0), item(1) ... as a part of the data set in `folder`, with the null text's row.
+
+    encode takes batch_size items, the last repeated if need be so that one program serves all, and gives arrays by the
+    names of their files. Rows already written by the same command are kept.
+    """
+    hosts, host = jax.process_count(), jax.process_index()
+    mine = range(rows * host // hosts, rows * (host + 1) // hosts)
+    part = folder / f"{host:05}-of-{hosts:05}"
+    write_part(part, made, map(item, mine), len(mine), batch_size, encode)
+    for name, x in named(null).items():
+        if name in NULL:
+            np.save(part / f"{NULL[name]}.npy", np.asarray(x, np.float16))
+
+
+def write_part(folder: pathlib.Path, made: dict, items, total: int, batch_size: int, encode) -> None:
+    """The rows of a part, and how far they are."""
     made, manifest = json.loads(json.dumps(made)), folder / MANIFEST
     known = json.loads(manifest.read_text()) if manifest.is_file() else {"made": made, "rows": 0, "total": total}
     if (known["made"], known["total"]) != (made, total):
@@ -74,10 +86,10 @@ def write(folder: pathlib.Path, made: dict, items, total: int, batch_size: int, 
             progress.update(task, completed=stop)
             if stop <= known["rows"]:
                 continue
-            for name, x in encoders(rows).items():
+            for name, x in encode(rows + rows[-1:] * (batch_size - len(rows))).items():
                 if name not in files:
                     files[name] = rows_file(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype)
-                files[name][start:stop] = x
+                files[name][start:stop] = x[: len(rows)]
                 files[name].flush()
             if stop == total:
                 grids.replace(folder / "captions.json", json.dumps(captions).encode())
@@ -106,44 +118,31 @@ def reserve(path: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Encoders:
-    """Rows of a data set to arrays, most in float16; padded to one batch size, so that one program serves all."""
+    """Items of a data set to arrays, most in float16."""
 
     vae: Autoencoder
     prompts: Prompts | None
-    batch_size: int
 
     def __post_init__(self):
         self.to_latent = jax.jit(Autoencoder.encode)
 
     def __call__(self, rows) -> dict[str, np.ndarray]:
-        n, padded = len(rows), rows + rows[-1:] * (self.batch_size - len(rows))
-        x0 = self.to_latent(self.vae, np.stack([row["x0"] for row in padded]))
-        made = {"x0": x0, "cond": np.stack([row["cond"] for row in padded])} if "cond" in rows[0] else {"x0": x0}
+        made = {"x0": self.to_latent(self.vae, np.stack([row["x0"] for row in rows]))}
+        if "cond" in rows[0]:
+            made["cond"] = np.stack([row["cond"] for row in rows])
         if self.prompts is None:
-            return self.half(made, n) | {"class_labels": np.array([row["label"] for row in rows], np.int32)}
-        size = rows[0]["x0"].shape[:2]
-        return self.half(made | named(self.prompts([row["caption"] for row in padded], target_size=size)), n)
-
-    def null(self, size) -> dict[str, np.ndarray]:
-        """The empty prompt's row, by file name."""
-        if self.prompts is None:
-            return {}
-        one = named(self.prompts.null(1, target_size=size))
-        return {NULL[name]: x[0] for name, x in self.half(one, 1).items() if name in NULL}
-
-    @staticmethod
-    def half(arrays, n):
-        exact = ("time_ids",)  # sizes in pixels
-        return {k: np.asarray(x[:n], np.float32 if k in exact else np.float16) for k, x in arrays.items()}
+            return half(made) | {"class_labels": np.array([row["label"] for row in rows], np.int32)}
+        text = self.prompts([row["caption"] for row in rows], target_size=rows[0]["x0"].shape[:2])
+        return half(made | named(text))
 
 
-def null_files(null: dict) -> dict[str, np.ndarray]:
-    """The null text of one row by the names of the files that hold it; of classes there is none."""
-    return {NULL[name]: np.asarray(x, np.float16) for name, x in named(null).items() if name in NULL}
+def half(arrays):
+    """Arrays in float16, but sizes in pixels."""
+    return {name: np.asarray(x, np.float32 if name == "time_ids" else np.float16) for name, x in arrays.items()}
 
 
 def named(text: dict) -> dict:
-    """The `text` of a UNet by the names of the files that hold it."""
-    if "class_labels" in text:
-        return {"class_labels": text["class_labels"]}
+    """The `text` of a UNet by the names of the files that hold it; of a network without text, nothing."""
+    if "encoder_hidden_states" not in text:
+        return text
     return {"text": text["encoder_hidden_states"], **text.get("added_cond_kwargs", {})}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill import data, models
-from cddistill.build import Parts, arrays, sampler
+from cddistill.build import Parts, arrays, options, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
 from cddistill.method import fresh
@@ -145,7 +145,7 @@ def reread(parts: Parts, state: TrainState, folder) -> float:
     draw = functools.partial(sampler(parts), batch=few(parts), steps=max(run.sample_steps), seed=run.seed)
     before = draw(state)
     for name in ROLES.keys() & nets.keys():
-        nets[name] = models.load(folder, ROLES[name], dtype=jnp.dtype(run.dtype), remat=run.remat, flash=run.flash)
+        nets[name] = models.load(folder, ROLES[name], **options(run))
     return float(np.abs(before - draw(state.replace(nets=nets, ema=nets))).max())
 
 

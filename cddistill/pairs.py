@@ -3,18 +3,17 @@
 DMD2's warm-up and DMD's regression loss learn from such pairs, and so does Diffusion2GAN.
 """
 
-import dataclasses
+import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cddistill import data, models, sampling
+from cddistill import data, sampling
+from cddistill.build import load_teacher
 from cddistill.config import Experiment
 from cddistill.data.loader import stack
-from cddistill.encode import named, null_files, write
-from cddistill.net import Denoiser
+from cddistill.encode import named, write
 
 
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -29,46 +28,26 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
         raise ValueError("--mode=pairs needs the teacher's number of steps: --config.teacher_steps=50")
     if run.pairs < 1:
         raise ValueError(f"pairs must be at least 1, not {run.pairs}")
-    teacher = models.load(run.teacher, dtype=jnp.dtype(run.dtype), flash=run.flash, expect=models.DENOISERS)
-    dataset = data.load(experiment.data, "train", augment=False)
-    hosts, host = jax.process_count(), jax.process_index()
-    mine = range(run.pairs * host // hosts, run.pairs * (host + 1) // hosts)
-    made = {name: config[name] for name in ("teacher", "teacher_steps", "teacher_guidance", "data", "dtype", "seed")}
-    items = (row(dataset, i, run.seed) for i in mine)
-    draw = Trajectories(teacher, run.teacher_steps[-1], run.teacher_guidance, run.batch_size)
-    folder = output / "train" / f"{host:05}-of-{hosts:05}"
-    write(folder, made, items, len(mine), run.batch_size, draw)
-    for name, x in null_files(dataset.item(0, np.random.default_rng(0))["null"]).items():
-        np.save(folder / f"{name}.npy", x)
+    teacher, dataset = load_teacher(run), data.load(experiment.data, "train", augment=False)
+    names = ("teacher", "lora", "lora_scale", "teacher_steps", "teacher_guidance", "data", "dtype", "seed")
+    made = {name: config[name] for name in names}
+
+    @jax.jit
+    def integrate(teacher, noise, text, null):
+        denoise = sampling.guided(teacher, text, null, run.teacher_guidance)
+        return sampling.ddim(denoise, teacher.schedule, noise, sampling.times(teacher.schedule, run.teacher_steps[-1]))
+
+    def draw(rows):
+        given = stack([{name: row[name] for name in ("noise", "text", "null")} for row in rows])
+        x0 = integrate(teacher, np.float32(given["noise"]), given["text"], given["null"])
+        return {"noise": given["noise"], "x0": np.asarray(x0, np.float16), **named(given["text"])}
+
+    null = dataset.item(0, np.random.default_rng(0))["null"]
+    write(output / "train", made, functools.partial(row, dataset, run.seed), run.pairs, run.batch_size, draw, null)
 
 
-def row(dataset, i: int, seed: int) -> dict:
+def row(dataset, seed: int, i: int) -> dict:
     """Text of an image of the data set, and noise of the shape of its x0, rounded to what the file will hold."""
     item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
     noise = np.random.default_rng([seed, i, 1]).standard_normal(item["x0"].shape).astype(np.float16)
     return {name: item[name] for name in ("text", "null", "caption")} | {"noise": noise}
-
-
-@dataclasses.dataclass
-class Trajectories:
-    """Rows to arrays; padded to one batch size, so that one program serves all."""
-
-    teacher: Denoiser
-    steps: int
-    guidance: float
-    batch_size: int
-
-    def __post_init__(self):
-        self.draw = jax.jit(self.integrate)
-
-    def integrate(self, teacher, noise, text, null):
-        """x0 of unit noise."""
-        times = sampling.times(teacher.schedule, self.steps)
-        return sampling.ddim(sampling.guided(teacher, text, null, self.guidance), teacher.schedule, noise, times)
-
-    def __call__(self, rows) -> dict[str, np.ndarray]:
-        kept = [{name: row[name] for name in ("noise", "text", "null")} for row in rows]
-        padded = stack(kept + kept[-1:] * (self.batch_size - len(rows)))
-        x0 = self.draw(self.teacher, np.float32(padded["noise"]), padded["text"], padded["null"])
-        arrays = {"noise": padded["noise"], "x0": np.asarray(x0, np.float16), **named(padded["text"])}
-        return {name: x[: len(rows)] for name, x in arrays.items()}

@@ -143,6 +143,21 @@ def test_pairs_are_the_teachers_trajectories(pairs, teacher):
     np.testing.assert_allclose(x0, want, atol=5e-3)
 
 
+def test_pairs_are_of_the_teacher_with_its_lora(pairs, teacher, tmp_path):
+    net = models.load(teacher)
+    made = lora.make_lora(net, jax.random.key(0), 1, targets=("conv1",))
+    made = made.replace(params=jax.tree.map(lambda x: x + 0.3, made.params))
+    file = lora.save_lora(tmp_path / "lora", {"unet": made}, np.float32)
+    train.make_pairs(settings(teacher, pairs=8, teacher_guidance=1.0, lora=str(file)), tmp_path / "pairs")
+    noise, x0, labels = (
+        np.load(tmp_path / "pairs" / "train" / "00000-of-00001" / f"{name}.npy")
+        for name in ("noise", "x0", "class_labels")
+    )
+    denoise = sampling.guided(lora.adapt(net, made), {"class_labels": jnp.asarray(labels)}, None, 1.0)
+    want = jax.jit(lambda z: sampling.ddim(denoise, net.schedule, z, net.schedule.grid(3)))(jnp.float32(noise))
+    np.testing.assert_allclose(x0, want, rtol=5e-3, atol=5e-3)
+
+
 def test_pairs_go_on_where_they_stopped(pairs, teacher, tmp_path):
     made = tmp_path / "train" / "00000-of-00001"
     train.make_pairs(settings(teacher, pairs=20), tmp_path)
