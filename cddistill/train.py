@@ -153,20 +153,22 @@ def export_run(settings, workdir: pathlib.Path, output: str) -> None:
 
 def encode_data(settings, output: pathlib.Path) -> None:
     """Write a data set as latents and text embeddings: see `encode.encode`."""
-    experiment = config.resolve(settings)
-    claim(output, "--output")
-    cache_programs()
-    encode.encode(experiment, output, config.plain(settings))
+    prepare(encode.encode, settings, output)
     print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
 
 
 def make_pairs(settings, output: pathlib.Path) -> None:
     """Write noise and what the teacher makes of it: see `pairs.make_pairs`."""
+    prepare(pairs.make_pairs, settings, output)
+    print(f"pairs in {output}: use them with --config.data.pairs={output}")
+
+
+def prepare(write, settings, output: pathlib.Path) -> None:
+    """write(experiment, output, config), once it is known that there is something to write and a place for it."""
     experiment = config.resolve(settings)
     claim(output, "--output")
     cache_programs()
-    pairs.make_pairs(experiment, output, config.plain(settings))
-    print(f"pairs in {output}: use them with --config.data.pairs={output}")
+    write(experiment, output, config.plain(settings))
 
 
 def borrow(parts, state, workdir: pathlib.Path):
