@@ -12,7 +12,7 @@ import pathlib
 import subprocess
 import sys
 
-from cddistill import health, metrics
+from cddistill import health
 
 RATE = 3e-4
 FAULTS = {  # what is wrong: (flags, alarms of which one must ring)
@@ -36,7 +36,7 @@ def run(name, flags, args) -> list[health.Alarm]:
     with (workdir.parent / f"{workdir.name}.log").open("w") as log:
         # a run that ends in NaN has failed, but its metrics are still there to be read
         subprocess.run(command + [f"--config.{flag}" for flag in common + flags], stdout=log, stderr=log, check=False)
-    return health.diagnose(metrics.read_records(workdir))
+    return health.diagnose(health.read(workdir / "metrics.jsonl"))
 
 
 def main():

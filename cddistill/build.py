@@ -146,12 +146,11 @@ def check_shapes(teacher, batch):
 
 def decoder(parts: Parts):
     """decode(x0) -> images [n, h, w, c] in [0, 1], numpy, of pixels or latents x0."""
-    decode, autoencoder = jax.jit(Autoencoder.decode), parts.frozen["autoencoder"]
+    images, autoencoder = jax.jit(Autoencoder.images), parts.frozen["autoencoder"]
 
-    def unit(x0, chunk=8):
-        if autoencoder.params is not None:
-            x0 = np.concatenate([decode(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
-        return np.clip(np.asarray(x0) * 0.5 + 0.5, 0.0, 1.0)
+    def unit(x0):
+        chunk = len(x0) if autoencoder.params is None else 8  # decoding takes memory
+        return np.concatenate([images(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
 
     return unit
 
@@ -177,7 +176,7 @@ def sampler(parts: Parts):
         key = jax.random.key(seed)
         noise = normal(key, batch["index"], batch["x0"].shape[1:])
         x0 = method.sample(n, noise, batch, jax.random.fold_in(key, 1), steps)
-        return jnp.clip(n.autoencoder.decode(x0) * 0.5 + 0.5, 0.0, 1.0)
+        return n.autoencoder.images(x0)
 
     def sample(state, batch, steps, seed=0, chunk=64):
         total = len(batch["index"])

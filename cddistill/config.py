@@ -89,10 +89,9 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     cls = choose("method.name", METHODS, method.pop("name", None))
     method = build(cls, method, "method.")
     optim = dict(config.pop("optim", {}))
-    every = {name: optim.pop(name, {}) for name in cls().turns() | method.turns()}  # also turns switched off
-    turns = {name: every[name] for name in method.turns()}
+    changes = {name: optim.pop(name, {}) for name in cls().turns() | method.turns()}  # also for turns switched off
     data = build(DataConfig, config.pop("data", {}), "data.")
-    by_turn = {name: build(OptimConfig, optim | changes, "optim.") for name, changes in turns.items()}
+    by_turn = {name: build(OptimConfig, optim | changes[name], "optim.") for name in method.turns()}
     run = build(Run, config, "")
     for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every"):
         if getattr(run, name) < 1:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import cddistill
-from cddistill import data, evals, health, metrics, models, sharding
+from cddistill import data, evals, health, models, sharding
 from cddistill.build import Parts, arrays, decoder, sampler
 from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
@@ -24,28 +24,27 @@ class Preview:
     """A grid of fixed validation examples, drawn now and then while training."""
 
     def __init__(self, parts: Parts, n: int = 8):
-        self.parts, self.n, self.batch = parts, n, None
+        self.parts, self.n, self.batch, self.truth = parts, n, None, None
         self.sample = sampler(parts)
 
-    def __call__(self, state, step: int, workdir: pathlib.Path, writer) -> dict[str, float] | None:
-        """Write samples/<step>.png; the validation PSNR of the largest number of steps, if there is a truth."""
+    def __call__(self, state, step: int, workdir: pathlib.Path, writer) -> dict[str, float]:
+        """Write samples/<step>.png; of the last number of steps the validation PSNR or, without a truth, diversity."""
         if self.batch is None:
             self.batch = arrays(data.examples(self.parts.experiment.data, "validation", self.n))
+            self.truth = decoder(self.parts)(self.batch["x0"]) if "cond" in self.batch else None
         run = self.parts.experiment.run
         students = {f"{k} steps": self.sample(state, self.batch, k, run.seed) for k in run.sample_steps}
-        rows, scores = students, None
-        if "cond" in self.batch:
-            truth, drawn = decoder(self.parts)(self.batch["x0"]), list(students.values())[-1]
-            rows = {"input": self.batch["cond"]} | students | {"truth": truth}
-            scores = {"val/psnr": float(np.mean(pairs.psnr(drawn, truth)))}
+        rows, drawn = students, list(students.values())[-1]
+        if self.truth is not None:
+            rows = {"input": self.batch["cond"]} | students | {"truth": self.truth}
+            scores = {"val/psnr": float(np.mean(pairs.psnr(drawn, self.truth)))}
         else:
             others = self.sample(state, self.batch, run.sample_steps[-1], run.seed + 1)
-            scores = {"val/diversity": diversity(list(students.values())[-1], others)}
+            scores = {"val/diversity": diversity(drawn, others)}
         if sharding.is_host0():
             grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
             writer.write_images(step, {"samples": np.concatenate([np.asarray(x)[..., :3] for x in rows.values()])})
-            if scores:
-                writer.write_scalars(step, scores)
+            writer.write_scalars(step, scores)
         return scores
 
 
@@ -169,7 +168,7 @@ def notes(parts: Parts) -> list[str]:
 
 def health_of(workdir) -> list[str]:
     """What the run's metrics say about it."""
-    alarms = health.diagnose(records := metrics.read_records(workdir))
+    alarms = health.diagnose(records := health.read(workdir / "metrics.jsonl"))
     said = [f"Health: {alarm.name} from step {alarm.step} on: {alarm.words}." for alarm in alarms]
     return said or ["Health: nothing in the metrics of this run calls for a remark."] * bool(records)
 

@@ -264,7 +264,7 @@ def drawing(parts: Parts, state: TrainState, decode: bool = True):
         noise = inputs["noise"]
         batch = inputs | {"index": jnp.arange(noise.shape[0])}
         x0 = method.sample(n, noise, batch, jax.random.key(run.seed), max(run.sample_steps))
-        return jnp.clip(n.autoencoder.decode(x0) * 0.5 + 0.5, 0.0, 1.0) if decode else x0
+        return n.autoencoder.images(x0) if decode else x0
 
     return draw
 

@@ -5,6 +5,8 @@ method that does not log them is never judged by it. Thresholds are ours; benchm
 six injected faults and stay silent on healthy runs.
 """
 
+import json
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -105,6 +107,19 @@ RULES = {
         "lower method.critic_gan_weight",
     ),
 }  # fmt: skip
+LONGEST = max(rule.window for rule in RULES.values())
+
+
+def read(path) -> list[dict]:
+    """The records of a metrics.jsonl, oldest first; lines that a kill tore are left out, of no file there are none."""
+    path, records = pathlib.Path(path), []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return records
 
 
 def diagnose(records: Iterable[Mapping[str, float]]) -> list[Alarm]:
@@ -126,10 +141,9 @@ class Patient:
 
     def examine(self, record: Mapping[str, float]) -> list[Alarm]:
         """The alarms that this record raises."""
-        longest = max(rule.window for rule in RULES.values())
         for name, value in record.items():
             self.history.setdefault(name, []).append(np.nan if value is None else value)
-            del self.history[name][:-longest]
+            del self.history[name][:-LONGEST]
         new = []
         for name, rule in RULES.items():
             if name not in self.rung and {*rule.needs} & {*record} and self.holds(rule):

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -135,7 +136,7 @@ class Watch(MetricWriter):
     def __init__(self, workdir, console, first_step: int = 0):
         self.console, self.patient = console, health.Patient()
         if first_step:
-            for record in read_records(workdir):
+            for record in health.read(pathlib.Path(workdir) / "metrics.jsonl"):
                 self.patient.examine(record)
 
     def write_scalars(self, step, scalars):
@@ -143,12 +144,6 @@ class Watch(MetricWriter):
             self.console.print(
                 f"health: {alarm.name} at step {alarm.step}: {alarm.words}", highlight=False, soft_wrap=True
             )
-
-
-def read_records(workdir) -> list[dict]:
-    """The lines of a run's metrics.jsonl; of a file that is missing, none."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def words(scalars: dict[str, float]) -> str:

@@ -103,3 +103,7 @@ class Autoencoder:
 
     def decode(self, z):
         return self.decoder(self.params, z)
+
+    def images(self, z):
+        """Pictures in [0, 1] of latents, or of pixels."""
+        return jnp.clip(self.decode(z) * 0.5 + 0.5, 0.0, 1.0)

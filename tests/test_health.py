@@ -88,5 +88,13 @@ def test_alarms_reach_the_terminal_once_and_survive_a_restart(tmp_path):
     said = (tmp_path / "out.txt").read_text()
     assert said.count("critic frozen at step 30") == 1
     assert "optim.critic.lr" in said
-    assert [r["step"] for r in metrics.read_records(tmp_path)] == [10, 20]
+    assert [r["step"] for r in health.read(tmp_path / "metrics.jsonl")] == [10, 20]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["critic/moved"] == 0.0
+
+
+def test_a_torn_line_is_left_out(tmp_path):
+    """As a kill leaves it; a run can still be evaluated."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "student/moved": 0.0}\n[1]\n{"student/moved": 0.0}\n{"step": 20, "stu')
+    assert health.read(path) == [{"step": 10, "student/moved": 0.0}]
+    assert health.read(tmp_path / "nothing.jsonl") == []

@@ -3,7 +3,6 @@
 import base64
 import functools
 import io
-import json
 import math
 import pathlib
 import re
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cddistill import health
 from cddistill.evals import grids as pictures
 from cddistill.evals.table import METRICS, Metric, Row, arrow, cell, columns_of
 
@@ -159,18 +159,17 @@ def curves(path) -> dict:
 
 
 def read_metrics(path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(steps, values) of every "<turn>/<metric>" in a metrics.jsonl; torn lines and missing numbers are left out."""
+    """(steps, values) of every "<turn>/<metric>" in a metrics.jsonl; what is missing is left out.
+
+    A step that was logged again after a restart counts once.
+    """
     points = {}
-    text = pathlib.Path(path).read_text() if pathlib.Path(path).is_file() else ""
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
+    for record in health.read(path):
         for name, value in record.items():
             if "/" in name and isinstance(value, int | float) and math.isfinite(value):
-                points.setdefault(name, {})[step] = float(value)  # a step logged again after a restart counts once
+                points.setdefault(name, {})[record["step"]] = float(
+                    value
+                )  # a step logged again after a restart counts once
     return {name: tuple(map(np.array, zip(*sorted(known.items()), strict=True))) for name, known in points.items()}
 
 

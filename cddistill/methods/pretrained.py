@@ -4,6 +4,7 @@ python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -43,15 +44,19 @@ class Pretrained:
         return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, anew)
 
     def sampling(self, schedule, steps):
-        how = Sampling()
-        if self.scheduler:
-            how = read_sampling(models.resolve(self.scheduler) / "scheduler" / "scheduler_config.json")
+        how = scheduler_of(self.scheduler) if self.scheduler else Sampling()
         own = self.timesteps if len(self.timesteps) == steps else how.timesteps
         return dataclasses.replace(how, timesteps=own, guidance=self.guidance)
 
     def nfe(self, steps):
         calls = 2 * steps - 1 if self.sampling(None, steps).sampler == "heun" else steps
         return calls if self.guidance == 1.0 else 2 * calls
+
+
+@functools.cache
+def scheduler_of(folder: str) -> Sampling:
+    """How a pipeline's scheduler samples; looked up once, which for a Hub id asks the network."""
+    return read_sampling(models.resolve(folder) / "scheduler" / "scheduler_config.json")
 
 
 def conditioned(n, noise, batch):
