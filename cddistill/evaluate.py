@@ -1,7 +1,6 @@
 """Looking at a student: sample grids while it trains, the comparison with its baselines, the report, and single
 pictures."""
 
-import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -77,9 +76,8 @@ def report(
         timings |= {f"sampling: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
         return []
-    rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired)
-    if run.teacher_steps and not paired:
-        rows = beside_the_teacher(rows, sets, sets[label_of("teacher", max(run.teacher_steps))])
+    best = label_of("teacher", max(run.teacher_steps)) if run.teacher_steps and not paired else ""
+    rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired, teacher=best)
     timings |= {"evaluation, s": time.monotonic() - began}
     print(evals.markdown(rows), flush=True)
     scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
@@ -114,18 +112,6 @@ def teacher(parts: Parts) -> Parts:
     """Parts whose student is the teacher itself, sampled by DDIM on even times."""
     method = METHODS["pretrained"](guidance=parts.experiment.run.teacher_guidance)
     return parts._replace(experiment=parts.experiment._replace(method=method))
-
-
-def beside_the_teacher(rows, sets, drawn):
-    """The rows with distances to the teacher's samples too; the teacher's own row stays as it is."""
-    others = {name: images for name, images in sets.items() if images is not drawn}
-    found = {row.name: row.metrics for row in evals.evaluate(others, drawn, paired=False)}
-    return [
-        dataclasses.replace(
-            row, metrics=row.metrics | {m + evals.TO_TEACHER: x for m, x in found.get(row.name, {}).items()}
-        )
-        for row in rows
-    ]
 
 
 def load_baseline(parts: Parts):

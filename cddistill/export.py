@@ -120,10 +120,10 @@ def card(config: dict, scores: dict, steps: int, how) -> str:
     sampling = HERE_ONLY.format(steps=steps)
     if how is not None:
         sampling = IN_TORCH.format(times=how.timesteps, guidance=how.guidance)
-    names = list(next(iter(scores.values()))["metrics"]) if scores else []
+    names = list(dict.fromkeys(name for values in scores.values() for name in values["metrics"]))
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row, values in scores.items():
-        cells = [f"{m[0]:.4g} ± {m[1]:.2g}" if (m := values["metrics"][name]) else "" for name in names]
+        cells = [f"{m[0]:.4g} ± {m[1]:.2g}" if (m := values["metrics"].get(name)) else "" for name in names]
         lines.append(f"| {row}, {values['n']} images | {' | '.join(cells)} |")
     return CARD.format(
         method=config["method"]["name"],

@@ -330,6 +330,15 @@ def test_distances_of_sets_take_unpaired_sets(monkeypatch):
             assert change > 5 * error, metric
     assert set(seen) == {(64, 8, 8, 3)}  # one shape, one program
     assert len(seen) == 9  # the targets once
+    seen.clear()
+    sets = {"teacher": other, "darker": other * 0.8}
+    drawn, student = (row.metrics for row in table.evaluate(sets, real, paired=False, teacher="teacher"))
+    assert list(drawn) == kinds  # and no distance from itself
+    assert student["KID-EffLite0@64"] == darker.metrics["KID-EffLite0@64"]
+    direct = table.evaluate({"darker": other * 0.8}, other, paired=False)[0].metrics
+    assert {m: student[f"{m} to the teacher"] for m in kinds} == direct
+    assert student["PSNR to the teacher"][0] == pytest.approx(float(np.mean(pairs.psnr(other * 0.8, other))), rel=1e-5)
+    assert len(seen) == 9 + 6  # every picture once for the one table
 
 
 @needs_lpips

@@ -167,9 +167,7 @@ def read_metrics(path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for record in health.read(path):
         for name, value in record.items():
             if "/" in name and isinstance(value, int | float) and math.isfinite(value):
-                points.setdefault(name, {})[record["step"]] = float(
-                    value
-                )  # a step logged again after a restart counts once
+                points.setdefault(name, {})[record["step"]] = float(value)
     return {name: tuple(map(np.array, zip(*sorted(known.items()), strict=True))) for name, known in points.items()}
 
 

@@ -46,7 +46,7 @@ METRICS = {
 }
 
 
-TO_TEACHER = " to the teacher"  # behind a metric's name: its targets are the teacher's samples, not real images
+TO_TEACHER = " to the teacher"  # behind a metric's name: its targets are the teacher's samples from the same noise
 
 
 def known(metric: str) -> Metric:
@@ -83,36 +83,40 @@ def score(outputs, targets, *, paired: bool = True) -> Scores:
 
 
 def evaluate(
-    sets: Mapping[str, Any], targets, *, nfe: Mapping[str, int] | None = None, paired: bool = True
+    sets: Mapping[str, Any], targets, *, nfe: Mapping[str, int] | None = None, paired: bool = True, teacher: str = ""
 ) -> list[Row]:
     """One row per set of images, float [n,h,w,c] in [0, 1] with c = 1 or 3, against targets of the same shape.
 
     `paired` says that output i should look like target i; without it only distances of whole sets are computed, and the
-    numbers of images may differ. `nfe` has the network evaluations per image of each set that a network made. A metric
-    that cannot be computed (weights not installed, images too few or too small) is None: `Row.missing` has the reason.
-    Raises ValueError for images of other ranges or shapes.
+    numbers of images may differ. `nfe` has the network evaluations per image of each set that a network made. `teacher`
+    names a set that the others are compared with too, image by image as well, for they come from the same noise. A
+    metric that cannot be computed (weights not installed, images too few or too small) is None: `Row.missing` has the
+    reason. Raises ValueError for images of other ranges or shapes.
     """
     targets, sets = checked("targets", targets), {name: checked(name, images) for name, images in sets.items()}
     for name, images in sets.items():
         if images.shape[1:] != targets.shape[1:] or (paired and len(images) != len(targets)):
             raise ValueError(f"{name!r} has images of shape {images.shape}, their targets {targets.shape}")
     size = 64 if max(targets.shape[1:3]) <= 64 else 224
-    distances = {f"KID-EffLite0@{size}": kid.kid, "FD-EffLite0-PCA64": kid.frechet}
-    if not paired:  # of a restoration every output lies beside its target
-        distances |= {"Precision-EffLite0": manifold.precision, "Recall-EffLite0": manifold.recall}
-    features = functools.cache(lambda: standardized_features(size, sets, targets))
-    columns, missing = {}, []
-    for metric in (*(JUDGES if paired else ()), *distances):
+    whole = [f"KID-EffLite0@{size}", "FD-EffLite0-PCA64"]
+    whole += [] if paired else ["Precision-EffLite0", "Recall-EffLite0"]  # a restoration lies beside its target
+    features = functools.cache(lambda: extract(size, {None: targets, **sets}))
+    wanted = {metric: (None, targets, sets) for metric in (*(JUDGES if paired else ()), *whole)}
+    if teacher:
+        others = {name: images for name, images in sets.items() if name != teacher}
+        same_noise = (*whole, "PSNR", "LPIPS-VGG")
+        wanted |= {metric + TO_TEACHER: (teacher, sets[teacher], others) for metric in same_noise if others}
+    scores, missing = {name: {} for name in sets}, []
+    for metric, (goal, truth, shown) in wanted.items():
+        kind = metric.removesuffix(TO_TEACHER)
         try:
-            require(metric, [targets, *sets.values()])
-            if metric in JUDGES:
-                columns[metric] = judged(JUDGES[metric](), sets, targets)
-            else:
-                columns[metric] = {name: distances[metric](features()[name], features()[None]) for name in sets}
+            require(kind, [truth, *shown.values()])
+            found = judged(JUDGES[kind](), shown, truth) if kind in JUDGES else distances(kind, features(), goal, shown)
         except (NotComputed, lpips.WeightsMissing) as error:
-            columns[metric] = dict.fromkeys(sets)
+            found = dict.fromkeys(shown)
             missing.append(f"{metric}: not computed ({error})")
-    scores = {name: {metric: column[name] for metric, column in columns.items()} for name in sets}
+        for name in shown:
+            scores[name][metric] = found[name]
     return [Row(name, scores[name], len(x), (nfe or {}).get(name), missing=tuple(missing)) for name, x in sets.items()]
 
 
@@ -183,14 +187,19 @@ def judged(judge: Judge, sets, targets) -> dict[str, tuple[float, float]]:
     return {name: (v.mean(), v.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, v in values.items()}
 
 
-def standardized_features(size, sets, targets) -> dict[str | None, np.ndarray]:
-    """EfficientNet-Lite0 features [n, 1280] by set; the targets' under None."""
+def distances(metric, features, goal, names) -> dict[str, tuple[float, float]]:
+    """A metric of whole sets, by set, from features that the goal's standardise."""
+    real = kid.standardized(features[goal], features[goal])
+    return {name: DISTANCES[metric](kid.standardized(features[name], features[goal]), real) for name in names}
+
+
+def extract(size, sets) -> dict[str | None, np.ndarray]:
+    """EfficientNet-Lite0 features [n, 1280] by set."""
     see = extractor(size)
-    raw = {
+    return {
         name: np.concatenate([see(padded(images, rows)) for rows in batches(images)])[: len(images)]
-        for name, images in {None: targets, **sets}.items()
+        for name, images in sets.items()
     }
-    return {name: kid.standardized(x, raw[None]) for name, x in raw.items()}
 
 
 def batches(images) -> list[slice]:
@@ -238,4 +247,11 @@ JUDGES = {
     "SSIM": functools.cache(lambda: Judge(np.asarray, accurate(pairs.ssim))),
     "LPIPS-VGG": functools.partial(lpips_judge, "vgg"),
     "LPIPS-Alex": functools.partial(lpips_judge, "alex"),
+}
+DISTANCES = {
+    "KID-EffLite0@64": kid.kid,
+    "KID-EffLite0@224": kid.kid,
+    "FD-EffLite0-PCA64": kid.frechet,
+    "Precision-EffLite0": manifold.precision,
+    "Recall-EffLite0": manifold.recall,
 }
