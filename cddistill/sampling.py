@@ -14,6 +14,7 @@ from cddistill.diffusion import Prediction, Schedule, guide
 from cddistill.models.schedulers import Sampling
 
 Denoise = Callable[[jax.Array, jax.Array], Prediction]
+LEVELS = 1000  # noise levels, 0 the least noisy, of `native`
 Fresh = Callable[[jax.Array], jax.Array]  # step number -> unit noise of z's shape, for samplers that add some
 
 
@@ -34,6 +35,14 @@ def times(schedule: Schedule, n: int, power: float = 1.0) -> jax.Array:
         return schedule.grid(n)
     u = 1.0 - jnp.arange(n) / n
     return schedule.at(jnp.maximum(u**power, n * u / 1000))
+
+
+def native(schedule: Schedule, levels) -> jax.Array:
+    """Native times of some of `LEVELS` noise levels: for DDPM's the times themselves, for EDM a Karras grid of 1,000.
+
+    Methods that were published with t = 999 or 399 count so, whatever the schedule (Yin et al. 2024, released code).
+    """
+    return schedule.grid(LEVELS)[::-1][jnp.asarray(levels)]
 
 
 def ddim(denoise: Denoise, schedule: Schedule, noise, times, lands=None, eta: float = 0.0, fresh: Fresh | None = None):

@@ -17,6 +17,7 @@ from cddistill.methods.dmd2 import DMD2
 from cddistill.models import discriminator, lora
 from cddistill.net import Denoiser, Net
 from cddistill.optim import OptimConfig, optimizer
+from cddistill.sampling import native
 from cddistill.step import active
 
 SD = DDPM()
@@ -110,11 +111,11 @@ def test_guidance_is_the_teachers_alone():
 
 def test_levels_are_the_released_codes():
     """T8, T22: EDM's Karras grid, least noisy first, and Stable Diffusion's alphas."""
-    sigma = np.asarray(DMD2.levels(EDM()))
+    sigma = np.asarray(native(EDM(), range(1000)))
     want = {0: 0.002, 1: 0.0020502, 20: 0.00323159, 500: 2.5265076, 980: 72.0538712, 998: 79.5637894, 999: 79.9999847}
     np.testing.assert_allclose(sigma[[*want]], [*want.values()], rtol=2e-5)
-    np.testing.assert_array_equal(DMD2.levels(SD), np.arange(1000))
-    bar = SD.alpha_sigma(DMD2.levels(SD))[0] ** 2
+    np.testing.assert_array_equal(native(SD, range(1000)), np.arange(1000))
+    bar = SD.alpha_sigma(native(SD, range(1000)))[0] ** 2
     want = {20: 0.98131, 249: 0.67543, 399: 0.42609, 499: 0.27767, 749: 0.056623, 980: 0.0058438, 999: 0.0046601}
     np.testing.assert_allclose(np.asarray(bar)[[*want]], [*want.values()], rtol=1e-4)
 
@@ -131,7 +132,7 @@ def test_random_times_fill_their_range(levels):
 @pytest.mark.parametrize(("levels", "golden"), [((0, 999), 39063.293), ((500, 20), 3741.2891)])
 def test_edms_critic_is_weighted(levels, golden):
     """T11, T12: mean of (sigma^-2 + 4) (critic - x)^2 with the two samples at these levels."""
-    t = DMD2.levels(EDM())[jnp.array(levels)]
+    t = native(EDM(), levels)
     loss, _ = dmd2.denoising(says(FAKE, EDM()), X, jnp.zeros_like(X), t, jnp.zeros(2))
     np.testing.assert_allclose(loss, golden, rtol=1e-5)
 

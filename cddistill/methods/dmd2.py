@@ -24,8 +24,8 @@ from cddistill.method import Turn, check_choices, fresh, normal, uniform
 from cddistill.models import discriminator, lora
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Denoiser
+from cddistill.sampling import LEVELS, native
 
-LEVELS = 1000  # noise levels, 0 the least noisy, on which DMD2 counts its times whatever the schedule (E1)
 CHOICES = {
     "gan_features": ("fake", "teacher"),
     "weighting": ("dmd", "dmd1", "none"),
@@ -85,7 +85,7 @@ class DMD2:
         if "critic" in self.turns():
             nets["fake"] = self.copy(teacher, self.fake_lora, keys[1])
         if self.gan_weight:
-            look = lambda n, b: n.features(b["x0"], self.native(n.schedule, 0), b["text"])
+            look = lambda n, b: n.features(b["x0"], native(n.schedule, 0), b["text"])
             features = jax.eval_shape(look, teacher, batch)
             nets["disc"] = discriminator.make_head(features, keys[2])
         return nets
@@ -161,9 +161,7 @@ class DMD2:
 
     def regress(self, n, pairs):
         """Distance between what the student makes of a pair's noise and what the teacher's ODE did (DMD, eq. 9)."""
-        x0 = self.student(n)(
-            self.start(n, pairs["noise"]), self.native(n.teacher.schedule, self.times[0]), pairs["text"]
-        ).x0
+        x0 = self.student(n)(self.start(n, pairs["noise"]), native(n.teacher.schedule, self.times[0]), pairs["text"]).x0
         if self.regression == "l2":
             return losses.mse(x0, pairs["x0"]).mean()
         return n.lpips(n.autoencoder.decode(x0), n.autoencoder.decode(pairs["x0"])).mean()
@@ -174,7 +172,7 @@ class DMD2:
         """One student call with a gradient, and before it as many without as its time asks for (E4-E6)."""
         k_step, k_noise, k_anew = jax.random.split(key, 3)
         student, index, text = self.student(n), batch["index"], batch["text"]
-        times, shape, last = self.native(n.teacher.schedule, self.times), batch["x0"].shape[1:], len(self.times)
+        times, shape, last = native(n.teacher.schedule, self.times), batch["x0"].shape[1:], len(self.times)
         start = self.start(n, normal(k_noise, index, shape))
         if last == 1:
             return student(start, times[0], text).x0
@@ -208,13 +206,13 @@ class DMD2:
 
     def compared(self, n, t, error):
         """The mean of those errors whose times are in dm_range: what the student's turn logs as eps_error."""
-        first, last = self.native(n.teacher.schedule, self.dm_range)
+        first, last = native(n.teacher.schedule, self.dm_range)
         (low, high), (lowest, highest) = self.dm_range, self.fake_range
         return jnp.where((first <= t) & (t <= last), error, 0.0).mean() * (highest - lowest + 1) / (high - low + 1)
 
     def logits(self, n, x0, batch, key):
         """How real each sample looks behind noise (E14), [b]."""
-        judge, t = n.teacher if self.gan_features == "teacher" else self.fake(n), self.native(n.teacher.schedule, 0)
+        judge, t = n.teacher if self.gan_features == "teacher" else self.fake(n), native(n.teacher.schedule, 0)
         if self.gan_noised:
             k_t, k_eps = jax.random.split(key)
             t = self.random_times(n, k_t, batch, self.gan_range)
@@ -224,7 +222,7 @@ class DMD2:
     def start(self, n, noise):
         """Unit noise at the first time's level: 80 times as large for EDM, as it is for the rest (E4, E5)."""
         schedule = n.teacher.schedule
-        return sampling.first_level(schedule.alpha_sigma(self.native(schedule, self.times))[1], noise)
+        return sampling.first_level(schedule.alpha_sigma(native(schedule, self.times))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
         return lora.whole(n.teacher, n.student_ema if average and self.ema_decay else n.student)
@@ -232,26 +230,17 @@ class DMD2:
     def fake(self, n) -> Denoiser:
         return lora.whole(n.teacher, n.fake)
 
-    @staticmethod
-    def levels(schedule):
-        """Native times of levels 0 ... 999: for EDM the grid of E1, for DDPM the times themselves."""
-        return schedule.grid(LEVELS)[::-1]
-
-    def native(self, schedule, levels):
-        """Native times of some levels."""
-        return self.levels(schedule)[jnp.asarray(levels)]
-
     def random_times(self, n, key, batch, levels):
         """Native times, one per sample, uniform over the levels of a range."""
         low, high = levels
         u = uniform(key, batch["index"])
-        return self.native(n.teacher.schedule, low + jnp.floor(u * (high - low + 1)).astype(jnp.int32))
+        return native(n.teacher.schedule, low + jnp.floor(u * (high - low + 1)).astype(jnp.int32))
 
     # ---- the student in use
 
     def sample(self, n, noise, batch, key, steps):
         student, schedule = self.student(n, average=True), n.teacher.schedule
-        denoise, times = lambda z, t: student(z, t, batch["text"]), self.native(schedule, self.taken(steps))
+        denoise, times = lambda z, t: student(z, t, batch["text"]), native(schedule, self.taken(steps))
         anew = fresh(key, batch["index"], noise.shape[1:])
         return sampling.lcm(denoise, schedule, noise, times, anew, scaling=None)
 
@@ -265,7 +254,7 @@ class DMD2:
         return self.times[:: len(self.times) // steps]
 
     def sampling(self, schedule, steps):
-        return Sampling(sampler="lcm", timesteps=tuple(map(int, self.native(schedule, self.taken(steps)))))
+        return Sampling(sampler="lcm", timesteps=tuple(map(int, native(schedule, self.taken(steps)))))
 
     def nfe(self, steps):
         return steps
