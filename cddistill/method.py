@@ -15,13 +15,15 @@ Loss = Callable[[SimpleNamespace, dict[str, Any], jax.Array], tuple[jax.Array, d
 class Turn(NamedTuple):
     """One line of an algorithm box: which nets move, down which loss, how often.
 
-    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role. Gradients
-    reach the nets named in `moves` and nothing else, by construction.
+    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role, n.step, and
+    n.play, the names of the turns of this step, which is static. Gradients reach the nets named in `moves` and nothing
+    else, by construction.
     """
 
     moves: tuple[str, ...]
     loss: Loss
     every: int = 1  # train steps between two plays
+    after: int = 0  # train steps before the first
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ def init_state(nets, turns, optimizers, ema) -> TrainState:
 
 def active(turns, step: int) -> tuple[str, ...]:
     """Names of the turns played at this step: the static argument of `train_step`."""
-    return tuple(name for name, turn in turns.items() if step % turn.every == 0)
+    return tuple(name for name, turn in turns.items() if step >= turn.after and step % turn.every == 0)
 
 
 def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema, seed=0, accumulate=1, axis=None):
@@ -47,7 +47,7 @@ def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema
             continue
         moving = pick(nets, turn.moves)
         value, logs, grads = gradients(
-            turn.loss, moving, namespace(state, frozen, nets), batch, jax.random.fold_in(key, i), accumulate
+            turn.loss, moving, namespace(state, frozen, nets, play), batch, jax.random.fold_in(key, i), accumulate
         )
         if axis is not None:
             value, logs, grads = jax.lax.pmean((value, logs, grads), axis)
@@ -82,9 +82,11 @@ def gradients(loss, moving, others, batch, key, accumulate):
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
-def namespace(state, frozen, nets) -> SimpleNamespace:
+def namespace(state, frozen, nets, play=()) -> SimpleNamespace:
     """n.teacher, n.student, n.student_ema, n.step ... for use inside losses."""
-    return SimpleNamespace(step=state.step, **frozen, **nets, **{f"{name}_ema": net for name, net in state.ema.items()})
+    return SimpleNamespace(
+        step=state.step, play=play, **frozen, **nets, **{f"{name}_ema": net for name, net in state.ema.items()}
+    )
 
 
 def pick(nets, names):
