@@ -43,6 +43,10 @@ class Denoiser(Net):
         """The network's bottleneck, float32 [b, h, w, c]: what enters EDM's middle blocks, what leaves a UNet's."""
         return self.apply(self.params, z_t, jnp.broadcast_to(t, z_t.shape[:1]), *cond, features=True)[1]
 
+    def levels(self, z_t, t, *cond):
+        """What there is to see on a U-Net's way up, coarsest first: (before, skip, after) of each level, float32."""
+        return self.apply(self.params, z_t, jnp.broadcast_to(t, z_t.shape[:1]), *cond, features=True)[2]
+
     def alpha_sigma(self, t, x):
         """Alpha and sigma at t, shaped to broadcast over x."""
         return tuple(diffusion.like(c, x) for c in self.schedule.alpha_sigma(jnp.broadcast_to(t, x.shape[:1])))

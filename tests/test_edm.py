@@ -62,14 +62,18 @@ def test_output_features_and_every_gradient_equal_the_independent_implementation
     x, sigma, of = nhwc(labels.pop("x")), labels.pop("sigma"), nhwc(labels.pop("of"))
 
     def loss(params, x):
-        out, features = Apply(module)(params, x, sigma, labels, features=True)
-        return (out * of).sum(), (out, features)
+        out, features, levels = Apply(module)(params, x, sigma, labels, features=True)
+        return (out * of).sum(), (out, features, levels)
 
-    (weights, image), (out, features) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    (weights, image), (out, features, levels) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
     parity(network, "output", out, nhwc(RECORDED[f"{name}/out"]))
     parity(network, "output", features, nhwc(RECORDED[f"{name}/features"]))
     parity(network, "input gradient", image, nhwc(RECORDED[f"{name}/grad"]))
     parity.weights(network, weights, RECORDED[f"{name}/grad_norm"])
+    np.testing.assert_array_equal(levels[0].skip, features)  # the first that the way up is joined with
+    for level, seen in zip(module.levels()[::-1], levels, strict=True):
+        assert seen.after.shape == (2, level.size, level.size, level.width)
+        assert seen.before.shape[:3] == seen.skip.shape[:3] == seen.after.shape[:3]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,8 @@ def test_bfloat16_and_remat_compute_the_same():
     run = jax.jit(lambda module, p: Apply(module)(p, x, sigma, LABELS, features=True), static_argnums=0)
     jaxpr = str(jax.make_jaxpr(run, static_argnums=0)(other, net.params))
     assert {*re.findall(r"(\w+)\[[\d,]*\] = conv_general_dilated", jaxpr)} == {"bf16"}
-    for whole, half in zip(run(net.apply.module, net.params), run(other, net.params), strict=True):
+    outputs = (jax.tree.leaves(run(module, net.params)) for module in (net.apply.module, other))
+    for whole, half in zip(*outputs, strict=True):
         assert whole.dtype == half.dtype == jnp.float32
         assert 1e-4 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()  # bfloat16 has 8 bits
 

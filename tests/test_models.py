@@ -14,6 +14,7 @@ from cddistill import models
 from cddistill.diffusion import DDPM
 from cddistill.models import convert
 from cddistill.models.adapter import ControlNetModel, MuBlendModel
+from cddistill.models.blocks import GroupNorm, Upsample2D, conv
 from cddistill.models.init import weight_shapes
 from cddistill.models.unet import Apply, Residuals, UNet2DConditionModel, adjust, conditioning
 from cddistill.net import Denoiser
@@ -211,6 +212,25 @@ def test_remat_and_bfloat16_compute_the_same():
     assert half.dtype == small_outputs().dtype == jnp.float32
     np.testing.assert_allclose(half, small_outputs(), atol=0.1)  # bfloat16 has 8 bits
     assert jnp.abs(half - small_outputs()).max() > 1e-4
+
+
+def test_levels_are_what_enters_what_is_joined_and_what_leaves():
+    """With constants for the skips and the middle it shows which of them are seen; the layers behind give the rest."""
+    net, z_t, t, text = small()
+    shapes = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 4, 4, 8), (2, 4, 4, 16), (2, 4, 4, 16)]
+    *down, mid = (jnp.full(shape, float(i)) for i, shape in enumerate(shapes))
+    seen = jax.jit(lambda: net.apply(net.params, z_t, t, text, Residuals(tuple(down), mid, 0.0), features=True))
+    out, middle, (coarse, fine) = seen()
+    assert jnp.unique(middle) == jnp.unique(coarse.before) == 4
+    assert (jnp.unique(coarse.skip), jnp.unique(fine.skip)) == (3, 1)
+
+    def layer(module, params, h):
+        return module.apply({"params": params}, h)
+
+    doubled = layer(Upsample2D(16), net.params["up_blocks_0"]["upsamplers_0"], coarse.after)
+    np.testing.assert_allclose(doubled, fine.before, atol=1e-5)
+    h = jax.nn.silu(layer(GroupNorm(8, 1e-5), net.params["conv_norm_out"], fine.after))
+    np.testing.assert_allclose(layer(conv(3, 3, None, None), net.params["conv_out"], h), out, atol=1e-5)
 
 
 def test_remat_stores_less_for_the_backward_pass():

@@ -25,6 +25,15 @@ class Silu(nn.Module):
         return self.block(x, nn.silu(emb))
 
 
+class Doubled(nn.Module):
+    """An up block without the feature before its upsampler, which diffusers does not give."""
+
+    block: nn.Module
+
+    def __call__(self, *x):
+        return self.block(*x)[0]
+
+
 def edm_block(cls, width=8, resample="", **config):
     return edm_blocks.UNetBlock(cls.from_config(config).style(), width, resample=resample, parent=None)
 
@@ -49,7 +58,7 @@ OURS = {
     "Transformer2DModel": attention.Transformer2DModel(2, 1, 4),
     "Transformer2DModel, linear": attention.Transformer2DModel(2, 2, 4, linear=True),
     "CrossAttnDownBlock2D": unet.DownBlock2D(1, partial(resnet, 12), cross, partial(blocks.Downsample2D, 12)),
-    "CrossAttnUpBlock2D": unet.UpBlock2D(partial(resnet, 12), cross, partial(blocks.Upsample2D, 12)),
+    "CrossAttnUpBlock2D": Doubled(unet.UpBlock2D(partial(resnet, 12), cross, partial(blocks.Upsample2D, 12))),
     "UNetMidBlock2DCrossAttn": unet.MidBlock2D(partial(resnet, 8), cross),
     "ControlNetConditioningEmbedding": adapter.ControlNetConditioningEmbedding((4, 6), 8),
     "AutoencoderTinyBlock": tiny_vae.AutoencoderTinyBlock(np.float32),

@@ -1,10 +1,18 @@
 """The convolutional pieces of diffusers' networks, NHWC; statistics in float32, parameter names as in diffusers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+class DecoderLevel(NamedTuple):
+    """What there is to see at one resolution of a U-Net's way up, each [b, h, w, c]."""
+
+    before: jax.Array  # the feature from below, as it enters
+    skip: jax.Array  # the encoder's, the first that it is joined with
+    after: jax.Array  # what the last block gives, not yet doubled
 
 
 class GroupNorm(nn.Module):

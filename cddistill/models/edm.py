@@ -124,16 +124,29 @@ class KarrasUNet(Configured):
 
         class_labels [b] are integers below label_dim, or label_dim for no class; augment_labels [b, augment_dim],
         zero if absent, belong to augmented training images. With features, (D, what the encoder gives to the middle
-        [b, h / factor, w / factor, width], float32): under jit, what is not used of the two is not computed. Raises
-        ValueError for sizes, channels and labels that this network does not take.
+        [b, h / factor, w / factor, width], every DecoderLevel, coarsest first), float32: under jit, what is not used of
+        the three is not computed. Raises ValueError for sizes, channels and labels that this network does not take.
+        """
+        h, *seen = self.trunk(x, sigma, class_labels=class_labels, augment_labels=augment_labels)
+        c_skip, c_out, *_ = (like(c, x) for c in self.coefficients(sigma))
+        out = c_skip * x + c_out * self.leave(h).astype(jnp.float32)
+        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), seen)) if features else out
+
+    def trunk(self, x, sigma, *, class_labels=None, augment_labels=None, enter=None):
+        """All but layers behind the decoder: (what the decoder gives, what the middle sees, every DecoderLevel).
+
+        enter(i, feature), if given, is what level i of the encoder begins with, and its skip, instead of the feature.
         """
         self.check_inputs(x, class_labels, augment_labels)
-        coefficients = PRECONDITIONING[self.precond](jnp.asarray(sigma, jnp.float32), self.sigma_data)
-        c_skip, c_out, c_in, _ = (like(c, x) for c in coefficients)
-        emb = self.embedding(coefficients[-1], class_labels, augment_labels)
-        skips = self.encoder()((c_in * x).astype(self.dtype), emb)
-        out = c_skip * x + c_out * self.decode(skips, emb).astype(jnp.float32)
-        return (out, skips[-1].astype(jnp.float32)) if features else out
+        *_, c_in, c_noise = self.coefficients(sigma)
+        emb = self.embedding(c_noise, class_labels, augment_labels)
+        skips = self.encoder()((like(c_in, x) * x).astype(self.dtype), emb, enter)
+        h, levels = self.decoder()(skips, emb)
+        return h, skips[-1], levels
+
+    def coefficients(self, sigma):
+        """(c_skip, c_out, c_in, c_noise), each [b]."""
+        return PRECONDITIONING[self.precond](jnp.asarray(sigma, jnp.float32), self.sigma_data)
 
     def check_inputs(self, x, class_labels, augment_labels):
         """One sentence for what would otherwise be a shape error deep inside."""
@@ -179,11 +192,12 @@ class DhariwalUNet(KarrasUNet):
     def encoder(self):
         return Encoder(self.style(), self.levels(), self.num_blocks, self.levels()[0].width, name="enc")
 
-    def decode(self, skips, emb):
-        """From the skips to F."""
-        style = self.style()
-        h = Decoder(style, self.levels(), self.num_blocks, attends_once=False, name="dec")(skips, emb)
-        return conv(self.img_channels, 3, self.dtype, "out_conv")(nn.silu(style.norm(h, "out_norm")))
+    def decoder(self):
+        return Decoder(self.style(), self.levels(), self.num_blocks, attends_once=False, name="dec")
+
+    def leave(self, h):
+        """From the decoder's last feature to F."""
+        return conv(self.img_channels, 3, self.dtype, "out_conv")(nn.silu(self.style().norm(h, "out_norm")))
 
     def embedding(self, c_noise, class_labels, augment_labels):
         """The vector that every block receives; a class is added behind the perceptron."""
@@ -237,12 +251,15 @@ class SongUNet(KarrasUNet):
     def encoder(self):
         return Encoder(self.style(), self.levels(), self.num_blocks, self.model_channels, self.encoder_type, name="enc")
 
-    def decode(self, skips, emb):
-        """From the skips to F."""
+    def decoder(self):
         return Decoder(
             self.style(), self.levels(), self.num_blocks, attends_once=True, out_channels=self.img_channels,
             kind=self.decoder_type, name="dec",
-        )(skips, emb)  # fmt: skip
+        )  # fmt: skip
+
+    def leave(self, h):
+        """The decoder gives F itself."""
+        return h
 
     def embedding(self, c_noise, class_labels, augment_labels):
         """The vector that every block receives; a class is added before the perceptron."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.attention import attention
-from cddistill.models.blocks import GroupNorm, conv
+from cddistill.models.blocks import DecoderLevel, GroupNorm, conv
 
 ROOT_HALF = 0.5**0.5  # keeps the variance of a sum of two
 
@@ -111,7 +111,10 @@ class UNetBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From the image to all skips; the last of them is what the middle sees."""
+    """From the image to all skips; the last of them is what the middle sees.
+
+    enter(i, feature), if given, is what level i begins with, and its skip, instead of the feature.
+    """
 
     style: Style
     levels: tuple[Level, ...]
@@ -120,17 +123,18 @@ class Encoder(nn.Module):
     kind: str = "standard"  # or the image also enters every level: "skip", "residual"
 
     @nn.compact
-    def __call__(self, x, emb):
+    def __call__(self, x, emb, enter=None):
         skips, image = [], x
-        for level in self.levels:
+        for i, level in enumerate(self.levels):
             if not skips:
                 h = conv(self.stem, 3, self.style.dtype, f"{level.name}_conv")(x)
             else:
                 h = self.style.block(h.shape[-1], f"{level.name}_down", resample="down")(h, emb)
                 h, image = self.add_image(h, image, level.name)
+            h = enter(i, h) if enter else h
             skips.append(h)
-            for i in range(self.num_blocks):
-                h = self.style.block(level.width, f"{level.name}_block{i}", level.attends)(h, emb)
+            for k in range(self.num_blocks):
+                h = self.style.block(level.width, f"{level.name}_block{k}", level.attends)(h, emb)
                 skips.append(h)
         return tuple(skips)
 
@@ -148,7 +152,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the skips back to an image, or to the feature that an output layer outside takes (kind "none")."""
+    """From the skips back to an image, or to the feature that an output layer outside takes (kind "none").
+
+    The result is (that, every DecoderLevel, coarsest first).
+    """
 
     style: Style
     levels: tuple[Level, ...]
@@ -159,7 +166,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, skips, emb):
-        skips, image = list(skips), None
+        skips, image, seen = list(skips), None, ()
         h, coarsest = skips[-1], self.levels[-1]
         for level in reversed(self.levels):
             if level == coarsest:
@@ -167,13 +174,15 @@ class Decoder(nn.Module):
                 h = self.style.block(h.shape[-1], f"{level.name}_in1")(h, emb)
             else:
                 h = self.style.block(h.shape[-1], f"{level.name}_up", resample="up")(h, emb)
+            before, skip = h, skips[-1]
             for i in range(self.num_blocks + 1):
                 attends = level.attends and (i == self.num_blocks or not self.attends_once)
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = self.style.block(level.width, f"{level.name}_block{i}", attends)(h, emb)
+            seen += (DecoderLevel(before, skip, h),)
             if self.kind == "skip" or (self.kind == "standard" and level == self.levels[0]):
                 image = self.add_image(h, image, level.name)
-        return h if image is None else image
+        return (h if image is None else image), seen
 
     def add_image(self, h, image, name):
         """This level's image, on top of the doubled one from below (Song et al. 2021, appendix H.1)."""

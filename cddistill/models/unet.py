@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cddistill.models.attention import SpatialAttention, Transformer2DModel
 from cddistill.models.blocks import (
+    DecoderLevel,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -126,7 +127,7 @@ class MidBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Resnets, each fed one more skip, with attention if any, then an upsampler if any."""
+    """Resnets, each fed one more skip, with attention if any, then an upsampler if any: (output, its input)."""
 
     resnet: Any
     attention: Any
@@ -137,7 +138,8 @@ class UpBlock2D(nn.Module):
         for i, skip in enumerate(reversed(skips)):
             h = self.resnet(name=f"resnets_{i}")(jnp.concatenate([h, skip], -1), emb)
             h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
-        return self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
+        doubled = self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
+        return doubled, h
 
 
 class Encoder(Configured):
@@ -281,9 +283,9 @@ class Encoder(Configured):
             emb = emb + mlp(name="add_embedding")(added)
         return emb
 
-    def encode(self, h, emb, context):
-        """From conv_in's output to all skips and the mid feature."""
-        skips = (h,)
+    def encode(self, h, emb, context, enter=None):
+        """From conv_in's output to all skips and the mid feature; block i receives enter(i, feature) instead."""
+        skips = ()
         for i, kind in enumerate(self.down_block_types):
             last = i == len(self.block_out_channels) - 1
             down = partial(Downsample2D, self.block_out_channels[i], self.downsample_padding, self.dtype)
@@ -291,8 +293,10 @@ class Encoder(Configured):
                 self.per_block(self.layers_per_block)[i], self.resnet(i), self.attention(DOWN_BLOCKS[kind], i),
                 None if last else down, name=f"down_blocks_{i}",
             )  # fmt: skip
+            h = enter(i, h) if enter else h
+            skips += (h,)
             h, new = block(h, emb, context)
-            skips += new
+            skips += new if last else new[:-1]  # what is halved may still change: it enters the next block
         if self.mid_block_type is not None:
             attention = self.attention("mid" if self.mid_block_type == "UNetMidBlock2DCrossAttn" else "none", -1)
             h = self.block(MidBlock2D)(self.resnet(-1), attention, name="mid_block")(h, emb, context)
@@ -316,29 +320,36 @@ class UNet2DConditionModel(Encoder):
     last = "conv_out"  # the layer that gives the output
 
     @nn.compact
-    def __call__(
-        self, z_t, t, residuals: Residuals | None = None, *, encoder_hidden_states=None, class_labels=None,
-        added_cond_kwargs=None, timestep_cond=None, concat=None, features: bool = False,
-    ):  # fmt: skip
-        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels].
+    def __call__(self, z_t, t, residuals: Residuals | None = None, *, features: bool = False, **conditions):
+        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels]; `trunk` has the conditions.
 
-        With features, (output, what comes out of the middle block, float32).
+        With features, (output, what comes out of the middle block, every DecoderLevel, coarsest first), float32.
+        """
+        h, *seen = self.trunk(z_t, t, residuals, **conditions)
+        h = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(h))
+        out = conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
+        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), seen)) if features else out
+
+    def trunk(
+        self, z_t, t, residuals: Residuals | None = None, *, encoder_hidden_states=None, class_labels=None,
+        added_cond_kwargs=None, timestep_cond=None, concat=None, enter=None,
+    ):  # fmt: skip
+        """All but the output's layers: (last feature, what comes out of the middle block, every DecoderLevel).
+
+        enter(i, feature), if given, is what block i of the encoder receives, and its skip, instead of the feature.
         """
         context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
         z_t = 2.0 * z_t - 1.0 if self.center_input_sample else z_t
         emb = self.embedding(t, class_labels, added_cond_kwargs, timestep_cond)
-        skips, h = self.encode(self.start(z_t, concat, context), emb, context)
+        skips, h = self.encode(self.start(z_t, concat, context), emb, context, enter)
         if residuals is not None:
             skips, h = adjust(residuals, skips, h)
-        middle = h.astype(jnp.float32)
-        h = self.decode(h, skips, emb, context)
-        h = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(h))
-        out = conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
-        return (out, middle) if features else out
+        last, levels = self.decode(h, skips, emb, context)
+        return last, h, levels
 
     def decode(self, h, skips, emb, context):
-        """The way up; block j has the widths and options of down block n-1-j."""
-        n = len(self.block_out_channels)
+        """The way up and its levels; block j has the widths and options of down block n-1-j."""
+        n, levels = len(self.block_out_channels), ()
         for j, kind in enumerate(self.up_block_types):
             i = n - 1 - j
             num = self.per_block(self.layers_per_block)[i] + 1
@@ -346,8 +357,10 @@ class UNet2DConditionModel(Encoder):
             # diffusers does not reverse attention_head_dim for AttnUpBlock2D, hence j
             attention = self.attention(UP_BLOCKS[kind], i, head_dim_of=j)
             block = self.block(UpBlock2D)(self.resnet(i), attention, up, name=f"up_blocks_{j}")
-            h, skips = block(h, skips[-num:], emb, context), skips[:-num]
-        return h
+            doubled, after = block(h, skips[-num:], emb, context)
+            levels += (DecoderLevel(h, skips[-1], after),)
+            h, skips = doubled, skips[:-num]
+        return h, levels
 
 
 def adjust(residuals: Residuals, skips, mid):
