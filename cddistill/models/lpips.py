@@ -107,9 +107,9 @@ def vgg_features(params, x: Images) -> list:
     """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each pixel scaled to unit length."""
     x, taps, convs = _standard(x, SMALLEST["vgg"]), [], iter(params["convs"])
     for stage in VGG:
-        x = _max_pool(x, 2) if taps else x
+        x = max_pool(x, 2) if taps else x
         for _ in stage:
-            x = jax.nn.relu(_conv(x, *next(convs)))
+            x = jax.nn.relu(conv(x, *next(convs)))
         taps.append(_unit(x))
     return taps
 
@@ -117,11 +117,11 @@ def vgg_features(params, x: Images) -> list:
 def alex_features(params, x: Images) -> list:
     """relu1 to relu5, each pixel scaled to unit length."""
     conv1, conv2, conv3, conv4, conv5 = params["convs"]
-    h1 = jax.nn.relu(_conv(_standard(x, SMALLEST["alex"]), *conv1, stride=4, pad=2))
-    h2 = jax.nn.relu(_conv(_max_pool(h1, 3), *conv2))
-    h3 = jax.nn.relu(_conv(_max_pool(h2, 3), *conv3))
-    h4 = jax.nn.relu(_conv(h3, *conv4))
-    h5 = jax.nn.relu(_conv(h4, *conv5))
+    h1 = jax.nn.relu(conv(_standard(x, SMALLEST["alex"]), *conv1, stride=4, pad=2))
+    h2 = jax.nn.relu(conv(max_pool(h1, 3), *conv2))
+    h3 = jax.nn.relu(conv(max_pool(h2, 3), *conv3))
+    h4 = jax.nn.relu(conv(h3, *conv4))
+    h5 = jax.nn.relu(conv(h4, *conv5))
     return [_unit(h) for h in (h1, h2, h3, h4, h5)]
 
 
@@ -137,11 +137,12 @@ def _unit(x):
     return x / (norm + 1e-10)
 
 
-def _max_pool(x, size):
+def max_pool(x, size):
+    """Every second place, of windows of this size."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, 2, 2, 1), "VALID")
 
 
-def _conv(x, w, bias, stride=1, pad=None):
+def conv(x, w, bias, stride=1, pad=None):
     """NHWC convolution, size-preserving unless said otherwise."""
     k, (h, width) = w.shape[0], x.shape[1:3]
     pad = k // 2 if pad is None else pad
