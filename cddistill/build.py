@@ -11,8 +11,11 @@ import numpy as np
 
 from cddistill import data, models, sharding
 from cddistill.config import Experiment
+from cddistill.data import odepairs
 from cddistill.method import normal
-from cddistill.models import adapter, lora, lpips
+from cddistill.methods import METHODS
+from cddistill.models import adapter, latent_lpips, lora, lpips
+from cddistill.models.fingerprint import fingerprint
 from cddistill.net import Adapted, Autoencoder
 from cddistill.optim import optimizer
 from cddistill.step import TrainState, init_state, namespace, train_step
@@ -53,13 +56,19 @@ def build(experiment: Experiment) -> Parts:
     rows = sharding.local_rows(run.batch_size, run.accumulate)
     ours = options(run) | {"place": functools.partial(place, mesh)}
     frozen = {"teacher": load_teacher(run, place=ours["place"])}
+    if experiment.data.pairs:
+        check_pairs(experiment, weights_of(run, frozen["teacher"]))
+    frozen["teacher"] = with_lora(run, frozen["teacher"])
     frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
     if run.controlnet:
         frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
     if getattr(method, "lpips", False):
         frozen["lpips"] = lpips.load("vgg")
+    if file := getattr(method, "latent_lpips", None):
+        frozen["latent_lpips"] = latent_lpips.load(*file)
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     check_shapes(frozen["teacher"], batch_shapes(experiment))
+    as_method(run, frozen["teacher"].schedule)
     for steps in run.sample_steps:
         method.sampling(frozen["teacher"].schedule, steps)  # says so if the student cannot be sampled in so many
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
@@ -79,12 +88,52 @@ def options(run) -> dict[str, Any]:
 
 
 def load_teacher(run, place=None):
-    """The teacher, with the run's LoRA merged into it."""
+    """The teacher as it is stored, still without the run's LoRA."""
     if run.scratch:
-        teacher = from_scratch(run.teacher, run.seed, **options(run))
-    else:
-        teacher = models.load(run.teacher, place=place, expect=models.DENOISERS, **options(run))
+        return from_scratch(run.teacher, run.seed, **options(run))
+    return models.load(run.teacher, place=place, expect=models.DENOISERS, **options(run))
+
+
+def with_lora(run, teacher):
+    """The teacher with the run's LoRA, if there is one, merged into it."""
     return lora.merge(run.lora, {"unet": teacher}, run.lora_scale)["unet"] if run.lora else teacher
+
+
+def weights_of(run, teacher) -> str:
+    """Fingerprint of the teacher and the run's LoRA, both as stored: sums of them differ from platform to platform."""
+    loras = lora.read_for(run.lora, {"unet": teacher}) if run.lora else {}
+    return fingerprint({"teacher": teacher.params} | {name: net.params for name, net in loras.items()})
+
+
+def as_method(run, schedule):
+    """The teacher as a student that needs no training, as it is sampled for the report and for pairs.
+
+    Raises ValueError for Heun's method on a schedule that starts without signal.
+    """
+    if run.teacher_sampler == "heun" and run.teacher_steps and not schedule.alpha_sigma(schedule.grid(1))[0].all():
+        sentence = "teacher_sampler heun divides by alpha, and this teacher's schedule starts at alpha = 0"
+        raise ValueError(f"{sentence}: use ddim or dpm_solver_pp")
+    return METHODS["pretrained"](guidance=run.teacher_guidance, sampler=run.teacher_sampler)
+
+
+def check_pairs(experiment: Experiment, weights: str) -> None:
+    """ValueError if data.pairs are of another teacher than this run's, or of another size than the data."""
+    run, folder = experiment.run, experiment.data.pairs
+    manifest = odepairs.read_manifest(folder)
+    ours = {"teacher": run.teacher, "lora": run.lora, "lora_scale": run.lora_scale, "weights": weights}
+    compared = ("weights", "lora_scale") if run.lora else ("weights",)
+    if any(manifest[name] != ours[name] for name in compared):
+        sentence = f"data.pairs {folder} was made by {called(manifest)}, and this run's teacher is {called(ours)}"
+        raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
+    shape = first_rows(experiment.data)["x0"].shape[1:]
+    if tuple(manifest["x0"]) != shape:
+        raise ValueError(f"x0 of data.pairs {folder} is {(*manifest['x0'],)}, and that of the data is {shape}")
+
+
+def called(of) -> str:
+    """A teacher in words."""
+    added = f" with {of['lora_scale']:g} of {of['lora']}" if of["lora"] else ""
+    return f"{of['teacher']}{added} (weights {of['weights']})"
 
 
 def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:
@@ -113,7 +162,8 @@ def from_scratch(folder, seed, **kwargs):
 def make_optimizers(experiment: Experiment):
     """One optax transformation per turn, its schedule as long as the turn's updates."""
     turns, steps = experiment.method.turns(), experiment.run.steps
-    return {name: optimizer(experiment.optim[name], -(-steps // turn.every)) for name, turn in turns.items()}
+    updates = {name: max(-(-(steps - turn.after) // turn.every), 1) for name, turn in turns.items()}
+    return {name: optimizer(experiment.optim[name], updates[name]) for name in turns}
 
 
 def initial(experiment: Experiment, frozen) -> TrainState:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cddistill.data import DataConfig
 from cddistill.method import Method
 from cddistill.methods import METHODS
+from cddistill.methods.pretrained import ODE_SAMPLERS
 from cddistill.optim import OptimConfig
 
 
@@ -44,7 +45,9 @@ class Run:
     baseline_steps: tuple[int, ...] = (4, 50)
     teacher_steps: tuple[int, ...] = ()  # of the teacher itself, for the report: its own samples at so many steps
     teacher_guidance: float = 1.0  # classifier-free, in those
-    pairs: int = 10_000  # rows that --mode=pairs makes
+    teacher_sampler: str = "ddim"  # or "heun", "dpm_solver_pp": in those, and in pairs
+    pairs: int = 10_000  # rows that --mode=pairs makes, in the last of teacher_steps
+    pairs_shard: int = 1024  # of them in one file
     start_from: str = ""  # workdir of a run whose trained weights, of nets that both have, are the first of this one
     report: bool = True  # evaluate and write report.html at the end
 
@@ -60,7 +63,8 @@ class Experiment(NamedTuple):
 
 FREE = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
-    *("teacher_steps", "teacher_guidance", "baseline", "baseline_steps", "parallel", "fsdp"),
+    *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
+    *("pairs", "pairs_shard"),
     *("method.guidance", "method.grid_power", "method.sampler"),
 )
 """Fields that may change when a run is continued: they alter neither the weights' path nor the data."""
@@ -93,11 +97,13 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     data = build(DataConfig, config.pop("data", {}), "data.")
     by_turn = {name: build(OptimConfig, optim | changes[name], "optim.") for name in method.turns()}
     run = build(Run, config, "")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every"):
+    counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every")
+    for name in (*counts, "pairs", "pairs_shard"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
     if not run.sample_steps or min(run.sample_steps) < 1:
         raise ValueError(f"sample_steps {run.sample_steps} must be numbers of at least 1, as in (1, 4)")
+    choose("teacher_sampler", dict.fromkeys(ODE_SAMPLERS), run.teacher_sampler)
     if run.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {run.dtype!r} is neither 'float32' nor 'bfloat16'")
     return Experiment(run, method, data, by_turn)

@@ -12,7 +12,7 @@ import numpy as np
 
 import cddistill
 from cddistill import data, evals, health, models, sharding
-from cddistill.build import Parts, arrays, decoder, sampler
+from cddistill.build import Parts, arrays, as_method, decoder, sampler
 from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
 from cddistill.methods import METHODS
@@ -109,8 +109,8 @@ def label_of(name: str, steps: int) -> str:
 
 
 def teacher(parts: Parts) -> Parts:
-    """Parts whose student is the teacher itself, sampled by DDIM on even times."""
-    method = METHODS["pretrained"](guidance=parts.experiment.run.teacher_guidance)
+    """Parts whose student is the teacher itself."""
+    method = as_method(parts.experiment.run, parts.frozen["teacher"].schedule)
     return parts._replace(experiment=parts.experiment._replace(method=method))
 
 

@@ -30,7 +30,8 @@ INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pi
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "sample: the picture; export: the folder, *.stablehlo or *.onnx; encode, pairs: the folder.",
+    "sample: the picture; export: the folder, *.stablehlo or *.onnx; encode, pairs: the folder, for pairs by default "
+    "config.data.pairs.",
 )
 
 
@@ -52,15 +53,16 @@ def main(_):
         return train.train(CONFIG.value, workdir)
     if MODE.value == "evaluate":
         return train.evaluate_run(CONFIG.value, workdir)
-    if not OUTPUT.value:
+    output = OUTPUT.value or (CONFIG.value.data.pairs if MODE.value == "pairs" else "")
+    if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
-        return train.encode_data(CONFIG.value, pathlib.Path(OUTPUT.value))
+        return train.encode_data(CONFIG.value, pathlib.Path(output))
     if MODE.value == "pairs":
-        return train.make_pairs(CONFIG.value, pathlib.Path(OUTPUT.value))
+        return train.make_pairs(CONFIG.value, pathlib.Path(output))
     if MODE.value == "export":
-        return train.export_run(CONFIG.value, workdir, OUTPUT.value)
-    return train.sample(CONFIG.value, workdir, INPUT.value, OUTPUT.value)
+        return train.export_run(CONFIG.value, workdir, output)
+    return train.sample(CONFIG.value, workdir, INPUT.value, output)
 
 
 def parse(argv):

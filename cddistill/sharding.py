@@ -29,6 +29,12 @@ def is_host0() -> bool:
     return jax.process_index() == 0
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this host's devices, for what every host does by itself."""
+    devices, kinds = jax.local_devices(), (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((len(devices), 1), ("data", "fsdp"), devices=devices, axis_types=kinds)
+
+
 def make_mesh(fsdp: int = 1) -> Mesh:
     """A ("data", "fsdp") mesh of all devices: batches are split over both axes, weights over "fsdp" only; -1 = all
     devices."""

@@ -42,6 +42,8 @@ def test_every_config_resolves_and_says_how_to_run_it(path):
         ({"steps": "many"}, "steps must be int, not str 'many'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"teacher_sampler": "euler"}, "unknown teacher_sampler 'euler': known: ddim, heun, dpm_solver_pp"),
+        ({"pairs_shard": 0}, "pairs_shard must be at least 1"),
         ({"data": {"task": "colorize"}}, "data.task must be one of"),
         ({"data": {"size": 30, "task": "sr"}}, "30 must be divisible by data.scale 4"),
         ({"optim": {"student": {"lr": "high"}}}, "optim.lr must be float"),

@@ -1,30 +1,23 @@
 """DMD2 from its config to its report and to a folder; pairs, warm-up and a second stage."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from cddistill import checkpoint, config, data, models, sampling, train
+from cddistill import checkpoint, config, models, sampling, train
 from cddistill.build import build
 from cddistill.method import normal
 from cddistill.models import lora
-from cddistill.models.schedulers import read_sampling, write_scheduler
+from cddistill.models.schedulers import read_sampling
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A diffusers folder with random weights."""
-    folder = tmp_path_factory.mktemp("teacher")
-    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
-    models.save(folder, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
-    write_scheduler(folder, net.schedule, net.predicts)
-    return folder
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
 
 
 def settings(teacher, method=(), **changes):
@@ -128,67 +121,6 @@ def pairs(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     train.make_pairs(settings(teacher, pairs=20), folder)
     return folder
-
-
-def test_pairs_are_the_teachers_trajectories(pairs, teacher):
-    part = pairs / "train" / "00000-of-00001"
-    noise, x0 = np.load(part / "noise.npy"), np.load(part / "x0.npy")
-    labels = np.load(part / "class_labels.npy")
-    assert noise.shape == x0.shape == (20, 8, 8, 3)
-    np.testing.assert_allclose(np.std(np.float32(noise)), 1.0, atol=0.03)
-    net = models.load(teacher)
-    null = {"class_labels": jnp.full(20, 9)}
-    denoise = sampling.guided(net, {"class_labels": jnp.asarray(labels)}, null, 1.5)
-    want = jax.jit(lambda z: sampling.ddim(denoise, net.schedule, z, net.schedule.grid(3)))(jnp.float32(noise))
-    np.testing.assert_allclose(x0, want, atol=5e-3)
-
-
-def test_pairs_are_of_the_teacher_with_its_lora(pairs, teacher, tmp_path):
-    net = models.load(teacher)
-    made = lora.make_lora(net, jax.random.key(0), 1, targets=("conv1",))
-    made = made.replace(params=jax.tree.map(lambda x: x + 0.3, made.params))
-    file = lora.save_lora(tmp_path / "lora", {"unet": made}, np.float32)
-    train.make_pairs(settings(teacher, pairs=8, teacher_guidance=1.0, lora=str(file)), tmp_path / "pairs")
-    noise, x0, labels = (
-        np.load(tmp_path / "pairs" / "train" / "00000-of-00001" / f"{name}.npy")
-        for name in ("noise", "x0", "class_labels")
-    )
-    denoise = sampling.guided(lora.adapt(net, made), {"class_labels": jnp.asarray(labels)}, None, 1.0)
-    want = jax.jit(lambda z: sampling.ddim(denoise, net.schedule, z, net.schedule.grid(3)))(jnp.float32(noise))
-    np.testing.assert_allclose(x0, want, rtol=5e-3, atol=5e-3)
-
-
-def test_pairs_go_on_where_they_stopped(pairs, teacher, tmp_path):
-    made = tmp_path / "train" / "00000-of-00001"
-    train.make_pairs(settings(teacher, pairs=20), tmp_path)
-    manifest = json.loads((made / "manifest.json").read_text())
-    whole = np.load(made / "x0.npy")
-    (made / "manifest.json").write_text(json.dumps(manifest | {"rows": 8}))
-    broken = np.load(made / "x0.npy", mmap_mode="r+")
-    broken[8:] = 0
-    broken.flush()
-    train.make_pairs(settings(teacher, pairs=20), tmp_path)
-    np.testing.assert_array_equal(np.load(made / "x0.npy"), whole)
-    np.testing.assert_array_equal(whole, np.load(pairs / "train" / "00000-of-00001" / "x0.npy"))
-    with pytest.raises(ValueError, match="made by another command"):
-        train.make_pairs(settings(teacher, pairs=20, teacher_guidance=2.0), tmp_path)
-    with pytest.raises(ValueError, match="teacher's number of steps"):
-        train.make_pairs(settings(teacher, pairs=20, teacher_steps=()), tmp_path)
-
-
-def test_batches_have_pairs(pairs):
-    c = data.DataConfig(size=8, pairs=str(pairs))
-    batch = next(data.batches(c, batch_size=4, seed=0))
-    assert batch["pairs"]["noise"].shape == batch["x0"].shape == (4, 8, 8, 3)
-    host = next(data.batches(c, batch_size=4, seed=0, rows=slice(2, 4)))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), batch, host)
-
-
-def test_a_folder_without_noise_holds_no_pairs(pairs, tmp_path):
-    shutil.copytree(pairs, tmp_path / "copy")
-    (tmp_path / "copy" / "train" / "00000-of-00001" / "noise.npy").unlink()
-    with pytest.raises(ValueError, match="--mode=pairs"):
-        next(data.batches(data.DataConfig(size=8, pairs=str(tmp_path / "copy")), batch_size=4, seed=0))
 
 
 WARM = {"dm_weight": 0.0, "gan_weight": 0.0, "regression_weight": 1.0, "regression": "l2"}

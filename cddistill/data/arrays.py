@@ -8,7 +8,7 @@ import numpy as np
 
 from cddistill.data.splits import SPLITS, members
 
-AXES = {"x0": 4, "cond": 4, "noise": 4, "class_labels": 1, "text": 3, "text_embeds": 2, "time_ids": 2}
+AXES = {"x0": 4, "cond": 4, "class_labels": 1, "text": 3, "text_embeds": 2, "time_ids": 2}
 
 
 class Rows:
@@ -33,8 +33,7 @@ class Arrays:
 
     x0.npy float16|32 [n,h,w,c], as the teacher takes it; optional cond.npy [n,h,w,c] in [0, 1], captions.json (a list
     of str), and class_labels.npy int [n] or text.npy [n,l,d] with null.npy [l,d], the empty prompt's; for SDXL also
-    text_embeds.npy [n,e], null_text_embeds.npy [e], time_ids.npy [n,6]; for pairs noise.npy [n,h,w,c]. Not augmented:
-    latents cannot be mirrored.
+    text_embeds.npy [n,e], null_text_embeds.npy [e], time_ids.npy [n,6]. Not augmented: latents cannot be mirrored.
     The files may lie in parts, in folders 00000-of-00002 and so on, as --mode=encode writes them.
     """
 
@@ -98,7 +97,7 @@ class Arrays:
         row = {name: np.asarray(array[self.rows[i]], np.float32) for name, array in self.arrays.items()}
         label = np.int32(row.get("class_labels", self.null_label))
         item = {"caption": self.captions[self.rows[i]], "label": label}
-        item |= {name: row[name] for name in ("x0", "cond", "noise") if name in row}
+        item |= {name: row[name] for name in ("x0", "cond") if name in row}
         if "text" in row:
             return item | {"text": embeddings(row), "null": embeddings(row | self.null)}
         return item | {"text": {"class_labels": label}, "null": {"class_labels": self.null_label}}

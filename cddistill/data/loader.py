@@ -12,6 +12,7 @@ from cddistill.data.arrays import Arrays
 from cddistill.data.degrade import sharpen
 from cddistill.data.emoji import Emoji
 from cddistill.data.folder import Folder
+from cddistill.data.odepairs import OdePairs
 from cddistill.data.scenes import Scenes
 from cddistill.data.splits import SPLITS
 from cddistill.data.tfds_images import TfdsImages
@@ -35,7 +36,7 @@ class DataConfig:
     sharpen: bool = False  # unsharp-mask the images first, as Real-ESRGAN does with its targets
     flip: bool = True  # mirror at random; in training only
     pairs: str = ""  # folder that --mode=pairs has written: batches then have as many noise-to-image pairs, too
-    skip_bad: bool = False  # folder: leave out images that cannot be read, instead of stopping
+    skip_bad: bool = False  # leave out images of a folder, or shards of pairs, that cannot be read, instead of stopping
 
     def __post_init__(self):
         for name, known in (("source", SOURCES), ("task", TASKS), ("degradation", tasks.DEGRADATIONS)):
@@ -105,22 +106,20 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
 
     x0 float32 [b,h,w,c] in [-1, 1]; with a task cond float32 [b,h,w,c] in [0, 1]; text and null as a teacher takes them
     ({"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}); index int32 [b], the row's number in
-    the global batch; with data.pairs also pairs, {noise, x0, text, null} of as many rows. Row r of step k is element
-    k * batch_size + r of an endless stream that is reshuffled every epoch, and its randomness is keyed by that number.
-    Threads prepare the next steps meanwhile.
+    the global batch; with data.pairs also pairs, {noise, x0, text, null} of as many rows, and others, to each row the
+    pair of the next one. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every
+    epoch, and its randomness is keyed by that number. Threads prepare the next steps meanwhile.
     """
-    pairs = shuffled(load_pairs(config), seed + 1) if config.pairs else None
+    pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
 
-def load_pairs(config):
-    """The pairs of data.pairs; ValueError for a folder that holds none."""
-    source = Arrays(dataclasses.replace(config, source="arrays", path=config.pairs, task="none"), "train")
-    if "noise" not in source.arrays:
-        raise ValueError(f"there is no noise.npy in {source.root}: data.pairs is a folder made by --mode=pairs")
-    return source
+@functools.lru_cache(maxsize=4)  # so that checksums are compared only once
+def load_pairs(folder, skip_bad=False):
+    """The pairs in a folder, checked; see OdePairs."""
+    return OdePairs(folder, skip_bad)
 
 
 def shuffled(dataset, seed):
@@ -147,8 +146,9 @@ class Steps:
         kept = [{name: item[name] for name in ("x0", "text", "null", "cond") if name in item} for item in items]
         batch = stack(kept) | {"index": self.rows}
         if self.pairs is not None:
-            items = [self.pairs[step * self.batch_size + int(row)] for row in self.rows]
-            batch["pairs"] = stack([{name: item[name] for name in ("noise", "x0", "text", "null")} for item in items])
+            others = (self.rows + 1) % self.batch_size
+            pairs = {row: self.pairs[step * self.batch_size + int(row)] for row in {*self.rows, *others}}
+            batch["pairs"], batch["others"] = (stack([pairs[row] for row in rows]) for rows in (self.rows, others))
         return batch
 
 

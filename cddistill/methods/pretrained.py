@@ -9,21 +9,27 @@ import functools
 import jax.numpy as jnp
 
 from cddistill import models, sampling
-from cddistill.method import fresh
+from cddistill.method import check_choices, fresh
 from cddistill.models import adapter
 from cddistill.models.blocks import sinusoid
 from cddistill.models.schedulers import Sampling, read_sampling
 from cddistill.net import Adapted
+
+ODE_SAMPLERS = ("ddim", "heun", "dpm_solver_pp")  # whose x0 is a function of the noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """How a network that is not trained here is sampled."""
 
-    scheduler: str = ""  # pipeline folder or Hub id whose scheduler/ says how; "" = DDIM on trailing times
+    scheduler: str = ""  # pipeline folder or Hub id whose scheduler/ says how; "" = sampler on the teacher's own grid
+    sampler: str = "ddim"  # or "heun", "dpm_solver_pp": where there is no scheduler
     timesteps: tuple[int, ...] = ()  # in its place where as many steps are asked for: (399,) for DMD2's SDXL in one
     guidance: float = 1.0  # classifier-free; 1 = none
     told_guidance: float = 8.0  # the guidance that networks with an input for it, such as LCM's, are told
+
+    def __post_init__(self):
+        check_choices(self, {"sampler": ODE_SAMPLERS})
 
     def init(self, key, frozen, batch):
         return {}
@@ -44,7 +50,7 @@ class Pretrained:
         return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, anew)
 
     def sampling(self, schedule, steps):
-        how = scheduler_of(self.scheduler) if self.scheduler else Sampling()
+        how = scheduler_of(self.scheduler) if self.scheduler else Sampling(sampler=self.sampler)
         own = self.timesteps if len(self.timesteps) == steps else how.timesteps
         return dataclasses.replace(how, timesteps=own, guidance=self.guidance)
 

@@ -180,13 +180,18 @@ def read_lora(path, bases: dict) -> dict[str, Net]:
     return loras
 
 
+def read_for(path, nets: dict) -> dict[str, Net]:
+    """`read_lora` of those of the nets of a pipeline that the file has a part for."""
+    held = {part_of(key) for key in files.read_safetensors(lora_file(path))}
+    return read_lora(path, {part: nets[part].params if part in nets else None for part in held})
+
+
 def merge(path, nets: dict, scale: float = 1.0) -> dict:
     """The nets of a pipeline, by "unet", "text_encoder", "text_encoder_2", with a LoRA file added where it has a part.
 
     Raises ValueError as `read_lora` does.
     """
-    held = {part_of(key) for key in files.read_safetensors(lora_file(path))}
-    loras = read_lora(path, {part: nets[part].params if part in nets else None for part in held})
+    loras = read_for(path, nets)
     add = jax.jit(lambda net, lora: adapt(net, lora, scale))
     return nets | {part: add(nets[part], lora) for part, lora in loras.items()}
 

@@ -80,6 +80,8 @@ class Sampling:
         """
         if n is None and self.timesteps is None:
             raise ValueError("this scheduler has no times of its own: say how many steps")
+        if not isinstance(schedule, DDPM):  # EDM's networks come without a file that says how
+            return schedule.grid(n)
         if self.timesteps is not None and n in (None, len(self.timesteps)):
             times = np.array(self.timesteps)
         else:
