@@ -98,13 +98,13 @@ RULES = {
     "discriminator dead": Rule(
         ("critic/gan", "critic/real_accuracy", "critic/drawn_accuracy"), 50,
         lambda loss, real, drawn: loss.mean() > 1.38 and abs(real.mean() + drawn.mean() - 1.0) < 0.02,
-        "the discriminator is no better than chance: raise method.critic_gan_weight or optim.critic.lr",
+        "the discriminator is no better than chance: raise optim.critic.lr, or for DMD2 method.critic_gan_weight",
     ),
     "discriminator wins": Rule(
         ("critic/real_accuracy", "critic/drawn_accuracy"), 10,
         lambda real, drawn: min(real.mean(), drawn.mean()) > 0.98,
-        "the discriminator is right about nearly every image, so it has little to teach: raise method.gan_weight, or "
-        "lower method.critic_gan_weight",
+        "the discriminator is right about nearly every image, so it has little to teach: lower optim.critic.lr, or "
+        "raise method.gan_weight",
     ),
 }  # fmt: skip
 LONGEST = max(rule.window for rule in RULES.values())

@@ -13,7 +13,6 @@ from cddistill import build, config, models, train
 from cddistill.methods import METHODS
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models import adapter, lora
-from cddistill.models.schedulers import write_scheduler
 from cddistill.net import Adapted
 
 
@@ -90,18 +89,14 @@ def test_a_students_branch_starts_at_the_controlnet(method, batch):
 
 
 @pytest.fixture(scope="module")
-def files(
-    tmp_path_factory,
-):
+def files(tmp_path_factory):
     """(teacher's folder, ControlNet's folder, LoRA file, the LoRA)."""
     folder = tmp_path_factory.mktemp("files")
-    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
-    models.save(folder / "teacher", "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
-    write_scheduler(folder / "teacher", net.schedule, net.predicts)
+    teacher, net = tiny.save_teacher(folder / "teacher")
     branch = disturbed(adapter.make_branch(net, jax.random.key(0)))
     models.save(folder, "controlnet", branch.params, branch.apply.module.to_config(), dtype=np.float32)
     made = disturbed(lora.make_lora(net, jax.random.key(0), 2, targets=("conv1", "conv2")), scale=0.3)
-    return folder / "teacher", folder / "controlnet", lora.save_lora(folder / "lora", {"unet": made}, np.float32), made
+    return teacher, folder / "controlnet", lora.save_lora(folder / "lora", {"unet": made}, np.float32), made
 
 
 def settings(method, teacher, **run):

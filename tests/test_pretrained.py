@@ -11,14 +11,11 @@ import tiny
 
 from cddistill import config, models, sampling, train
 from cddistill.methods.pretrained import Pretrained, guidance_embedding
-from cddistill.models.schedulers import write_scheduler
 
 
 def folder(tmp_path, **scheduler):
     """A tiny network whose scheduler is the one given."""
-    net = models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
-    models.save(tmp_path, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
-    write_scheduler(tmp_path, net.schedule, net.predicts)
+    tiny.save_teacher(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
     return tmp_path

@@ -16,19 +16,13 @@ from PIL import Image
 
 from cddistill import checkpoint, config, models, train
 from cddistill.build import build
-from cddistill.models.schedulers import write_scheduler
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A diffusers folder with random weights."""
-    folder = tmp_path_factory.mktemp("teacher")
-    net = tiny.models.init(tiny.UNET | {"num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False)
-    models.save(folder, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
-    write_scheduler(folder, net.schedule, net.predicts)
-    return folder
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
 
 
 def settings(teacher, **changes):

@@ -11,6 +11,7 @@ import optax
 from cddistill import models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
+from cddistill.models.schedulers import write_scheduler
 from cddistill.net import Autoencoder
 from cddistill.step import active, init_state, train_step
 
@@ -29,6 +30,9 @@ VARIANTS = {
     "dmd2_lora": METHODS["dmd2"](
         times=(999, 499), ratio=1, student_lora="blocks", fake_lora="blocks", lora_rank=2, gan_features="teacher"
     ),
+    "d2g": METHODS["diffusion2gan"](
+        regression="teacher", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=2, r1_stride=1
+    ),
     "codi_released": METHODS["codi"](
         ode="teacher",
         noise="predicted",
@@ -46,6 +50,14 @@ def teacher(predicts="v", zero_out=False, seed=0):
     return models.init(UNET, seed, DDPM(beta_schedule="squaredcos_cap_v2", zero_snr=True), predicts, zero_out)
 
 
+def save_teacher(folder, seed=0):
+    """Write a teacher with random weights, for the labels of emoji, as a diffusers folder; returns (folder, net)."""
+    net = models.init(UNET | {"num_class_embeds": 10}, seed, teacher().schedule, "v", False)
+    models.save(folder, "unet", net.params, net.module.to_config(), dtype=np.float32)
+    write_scheduler(folder, net.schedule, net.predicts)
+    return folder, net
+
+
 def frozen():
     return {"teacher": teacher(), "autoencoder": Autoencoder()}
 
@@ -54,8 +66,10 @@ def make_batch(step=0, size=16):
     rng = np.random.default_rng(step)
     x0, cond = rng.normal(size=(size, 8, 8, 3)).astype("f"), rng.uniform(size=(size, 8, 8, 3)).astype("f")
     labels = rng.integers(0, 3, size).astype("i")
-    return {"x0": x0, "cond": cond, "text": {"class_labels": labels}, "null": {"class_labels": np.full(size, 3, "i")},
-            "index": np.arange(size, dtype="i")}  # fmt: skip
+    batch = {"x0": x0, "cond": cond, "text": {"class_labels": labels}, "null": {"class_labels": np.full(size, 3, "i")},
+             "index": np.arange(size, dtype="i")}  # fmt: skip
+    pairs = {"noise": rng.normal(size=x0.shape).astype("f"), "x0": x0, "text": batch["text"], "null": batch["null"]}
+    return batch | {"pairs": pairs, "others": jax.tree.map(lambda x: np.roll(x, -1, 0), pairs)}
 
 
 def jitter(state, scale=0.1):
@@ -113,7 +127,13 @@ def run(name, steps=3, state=None, first=0, **layout):
 def namespace(name, state=None):
     """n for calling a loss by hand."""
     state = state or start(name)
-    return types.SimpleNamespace(step=0, **frozen(), **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
+    return types.SimpleNamespace(
+        step=0,
+        play=tuple(VARIANTS[name].turns()),
+        **frozen(),
+        **state.nets,
+        **{f"{k}_ema": v for k, v in state.ema.items()},
+    )
 
 
 def randn(seed, *shape):
