@@ -24,6 +24,7 @@ class Turn(NamedTuple):
     loss: Loss
     every: int = 1  # train steps between two plays
     after: int = 0  # train steps before the first
+    lazy: int = 0  # every so many train steps n.play also has "<turn>/lazy", for what its loss does only now and then
 
 
 @runtime_checkable

@@ -29,8 +29,10 @@ def init_state(nets, turns, optimizers, ema) -> TrainState:
 
 
 def active(turns, step: int) -> tuple[str, ...]:
-    """Names of the turns played at this step: the static argument of `train_step`."""
-    return tuple(name for name, turn in turns.items() if step >= turn.after and step % turn.every == 0)
+    """Names of the turns played at this step, and "<turn>/lazy" where it has that: the static argument of
+    `train_step`."""
+    played = {name: turn for name, turn in turns.items() if step >= turn.after and step % turn.every == 0}
+    return (*played, *(f"{name}/lazy" for name, turn in played.items() if turn.lazy and step % turn.lazy == 0))
 
 
 def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema, seed=0, accumulate=1, axis=None):

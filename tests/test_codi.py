@@ -396,3 +396,21 @@ def test_bfloat16_losses_are_finite(w):
     assert loss.dtype == jnp.float32
     assert jnp.isfinite(loss)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nets))
+
+
+def test_text_can_be_the_only_condition():
+    """A picture in the batch is not looked at, and need not be there."""
+    method, frozen, b = CoDi(adapter="none", grid_power=2.0), tiny.frozen(), tiny.make_batch(size=4)
+    nets = method.init(jax.random.key(0), frozen, b)
+    assert list(nets) == ["backbone"]
+
+    @jax.jit
+    def seen(b):
+        n = types.SimpleNamespace(**frozen, **nets, backbone_ema=nets["backbone"])
+        key = jax.random.key(0)
+        return method.loss(n, b, key)[0], method.sample(n, b["x0"], b, key, 2)
+
+    (loss, drawn), (without, again) = seen(b), seen({name: x for name, x in b.items() if name != "cond"})
+    assert float(loss) > 0.0
+    np.testing.assert_allclose(loss, without, rtol=1e-6)
+    np.testing.assert_allclose(drawn, again, atol=1e-6)

@@ -70,17 +70,21 @@ def trained(method, steps, size=256):
     turns = method.turns()
     optimizers = {name: optax.adam(optax.cosine_decay_schedule(3e-3, steps)) for name in turns}
 
-    def step(state, _):
+    def step(state, play):
         z = jax.random.normal(jax.random.fold_in(jax.random.key(1), state.step), (size, 1))
         pairs = {"noise": z, "x0": ode(z), "text": jnp.zeros(size)}
         others = jax.tree.map(lambda a: jnp.roll(a, 1, 0), pairs)
         batch = {"pairs": pairs, "others": others, "index": jnp.arange(size)}
         return train_step(
-            state, {"teacher": teacher}, batch, active(turns, 0), turns=turns, optimizers=optimizers, ema=method.ema()
-        )
+            state, {"teacher": teacher}, batch, play, turns=turns, optimizers=optimizers, ema=method.ema()
+        )[0], None
+
+    def group(state, _):
+        state, _ = step(state, active(turns, 0))
+        return jax.lax.scan(lambda s, _: step(s, active(turns, 1)), state, None, method.r1_every - 1)
 
     state = init_state(nets, turns, optimizers, method.ema())
-    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, steps))(state)
+    state, _ = jax.jit(lambda s: jax.lax.scan(group, s, None, steps // method.r1_every))(state)
     n = types.SimpleNamespace(teacher=teacher, **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
     z = jax.random.normal(jax.random.key(2), (4096, 1))
     drawn = jax.jit(lambda z: method.sample(n, z, {"text": jnp.zeros(len(z))}, jax.random.key(3), 1))(z)

@@ -129,7 +129,7 @@ def namespace(name, state=None):
     state = state or start(name)
     return types.SimpleNamespace(
         step=0,
-        play=tuple(VARIANTS[name].turns()),
+        play=active(VARIANTS[name].turns(), 0),
         **frozen(),
         **state.nets,
         **{f"{k}_ema": v for k, v in state.ema.items()},

@@ -23,7 +23,7 @@ from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
 CHOICES = {
-    "adapter": adapter.ADAPTERS,
+    "adapter": ("none", *adapter.ADAPTERS),
     "ode": ("adapted", "teacher"),
     "noise": ("real", "predicted"),
     "space": ("eps", "x0"),
@@ -38,7 +38,8 @@ class CoDi:
     """Hyper-parameters of CoDi; "ours" marks what the paper does not give."""
 
     freeze_backbone: bool = False  # PE-CoDi: train the branch only (sec. 3.4)
-    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" (eq. 5 of the text); "concat"
+    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" (eq. 5 of the text); "concat";
+    # "none": the class or text is the only condition (ours)
     ode: str = "adapted"  # whose x^ makes z_s: the student itself (paper) or the frozen "teacher" (released code)
     noise: str = "real"  # in z_s: the "real" eps (PREv, eq. 7) or the "predicted" one (DDIM, the paper's appendix)
     space: str = "eps"  # of the consistency term: noise (paper) or "x0" (released code)
@@ -85,7 +86,7 @@ class CoDi:
 
     def loss(self, n, batch, key):
         k_t, k_eps, k_w, k_drop = jax.random.split(key, 4)
-        x0, cond, index = batch["x0"], batch["cond"], batch["index"]
+        x0, cond, index = batch["x0"], self.picture(batch), batch["index"]
         schedule = n.teacher.schedule
         t, s = self.times(schedule, k_t, index)
         eps = normal(k_eps, index, x0.shape[1:])
@@ -107,6 +108,10 @@ class CoDi:
         signal = self.signal_distance(n, online.x0, x0).mean()
         loss = self.consistency_weight * consistency.mean() + self.signal_weight * signal
         return loss, {"consistency": consistency.mean(), "signal": signal}
+
+    def picture(self, batch):
+        """The condition image, if there is one."""
+        return None if self.adapter == "none" else batch["cond"]
 
     def student(self, n) -> Adapted:
         """The network being trained."""
@@ -163,7 +168,7 @@ class CoDi:
         student, schedule = self.target(n), n.teacher.schedule
 
         def denoise(z, t, text):
-            pred = student(z, t, text, batch["cond"])
+            pred = student(z, t, text, self.picture(batch))
             return pred._replace(x0=self.bounded(pred.x0, z, jnp.broadcast_to(t, z.shape[:1])))
 
         guided = sampling.guided(denoise, batch["text"], batch["null"], self.guidance)

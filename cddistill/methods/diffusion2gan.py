@@ -85,7 +85,8 @@ class Diffusion2GAN:
         student = {"student": Turn(moves=("student",), loss=self.student_loss)}
         if not self.gan_weight:
             return student
-        return {"critic": Turn(moves=("disc",), loss=self.critic_loss, after=self.warmup)} | student
+        lazy = 0 if self.r1 == "none" else self.r1_every
+        return {"critic": Turn(moves=("disc",), loss=self.critic_loss, after=self.warmup, lazy=lazy)} | student
 
     def ema(self):
         return {"student": self.ema_decay} if self.ema_decay else {}
@@ -130,11 +131,9 @@ class Diffusion2GAN:
         real, wrong = self.logits(n, x, z, text), self.logits(n, *self.mixed(batch, drawn, k_mix))
         loss = (losses.gan(real, real=True) + losses.gan(wrong, real=False)).mean()
         logs = {"gan": loss, "real_accuracy": share_above(real), "drawn_accuracy": 1.0 - share_above(wrong)}
-        if self.r1 != "none":
+        if "critic/lazy" in n.play:
             rows = jax.tree.map(lambda a: a[:: self.r1_stride], (x, z, text, batch["index"]))
-            logs["r1"] = jax.lax.cond(
-                n.step % self.r1_every == 0, lambda: self.penalty(n, *rows, k_r1).mean(), lambda: 0.0
-            )
+            logs["r1"] = self.penalty(n, *rows, k_r1).mean()
             loss = loss + self.r1_every * self.r1_weight * logs["r1"]
         return loss, logs
 

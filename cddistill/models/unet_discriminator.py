@@ -37,7 +37,8 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, h):
         c = h.shape[-1]
-        h = nn.silu(GroupNorm(math.gcd(32, c), 1e-5, self.dtype, name="norm")(h))
+        groups = math.gcd(32, max(c // 4, 1))  # of at least four channels: of one, it would undo every bias before it
+        h = nn.silu(GroupNorm(groups, 1e-5, self.dtype, name="norm")(h))
         h = nn.silu(conv(min(c, HEAD_WIDTH), 3, self.dtype, "conv")(h))
         return conv(1, 1, jnp.float32, "conv_out")(h)
 

@@ -1,0 +1,221 @@
+"""All methods, from one teacher on one data set, against each other: quality against what training and sampling cost.
+
+    python benchmarks/methods.py --output=runs/methods --seconds=600 --seeds=3
+
+Class-conditional emoji. Every method trains for the same wall time, which for Diffusion2GAN begins with making its
+pairs; compiling, drawing and scoring stop the clock. Its cost is also counted in evaluations of the teacher's network
+on one image: FLOPs of the compiled step over those of a forward pass. At every look (a quarter of the time, a half ...)
+the student draws the test split's classes. Writes methods.md and methods.png: the table has the scores at the end of
+the time, and at the number of evaluations that all methods reached. To add a method, add it to METHODS.
+"""
+
+import argparse
+import pathlib
+import runpy
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from cddistill import config, data, evals, pairs
+from cddistill.build import arrays, build, decoder, sampler
+from cddistill.evaluate import diversity, teacher
+from cddistill.step import active
+from cddistill.train import cache_programs
+
+ROOT = pathlib.Path(__file__).parents[1]
+KID = "KID-EffLite0@64"
+COLUMNS = (KID, "Recall-EffLite0", f"{KID} to the teacher", "LPIPS-VGG to the teacher", "diversity")
+
+
+class Contender(NamedTuple):
+    """A config file, its variant, what is changed in it, and the numbers of steps in which its student draws."""
+
+    file: str
+    variant: str = ""
+    changes: dict = {}
+    steps: tuple[int, ...] = (1,)
+
+
+METHODS = {
+    "CoDi": Contender("ccd_sr.py", steps=(1, 4), changes={
+        "data.task": "none", "method.adapter": "none", "method.grid_power": 1.0, "optim.decay": "constant",
+        "baseline": "",
+        "teacher_steps": (50,), "teacher_guidance": 2.0, "batch_size": 8,
+    }),
+    "DMD2": Contender("dmd2_emoji.py", "emoji"),
+    "DMD2 of four steps": Contender("dmd2_emoji.py", "four", steps=(4,)),
+    "Diffusion2GAN": Contender("d2g_emoji.py", "emoji"),
+}  # fmt: skip
+
+
+class Look(NamedTuple):
+    """A student at some time of its training."""
+
+    seconds: float
+    evaluations: float  # of the network on one image, so far
+    scores: dict[int, dict[str, float]]  # by number of steps
+
+
+def settings_of(contender: Contender, seed: int, folder: pathlib.Path):
+    """The contender's config."""
+    get_config = runpy.run_path(ROOT / "configs" / contender.file)["get_config"]
+    settings = get_config(contender.variant) if contender.variant else get_config()
+    changes = {"seed": seed, "steps": 1_000_000, "sample_steps": contender.steps} | contender.changes
+    if settings.data.pairs:
+        changes["data.pairs"] = str(folder / f"pairs-{seed}")
+    with settings.unlocked():
+        settings.update_from_flattened_dict(changes)
+    return settings
+
+
+def flops(f, *args) -> float:
+    """Of a jitted function."""
+    return f.lower(*args).compile().cost_analysis()["flops"]
+
+
+def train(contender: Contender, seed: int, args) -> list[Look]:
+    """The contender's looks. The clock starts with the pairs, if it needs any."""
+    settings = settings_of(contender, seed, args.output)
+    clock, evaluations = make_pairs(settings) if settings.data.pairs else (0.0, 0.0)
+    parts = build(config.resolve(settings))
+    turns, size, driver = parts.experiment.method.turns(), parts.experiment.run.batch_size, parts.driver()
+    stream = data.batches(parts.experiment.data, batch_size=size, seed=seed, rows=parts.rows)
+    state, frozen, batch = (
+        driver.put_state(parts.init()),
+        driver.put_frozen(parts.frozen),
+        driver.put_batch(next(stream)),
+    )
+    forward = flops(jax.jit(lambda net, b: net(b["x0"], 500, b["text"]).x0), parts.frozen["teacher"], batch)
+    look, looks, cost, number = looker(parts, contender.steps), [], {}, 0
+    for share in args.looks:
+        while clock < share * args.seconds:
+            play = active(turns, number)
+            if new := play not in cost:  # the step that compiles is not timed
+                cost[play] = size * flops(driver.step, state, frozen, batch, play) / forward
+            start = time.perf_counter()
+            state, metrics = driver.step(state, frozen, driver.put_batch(next(stream)), play)
+            jax.block_until_ready(metrics)
+            clock += 0.0 if new else time.perf_counter() - start
+            number, evaluations = number + 1, evaluations + cost[play]
+        looks.append(Look(clock, evaluations, look(driver.get_state(state))))
+        print(f"{clock:6.0f} s, {number} steps, {evaluations:.3g} evaluations: {looks[-1].scores}", flush=True)
+    return looks
+
+
+def make_pairs(settings) -> tuple[float, float]:
+    """Seconds and network evaluations that pairs took; they are made once, and the seconds kept beside them."""
+    folder, noted = pathlib.Path(settings.data.pairs), pathlib.Path(settings.data.pairs) / "seconds"
+    if not noted.is_file():
+        start = time.perf_counter()
+        pairs.make_pairs(config.resolve(settings), folder, config.plain(settings))
+        noted.write_text(f"{time.perf_counter() - start}")
+    calls = settings.teacher_steps[-1] * (2 if settings.teacher_guidance != 1.0 else 1)
+    return float(noted.read_text()), settings.pairs * calls
+
+
+def looker(parts, steps):
+    """look(state) -> by number of steps, the scores of the student's drawings of the test split's classes."""
+    run, batch, sample = parts.experiment.run, arrays(data.examples(parts.experiment.data, "test")), sampler(parts)
+    truth, drawn = decoder(parts)(batch["x0"]), {}
+
+    def look(state):
+        if not drawn:
+            drawn["teacher"] = sampler(teacher(parts))(state, batch, run.teacher_steps[-1], run.seed)
+            for k in steps:  # compile
+                sample(state, batch, k, run.seed)
+        scores = {}
+        for k in steps:
+            start = time.perf_counter()
+            images = sample(state, batch, k, run.seed)
+            latency = (time.perf_counter() - start) / len(images)
+            _, row = evals.evaluate(drawn | {"student": images}, truth, paired=False, teacher="teacher")
+            scores[k] = {name: value[0] for name, value in row.metrics.items() if value} | {"latency": latency}
+            scores[k]["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
+        return scores
+
+    return look
+
+
+def rows(results: dict[str, list[list[Look]]]) -> dict[str, tuple[list[list[Look]], int]]:
+    """Every student with its looks, by seed: name -> (looks, number of steps)."""
+    return {
+        f"{name}, {k} step{'s' * (k > 1)}": (by_seed, k)
+        for name, by_seed in results.items()
+        for k in METHODS[name].steps
+    }
+
+
+def at(looks: list[Look], k: int, column: str, evaluations: float) -> float:
+    """A score at some number of evaluations, between the looks on either side of it."""
+    return float(np.interp(evaluations, [x.evaluations for x in looks], [x.scores[k][column] for x in looks]))
+
+
+def table(results, args) -> str:
+    """Means over seeds and their standard errors, at the end of the time and at equal evaluations."""
+    fewest = min(looks[-1].evaluations for by_seed in results.values() for looks in by_seed)
+    lines = []
+    for title, where in ((f"at {args.seconds:.0f} s", None), (f"at {fewest:.3g} evaluations", fewest)):
+        lines += [f"| {title} | evaluations | ms an image |", "|---|---|---|"]
+        lines[-2] += " ".join(f" {c} |" for c in COLUMNS)
+        lines[-1] += "---|" * len(COLUMNS)
+        for name, (by_seed, k) in rows(results).items():
+            spent = [looks[-1].evaluations if where is None else where for looks in by_seed]
+            latency = statistics.mean(looks[-1].scores[k]["latency"] for looks in by_seed)
+            cells = [name, f"{statistics.mean(spent):.3g}", f"{1e3 * latency:.1f}"]
+            for c in COLUMNS:
+                values = [at(looks, k, c, e) for looks, e in zip(by_seed, spent, strict=True)]
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+                cells.append(f"{statistics.mean(values):.3g} ± {error:.2g}")
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figure(results) -> Figure:
+    """KID against training time and against latency, diversity against training time; a line for each student."""
+    drawing = Figure((13, 4), layout="constrained")
+    axes = drawing.subplots(1, 3)
+    for name, (by_seed, k) in rows(results).items():
+        mean = lambda value, by_seed=by_seed: np.mean([[value(x) for x in looks] for looks in by_seed], 0)
+        seconds, kid = mean(lambda x: x.seconds), mean(lambda x, k=k: x.scores[k][KID])
+        axes[0].plot(seconds, kid, "o-", label=name)
+        axes[1].plot(1e3 * mean(lambda x, k=k: x.scores[k]["latency"])[-1:], kid[-1:], "o", label=name)
+        axes[2].plot(seconds, mean(lambda x, k=k: x.scores[k]["diversity"]), "o-", label=name)
+    for ax, x, y in zip(
+        axes, ("training, s", "sampling, ms an image", "training, s"), (KID, KID, "diversity"), strict=True
+    ):
+        ax.set(xlabel=x, ylabel=y)
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=8)
+    return drawing
+
+
+def main():
+    """Train, look, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/methods"))
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--looks", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="shares of the time")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    cache_programs()
+    results = {}
+    for seed in range(args.seeds):
+        for name in args.only:
+            print(f"{name}, seed {seed}", flush=True)
+            results.setdefault(name, []).append(train(METHODS[name], seed, args))
+    text = table(results, args)
+    print(text)
+    (args.output / "methods.md").write_text(text)
+    figure(results).savefig(args.output / "methods.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
