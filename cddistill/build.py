@@ -67,6 +67,11 @@ def build(experiment: Experiment) -> Parts:
     if file := getattr(method, "latent_lpips", None):
         frozen["latent_lpips"] = latent_lpips.load(*file)
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
+    if "imageless" in first_rows(experiment.data) and getattr(method, "needs_images", True):
+        raise ValueError(
+            "this method as it is set needs real images, and the data are texts alone: encode images with them, or for "
+            "dmd2 set method.gan_weight=0 (and keep backward_simulation)"
+        )
     check_shapes(frozen["teacher"], batch_shapes(experiment))
     as_method(run, frozen["teacher"].schedule)
     for steps in run.sample_steps:

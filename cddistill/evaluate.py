@@ -59,7 +59,7 @@ def report(
     """Score the student and what it is compared with on the test split, print the table and write report.html."""
     run, began = parts.experiment.run, time.monotonic()
     examples = data.examples(parts.experiment.data, "test", run.eval_images)
-    batch, truth = arrays(examples), decoder(parts)(examples["x0"])
+    batch, truth = arrays(examples), None if "imageless" in examples else decoder(parts)(examples["x0"])
     paired = "cond" in batch
     sets, nfe = {}, {}
     if paired and parts.experiment.data.task == "sr":
@@ -88,7 +88,7 @@ def report(
         title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
         grids=[
             (
-                f"The first images of the test split, never seen in training ({len(truth)} in all).",
+                f"The first of the test split, never seen in training ({len(batch['index'])} in all).",
                 grids.side_by_side(shown),
             )
         ],

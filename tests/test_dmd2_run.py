@@ -149,3 +149,22 @@ def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
     second.start_from = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no run"):
         train.train(second, tmp_path / "third")
+
+
+def test_texts_alone_are_enough_without_a_gan(teacher, tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        np.save(tmp_path / "texts" / split / "class_labels.npy", np.arange(16) % 9)
+    c = settings(teacher, {"gan_weight": 0.0}, steps=2, eval_every=2)
+    c.data.update(source="arrays", path=str(tmp_path / "texts"))
+    with pytest.raises(ValueError, match=r"texts and data\.x0_shape, as in \(64, 64, 4\)"):
+        train.train(c, tmp_path / "run")
+    c.data.x0_shape = (8, 8, 3)
+    train.train(c, tmp_path / "run")
+    assert not any(name.startswith("critic/real") for record in records(tmp_path / "run") for name in record)
+    metrics = json.loads((tmp_path / "run" / "scores.json").read_text())["student, 2 steps"]["metrics"]
+    assert metrics
+    assert all(name.endswith(" to the teacher") for name in metrics)
+    c.method.gan_weight = 0.1
+    with pytest.raises(ValueError, match=r"needs real images, and the data are texts alone.*gan_weight=0"):
+        train.train(c, tmp_path / "gan")

@@ -34,6 +34,7 @@ class Arrays:
     x0.npy float16|32 [n,h,w,c], as the teacher takes it; optional cond.npy [n,h,w,c] in [0, 1], captions.json (a list
     of str), and class_labels.npy int [n] or text.npy [n,l,d] with null.npy [l,d], the empty prompt's; for SDXL also
     text_embeds.npy [n,e], null_text_embeds.npy [e], time_ids.npy [n,6]. Not augmented: latents cannot be mirrored.
+    With data.x0_shape there need be no x0.npy, for methods that learn from texts alone.
     The files may lie in parts, in folders 00000-of-00002 and so on, as --mode=encode writes them.
     """
 
@@ -42,10 +43,13 @@ class Arrays:
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)
-        if not (self.parts[0] / "x0.npy").exists():
-            raise ValueError(f"there is no x0.npy in {self.root} (data.path); expected float16 or float32 [n,h,w,c]")
         self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
-        n = len(self.arrays["x0"])
+        if "x0" not in self.arrays and not (config.x0_shape and self.arrays):
+            raise ValueError(
+                f"there is no x0.npy in {self.root} (data.path); expected float16 or float32 [n,h,w,c], or texts and "
+                "data.x0_shape, as in (64, 64, 4)"
+            )
+        self.x0_shape, n = config.x0_shape, len(next(iter(self.arrays.values())))
         captions = [path for part in self.parts if (path := part / "captions.json").exists()]
         read = (json.loads(path.read_text("utf-8")) for path in captions)
         self.captions = list(itertools.chain(*read)) if captions else [""] * n
@@ -63,13 +67,15 @@ class Arrays:
 
     def check(self, task):
         """ValueError for arrays that do not belong together."""
-        n = len(self.arrays["x0"])
+        first, n = next((name, len(array)) for name, array in self.arrays.items())
         for name, array in self.arrays.items():
             if array.ndim != AXES[name] or len(array) != n:
-                expected = f"{AXES[name]} axes, the first of length {n} as in x0.npy"
+                expected = f"{AXES[name]} axes, the first of length {n} as in {first}.npy"
                 raise ValueError(f"{name}.npy in {self.root} is {array.shape}; expected {expected}")
         if len(self.captions) != n:
-            raise ValueError(f"captions.json in {self.root} has {len(self.captions)} captions for {n} rows of x0.npy")
+            raise ValueError(
+                f"captions.json in {self.root} has {len(self.captions)} captions for {n} rows of {first}.npy"
+            )
         if task != "none" and "cond" not in self.arrays:
             raise ValueError(f"task {task} on precomputed arrays needs {self.root / 'cond.npy'}, made beforehand")
         if ("text_embeds" in self.arrays) != ("time_ids" in self.arrays):
@@ -98,6 +104,8 @@ class Arrays:
         label = np.int32(row.get("class_labels", self.null_label))
         item = {"caption": self.captions[self.rows[i]], "label": label}
         item |= {name: row[name] for name in ("x0", "cond") if name in row}
+        if "x0" not in row:
+            item |= {"x0": np.zeros(self.x0_shape, np.float32), "imageless": np.bool_(True)}
         if "text" in row:
             return item | {"text": embeddings(row), "null": embeddings(row | self.null)}
         return item | {"text": {"class_labels": label}, "null": {"class_labels": self.null_label}}

@@ -20,6 +20,7 @@ from cddistill.data.tfds_images import TfdsImages
 PIXELS = {"emoji": Emoji, "scenes": Scenes, "folder": Folder, "tfds": TfdsImages}
 SOURCES = (*PIXELS, "arrays")
 TASKS = ("none", "sr")
+KEPT = ("x0", "text", "null", "cond", "imageless")  # of an item, in a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class DataConfig:
     degradation: str = "bicubic"  # sr: or realesrgan
     sharpen: bool = False  # unsharp-mask the images first, as Real-ESRGAN does with its targets
     flip: bool = True  # mirror at random; in training only
+    x0_shape: tuple[int, ...] = ()  # arrays that are texts alone: height, width, channels of what is drawn for them
     pairs: str = ""  # folder that --mode=pairs has written: batches then have as many noise-to-image pairs, too
     skip_bad: bool = False  # leave out images of a folder, or shards of pairs, that cannot be read, instead of stopping
 
@@ -104,11 +106,12 @@ def open_source(config, split):
 def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None)):
     """Infinite iterator over dicts of numpy arrays, from step `start`; `batch_size` is global, `rows` are this host's.
 
-    x0 float32 [b,h,w,c] in [-1, 1]; with a task cond float32 [b,h,w,c] in [0, 1]; text and null as a teacher takes them
-    ({"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}); index int32 [b], the row's number in
-    the global batch; with data.pairs also pairs, {noise, x0, text, null} of as many rows, and others, to each row the
-    pair of the next one. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every
-    epoch, and its randomness is keyed by that number. Threads prepare the next steps meanwhile.
+    x0 float32 [b,h,w,c] in [-1, 1] (of texts alone zeros, and imageless bool [b]); with a task cond float32 [b,h,w,c]
+    in [0, 1]; text and null as a teacher takes them ({"class_labels": int32 [b]} or {"encoder_hidden_states": float32
+    [b,l,d]}); index int32 [b], the row's number in the global batch; with data.pairs also pairs, {noise, x0, text,
+    null} of as many rows, and others, to each row the pair of the next one. Row r of step k is element k * batch_size +
+    r of an endless stream that is reshuffled every epoch, and its randomness is keyed by that number. Threads prepare
+    the next steps meanwhile.
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
@@ -143,7 +146,7 @@ class Steps:
 
     def __getitem__(self, step):
         items = [self.stream[step * self.batch_size + int(row)] for row in self.rows]
-        kept = [{name: item[name] for name in ("x0", "text", "null", "cond") if name in item} for item in items]
+        kept = [{name: item[name] for name in KEPT if name in item} for item in items]
         batch = stack(kept) | {"index": self.rows}
         if self.pairs is not None:
             others = (self.rows + 1) % self.batch_size

@@ -89,19 +89,24 @@ def evaluate(
 
     `paired` says that output i should look like target i; without it only distances of whole sets are computed, and the
     numbers of images may differ. `nfe` has the network evaluations per image of each set that a network made. `teacher`
-    names a set that the others are compared with too, image by image as well, for they come from the same noise. A
-    metric that cannot be computed (weights not installed, images too few or too small) is None: `Row.missing` has the
-    reason. Raises ValueError for images of other ranges or shapes.
+    names a set that the others are compared with too, image by image as well, for they come from the same noise; where
+    targets are None it is all that they are compared with. A metric that cannot be computed (weights not installed,
+    images too few or too small) is None: `Row.missing` has the reason. Raises ValueError for images of other ranges or
+    shapes.
     """
-    targets, sets = checked("targets", targets), {name: checked(name, images) for name, images in sets.items()}
+    sets = {name: checked(name, images) for name, images in sets.items()}
+    all_sets = sets if targets is None else {None: checked("targets", targets), **sets}
+    shape = next(iter(all_sets.values())).shape
     for name, images in sets.items():
-        if images.shape[1:] != targets.shape[1:] or (paired and len(images) != len(targets)):
-            raise ValueError(f"{name!r} has images of shape {images.shape}, their targets {targets.shape}")
-    size = 64 if max(targets.shape[1:3]) <= 64 else 224
+        if images.shape[1:] != shape[1:] or (paired and len(images) != shape[0]):
+            raise ValueError(f"{name!r} has images of shape {images.shape}, their targets {shape}")
+    size = 64 if max(shape[1:3]) <= 64 else 224
     whole = [f"KID-EffLite0@{size}", "FD-EffLite0-PCA64"]
     whole += [] if paired else ["Precision-EffLite0", "Recall-EffLite0"]  # a restoration lies beside its target
-    features = functools.cache(lambda: extract(size, {None: targets, **sets}))
-    wanted = {metric: (None, targets, sets) for metric in (*(JUDGES if paired else ()), *whole)}
+    features = functools.cache(lambda: extract(size, all_sets))
+    wanted = {}
+    if targets is not None:
+        wanted = {metric: (None, all_sets[None], sets) for metric in (*(JUDGES if paired else ()), *whole)}
     if teacher:
         others = {name: images for name, images in sets.items() if name != teacher}
         same_noise = (*whole, "PSNR", "LPIPS-VGG")

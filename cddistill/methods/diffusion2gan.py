@@ -91,6 +91,8 @@ class Diffusion2GAN:
     def ema(self):
         return {"student": self.ema_decay} if self.ema_decay else {}
 
+    needs_images = False  # pairs are what it learns from
+
     @property
     def lpips(self) -> bool:
         """Whether a loss needs n.lpips."""

@@ -104,6 +104,11 @@ class DMD2:
         return critic | student if self.dm_weight or self.gan_weight else student  # a warm-up needs no critic
 
     @property
+    def needs_images(self) -> bool:
+        """Whether texts alone are not enough."""
+        return bool(self.gan_weight) or not self.backward_simulation
+
+    @property
     def lpips(self) -> bool:
         """Whether a loss needs n.lpips."""
         return bool(self.regression_weight) and self.regression == "lpips"
@@ -151,7 +156,7 @@ class DMD2:
         t = self.random_times(n, k_t, batch, self.fake_range)
         loss, error = denoising(self.fake(n), x0, normal(k_eps, batch["index"], x0.shape[1:]), t, batch["text"])
         logs = {"denoising": loss, "eps_error": self.compared(n, t, error), **statistics("sample", x0)}
-        logs |= statistics("real", batch["x0"])
+        logs |= {} if "imageless" in batch else statistics("real", batch["x0"])
         if self.gan_weight:
             drawn, real = self.logits(n, x0, batch, k_fake), self.logits(n, batch["x0"], batch, k_real)
             gan = jax.nn.softplus(drawn).mean() + jax.nn.softplus(-real).mean()
