@@ -1,7 +1,8 @@
 """Methods, their ablations and undistilled baselines on the embedded data, several seeds each, as one table.
 
-    python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3        CoDi, super-resolution
-    python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3      DMD2, class-conditional
+    python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3       CoDi, super-resolution
+    python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3     DMD2, class-conditional
+    python benchmarks/compare.py d2g --workdir=runs/compare --steps=1500 --seeds=3      Diffusion2GAN, class-conditional
 
 Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. With --jobs, that many
 run at once, each on its share of the cores. Means over seeds, with the standard error over seeds (not over images).
@@ -28,11 +29,16 @@ class Study(NamedTuple):
     common: list[str]
     once: tuple[str, ...]  # rows that are the same for all variants: printed for the first
     columns: tuple[str, ...]
+    first: tuple[str, ...] = ()  # flags of a command that all of them need to have been run
 
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
 ONE, FOUR = "--config=configs/dmd2_emoji.py", "--config=configs/dmd2_emoji.py:four"
 NO_GAN = "--config.method.gan_weight=0."
+PAIRS = "--config=configs/d2g_emoji.py"
+PLAIN = "--config.method.augment=none"
+NO_R1, NO_MIX = "--config.method.r1=none", "--config.method.mix_share=0."
+ONE_MAP, BLIND = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
 PLACED, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling times
 STUDIES = {
     "sr": Study(
@@ -74,6 +80,26 @@ STUDIES = {
         once=("teacher, 50 steps",),
         columns=("KID-EffLite0@64", "Precision-EffLite0", "Recall-EffLite0", "KID-EffLite0@64 to the teacher",
                  "Precision-EffLite0 to the teacher", "Recall-EffLite0 to the teacher"),
+    ),
+    "d2g": Study(  # the paper's ablations of the regression loss and of the discriminator
+        variants={
+            "MSE": [PAIRS, NO_GAN, PLAIN, "--config.method.regression=l2"],
+            "pseudo-Huber": [PAIRS, NO_GAN, PLAIN, "--config.method.regression=pseudo_huber"],
+            "LPIPS": [PAIRS, NO_GAN, PLAIN],
+            "ensemble LPIPS": [PAIRS, NO_GAN],
+            "+ diffusion discriminator": [PAIRS, BLIND, NO_R1, ONE_MAP, NO_MIX],
+            "+ noise": [PAIRS, NO_R1, ONE_MAP, NO_MIX],
+            "+ R1": [PAIRS, ONE_MAP, NO_MIX],
+            "+ multi-scale": [PAIRS, NO_MIX],
+            "+ mix-and-match": [PAIRS],
+        },
+        looks={},
+        look={"": []},
+        common=[],
+        once=("teacher, 50 steps",),
+        columns=("KID-EffLite0@64", "Recall-EffLite0", "KID-EffLite0@64 to the teacher", "PSNR to the teacher",
+                 "LPIPS-VGG to the teacher"),
+        first=("--mode=pairs", PAIRS),
     ),
 }  # fmt: skip
 
@@ -120,6 +146,9 @@ def main():
     study, cores, available = STUDIES[args.study], queue.Queue(), sorted(os.sched_getaffinity(0))
     for job in range(args.jobs):
         cores.put(",".join(map(str, available[job :: args.jobs])))
+    if study.first:
+        pathlib.Path(args.workdir).mkdir(parents=True, exist_ok=True)
+        call(study.first, ",".join(map(str, available)), pathlib.Path(args.workdir) / "first")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that an interruption leaves it even
         runs = {
             (name, seed): pool.submit(run, study, name, seed, args, cores)
