@@ -61,8 +61,8 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
 
 
 def manifest_of(run, data_config: dict, weights: str, shape) -> dict:
-    """The manifest: all that the rows depend on."""
-    return {
+    """The manifest: all that the rows depend on, as JSON gives it back."""
+    manifest = {
         "format": odepairs.FORMAT,
         "made_by": f"cddistill {cddistill.__version__}, numpy {np.__version__}",
         "teacher": run.teacher,
@@ -79,6 +79,7 @@ def manifest_of(run, data_config: dict, weights: str, shape) -> dict:
         "x0": [*shape],
         "data": {name: x for name, x in data_config.items() if name not in ("pairs", "skip_bad")},
     }
+    return json.loads(json.dumps(manifest))
 
 
 def begin(folder: pathlib.Path, manifest: dict, null: dict) -> None:

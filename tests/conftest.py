@@ -21,3 +21,10 @@ def _cache(tmp_path_factory):
     """Programs compiled by one test serve the next."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have."""
+    yield
+    jax.clear_caches()

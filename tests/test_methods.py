@@ -17,9 +17,12 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=list(tiny.VARIANTS))
+@pytest.fixture(params=list(tiny.VARIANTS), scope="module")
 def name(request):
-    return request.param
+    """One variant after the other, so that the programs of only one are held."""
+    yield request.param
+    tiny.driver.cache_clear()
+    jax.clear_caches()
 
 
 def test_losses_are_finite_scalars(name):

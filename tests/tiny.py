@@ -31,7 +31,7 @@ VARIANTS = {
         times=(999, 499), ratio=1, student_lora="blocks", fake_lora="blocks", lora_rank=2, gan_features="teacher"
     ),
     "d2g": METHODS["diffusion2gan"](
-        regression="teacher", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
+        regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
     "codi_released": METHODS["codi"](
         ode="teacher",
