@@ -171,9 +171,15 @@ def line(study, label, runs, row):
     cells = [str(runs[0][row]["nfe"] or 0)]
     for metric in study.columns:
         values = [r[row]["metrics"][metric][0] for r in runs if metric in r[row]["metrics"]]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        cells.append(f"{statistics.mean(values):.4g} ± {error:.2g}" if values else "")
+        cells.append(spread(values) if values else "")
     print("|", " | ".join((label, *cells)), "|")
+
+
+def spread(values) -> str:
+    """Mean and standard error."""
+    values = [float(v) for v in values]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.4g} ± {error:.2g}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from compare import spread
 from matplotlib.figure import Figure
 
 from cddistill import config, data, evals, pairs
@@ -84,11 +85,8 @@ def train(contender: Contender, seed: int, args) -> list[Look]:
     parts = build(config.resolve(settings))
     turns, size, driver = parts.experiment.method.turns(), parts.experiment.run.batch_size, parts.driver()
     stream = data.batches(parts.experiment.data, batch_size=size, seed=seed, rows=parts.rows)
-    state, frozen, batch = (
-        driver.put_state(parts.init()),
-        driver.put_frozen(parts.frozen),
-        driver.put_batch(next(stream)),
-    )
+    state, frozen = driver.put_state(parts.init()), driver.put_frozen(parts.frozen)
+    batch = driver.put_batch(next(stream))
     forward = flops(jax.jit(lambda net, b: net(b["x0"], 500, b["text"]).x0), parts.frozen["teacher"], batch)
     look, looks, cost, number = looker(parts, contender.steps), [], {}, 0
     for share in args.looks:
@@ -168,8 +166,7 @@ def table(results, args) -> str:
             cells = [name, f"{statistics.mean(spent):.3g}", f"{1e3 * latency:.1f}"]
             for c in COLUMNS:
                 values = [at(looks, k, c, e) for looks, e in zip(by_seed, spent, strict=True)]
-                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-                cells.append(f"{statistics.mean(values):.3g} ± {error:.2g}")
+                cells.append(spread(values))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -9,12 +9,12 @@ noise, down LPIPS-VGG of it and a test image, plain and under an ensemble; the r
 """
 
 import argparse
-import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compare import spread
 from train_step import seconds
 
 from cddistill import augment, data, losses
@@ -96,13 +96,6 @@ def descend(metric, truth, policy, steps, rate=1e-2):
         return jax.lax.scan(step, (x, optimizer.init(x)), jnp.arange(steps))[0][0]
 
     return run(jax.random.normal(jax.random.key(0), truth.shape))
-
-
-def spread(values) -> str:
-    """Mean and standard error."""
-    values = [float(v) for v in values]
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4g} ± {error:.2g}"
 
 
 def main():

@@ -137,8 +137,9 @@ class Encoders:
 
 
 def half(arrays):
-    """Arrays in float16, but sizes in pixels."""
-    return {name: np.asarray(x, np.float32 if name == "time_ids" else np.float16) for name, x in arrays.items()}
+    """Floats in float16, but sizes in pixels in float32."""
+    kinds = {name: np.float32 if name.endswith("time_ids") else np.float16 for name in arrays}
+    return {n: x if np.issubdtype(x.dtype, np.integer) else np.asarray(x, kinds[n]) for n, x in arrays.items()}
 
 
 def named(text: dict) -> dict:

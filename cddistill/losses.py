@@ -3,10 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from cddistill.models.latent_lpips import unit
+
+
+def mean(a):
+    """Mean of each sample."""
+    return a.mean(tuple(range(1, a.ndim)))
+
 
 def mse(a, b):
     """Mean squared error of each sample."""
-    return ((a - b) ** 2).mean(tuple(range(1, a.ndim)))
+    return mean((a - b) ** 2)
 
 
 def norm(a):
@@ -23,8 +30,7 @@ def pseudo_huber(a, b, c: float = 1e-3):
 def direction(a, b):
     """Squared distance of unit vectors [b, h, w, c] at each pixel, 2 - 2 cos, on average over pixels: LPIPS's formula
     (Zhang et al. 2018, eq. 1) with all channels alike."""
-    a, b = (x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-8) for x in (a, b))
-    return ((a - b) ** 2).sum(-1).mean((1, 2))
+    return ((unit(a) - unit(b)) ** 2).sum(-1).mean((1, 2))
 
 
 def min_snr(alpha, sigma, gamma: float):
@@ -40,7 +46,7 @@ def gan(logits, real: bool):
     generator's, which does not saturate, gan(of samples, True) (Goodfellow et al. 2014, sec. 3). That all maps weigh
     the same is ours: Diffusion2GAN (Kang et al. 2024, arXiv:2405.05967) does not say.
     """
-    return sum(per_sample(jax.nn.softplus(-x if real else x)) for x in logits) / len(logits)
+    return sum(mean(jax.nn.softplus(-x if real else x)) for x in logits) / len(logits)
 
 
 def r1(score, x):
@@ -49,7 +55,7 @@ def r1(score, x):
     score(x) is [b], or a tuple of maps of logits: then the sum over maps of their means over pixels. What it gives a
     sample must depend on that sample alone.
     """
-    slope = jax.grad(lambda x: sum(per_sample(y).sum() for y in jax.tree.leaves(score(x))))(x)
+    slope = jax.grad(lambda x: sum(mean(y).sum() for y in jax.tree.leaves(score(x))))(x)
     return (slope**2).sum(tuple(range(1, x.ndim)))
 
 
@@ -60,12 +66,7 @@ def approximate_r1(score, x, noise):
     its expectation is sigma^2 |d l / dx|^2, the mean over all logits l.
     """
     changes = jax.tree.leaves(jax.tree.map(jnp.subtract, score(x + noise), score(x)))
-    return sum(per_sample(change**2) for change in changes) / len(changes)
-
-
-def per_sample(a):
-    """Mean of each sample."""
-    return a.mean(tuple(range(1, a.ndim)))
+    return sum(mean(change**2) for change in changes) / len(changes)
 
 
 DISTANCES = {"l2": mse, "pseudo_huber": pseudo_huber}

@@ -23,6 +23,7 @@ from cddistill.checkpoint import flatten
 from cddistill.config import Experiment
 from cddistill.data import odepairs
 from cddistill.data.loader import stack
+from cddistill.encode import half
 from cddistill.evals import grids
 
 
@@ -110,15 +111,13 @@ def row(dataset, seed: int, i: int) -> dict:
     return texts | {"noise": odepairs.noise(seed, i, item["x0"].shape)}
 
 
-def half(arrays: dict) -> dict:
-    """Floats in float16, but sizes in pixels in float32."""
-    kinds = {name: np.float32 if name.endswith("time_ids") else np.float16 for name in arrays}
-    return {n: x if np.issubdtype(x.dtype, np.integer) else np.asarray(x, kinds[n]) for n, x in arrays.items()}
-
-
 def drawer(run, teacher, size: int):
     """draw(rows) -> their x0 in float16, of up to `size` rows at a time, split over this host's devices."""
-    mesh, method, steps = sharding.local_mesh(), as_method(run, teacher.schedule), run.teacher_steps[-1]
+    mesh, method, steps = (
+        sharding.make_mesh(devices=jax.local_devices()),
+        as_method(run, teacher.schedule),
+        run.teacher_steps[-1],
+    )
     teacher = jax.device_put(teacher, sharding.replicated(mesh))
 
     def integrate(teacher, batch):

@@ -29,20 +29,15 @@ def is_host0() -> bool:
     return jax.process_index() == 0
 
 
-def local_mesh() -> Mesh:
-    """A mesh of this host's devices, for what every host does by itself."""
-    devices, kinds = jax.local_devices(), (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((len(devices), 1), ("data", "fsdp"), devices=devices, axis_types=kinds)
-
-
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """A ("data", "fsdp") mesh of all devices: batches are split over both axes, weights over "fsdp" only; -1 = all
-    devices."""
-    devices = jax.device_count()
-    fsdp = devices if fsdp == -1 else fsdp
-    if devices % fsdp:
-        raise ValueError(f"fsdp={fsdp} does not divide the {devices} devices of this run")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """A ("data", "fsdp") mesh of all devices, or of those given: batches are split over both axes, weights over "fsdp"
+    only; -1 = all of them."""
+    total = len(devices or jax.devices())
+    fsdp = total if fsdp == -1 else fsdp
+    if total % fsdp:
+        raise ValueError(f"fsdp={fsdp} does not divide the {total} devices of this run")
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((total // fsdp, fsdp), ("data", "fsdp"), devices=devices, axis_types=kinds)
 
 
 def local_rows(batch_size: int, accumulate: int = 1) -> slice:

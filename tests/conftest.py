@@ -23,6 +23,14 @@ def _cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A class-conditional teacher's folder, which no test writes to."""
+    import tiny  # not above: it imports the package, which jaxtyping wants to be the first to do
+
+    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs():
     """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have."""

@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import checkpoint, config, data, health, models, train
-from cddistill.build import build
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
+from cddistill import config, data, health, models, train
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +37,6 @@ def run(teacher, pairs, tmp_path_factory):
     return workdir
 
 
-def newest(workdir, experiment_settings):
-    parts = build(config.resolve(experiment_settings))
-    return checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(parts.abstract)
-
-
 def test_a_run_leaves_what_scripts_rely_on(run):
     first, *rest = health.read(run / "metrics.jsonl")
     assert not any(name.startswith("critic/") for name in first)  # the warm-up
@@ -65,7 +54,7 @@ def test_going_on_is_as_if_never_stopped(run, teacher, pairs, tmp_path):
     """Across the end of the warm-up: bit for bit the run of six steps."""
     train.train(settings(teacher, pairs, steps=1, report=False), tmp_path)
     train.train(settings(teacher, pairs, report=False), tmp_path)
-    for a, b in zip(*(jax.tree.leaves(newest(w, settings(teacher, pairs))) for w in (run, tmp_path)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher, pairs))) for w in (run, tmp_path)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -74,7 +63,7 @@ def test_the_student_leaves_as_a_folder(run, teacher, pairs, tmp_path, capsys):
     assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999])
-    student = newest(run, settings(teacher, pairs)).ema["student"]
+    student = tiny.newest(run, settings(teacher, pairs)).ema["student"]
     for a, b in zip(*map(jax.tree.leaves, (models.load(tmp_path / "out").params, student.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 

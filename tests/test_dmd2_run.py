@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import checkpoint, config, models, sampling, train
+from cddistill import config, models, sampling, train
 from cddistill.build import build
 from cddistill.method import normal
 from cddistill.models import lora
 from cddistill.models.schedulers import read_sampling
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
 
 
 def settings(teacher, method=(), **changes):
@@ -43,11 +38,6 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def newest(workdir, experiment_settings):
-    parts = build(config.resolve(experiment_settings))
-    return checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(parts.abstract)
-
-
 def test_a_run_leaves_what_scripts_rely_on(run):
     logged = {name for record in records(run) for name in record}
     for name in ("critic/denoising", "critic/eps_error", "critic/real_accuracy", "critic/sample_mean", "critic/moved",
@@ -65,7 +55,7 @@ def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
     """Both optimisers, both time scales: bit for bit the run of six steps."""
     train.train(settings(teacher, steps=3, report=False), tmp_path)
     train.train(settings(teacher, report=False), tmp_path)
-    for a, b in zip(*(jax.tree.leaves(newest(w, settings(teacher))) for w in (run, tmp_path)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher))) for w in (run, tmp_path)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -75,7 +65,7 @@ def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999, 499])
     assert "guidance_scale=1.0" in (tmp_path / "out" / "README.md").read_text()
-    student = newest(run, settings(teacher)).ema["student"]
+    student = tiny.newest(run, settings(teacher)).ema["student"]
     for a, b in zip(*map(jax.tree.leaves, (models.load(tmp_path / "out").params, student.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
@@ -85,7 +75,7 @@ def test_what_is_exported_samples_alike(run, teacher, tmp_path):
     train.export_run(settings(teacher), run, str(tmp_path / "out"))
     how = read_sampling(tmp_path / "out" / "scheduler" / "scheduler_config.json")
     parts = build(config.resolve(settings(teacher)))
-    student, method = newest(run, settings(teacher)).ema["student"], parts.experiment.method
+    student, method = tiny.newest(run, settings(teacher)).ema["student"], parts.experiment.method
     batch, noise, key = tiny.make_batch(size=4), tiny.randn(0, 4, 8, 8, 3), jax.random.key(3)
     fresh = lambda i: normal(jax.random.fold_in(key, i), batch["index"], (8, 8, 3))
     n = SimpleNamespace(teacher=parts.frozen["teacher"], student_ema=student)
@@ -109,7 +99,7 @@ def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
     c = settings(teacher, method, steps=2, report=False)
     train.train(c, tmp_path / "run")
     train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
-    student = newest(tmp_path / "run", c).ema["student"]
+    student = tiny.newest(tmp_path / "run", c).ema["student"]
     assert isinstance(student.apply, lora.Update)
     merged = jax.tree.leaves(student(models.load(teacher).params))
     for a, b in zip(jax.tree.leaves(models.load(tmp_path / "out").params), merged, strict=True):
@@ -138,13 +128,13 @@ def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
     train.train(warm, tmp_path / "warm")
     losses = [r["student/regression"] for r in records(tmp_path / "warm") if "student/regression" in r]
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
-    state = newest(tmp_path / "warm", warm)
+    state = tiny.newest(tmp_path / "warm", warm)
     assert {*state.nets} == {"student"}
     second = settings(teacher, steps=2, report=False, start_from=str(tmp_path / "warm"))
     second.optim.lr = 0.0
     train.train(second, tmp_path / "second")
     for part in ("nets", "ema"):
-        got = getattr(newest(tmp_path / "second", second), part)["student"]
+        got = getattr(tiny.newest(tmp_path / "second", second), part)["student"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, state.nets["student"])
     second.start_from = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no run"):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from cddistill.step import active
+
 KEY = jax.random.key(0)
 LAYOUTS = {
     "jit over 8": dict(devices=8),
@@ -29,7 +31,7 @@ def test_losses_are_finite_scalars(name):
     _, turns, _ = tiny.parts(name)
     for turn in turns.values():
         n = vars(tiny.namespace(name))
-        play = n.pop("play")
+        play = active(turns, 0)
         loss, logs = jax.jit(lambda n, b, t=turn, play=play: t.loss(SimpleNamespace(play=play, **n), b, KEY))(
             n, tiny.make_batch()
         )
@@ -77,14 +79,13 @@ def test_samples_follow_their_number_not_their_place(name):
     """The same sample drawn in a batch of 16, alone, or in reverse order is the same image (I21)."""
     method, n = tiny.parts(name)[0], tiny.namespace(name)
     batch, noise, steps = tiny.make_batch(), tiny.randn(0, 16, 8, 8, 3), 1 if name == "d2g" else 2
-    n = {k: v for k, v in vars(n).items() if k != "play"}
     draw = jax.jit(lambda n, noise, b: method.sample(SimpleNamespace(**n), noise, b, KEY, steps))
-    whole = draw(n, noise, batch)
+    whole = draw(vars(n), noise, batch)
     assert whole.shape == noise.shape
     assert whole.dtype == jnp.float32
-    alone = draw(n, noise[5:6], jax.tree.map(lambda x: x[5:6], batch))
+    alone = draw(vars(n), noise[5:6], jax.tree.map(lambda x: x[5:6], batch))
     np.testing.assert_allclose(whole[5:6], alone, atol=1e-5)
-    again = draw(n, noise[::-1], jax.tree.map(lambda x: x[::-1], batch))
+    again = draw(vars(n), noise[::-1], jax.tree.map(lambda x: x[::-1], batch))
     np.testing.assert_allclose(whole[::-1], again, atol=1e-5)
 
 

@@ -27,11 +27,6 @@ from cddistill.net import Denoiser
 SHARDS = [f"{k:08}.safetensors" for k in range(3)]  # of 8, 8 and 4 rows
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
-
-
 def settings(teacher, **changes):
     c = config.defaults("dmd2")
     c.update(teacher=str(teacher), batch_size=8, teacher_steps=(5, 3), teacher_guidance=1.5, pairs=20, pairs_shard=8)

@@ -11,18 +11,12 @@ import time
 import jax
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from cddistill import checkpoint, config, models, train
 from cddistill.build import build
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
 
 
 def settings(teacher, **changes):

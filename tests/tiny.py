@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cddistill import models, sharding
+from cddistill import build, checkpoint, config, models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.models.schedulers import write_scheduler
@@ -127,13 +127,13 @@ def run(name, steps=3, state=None, first=0, **layout):
 def namespace(name, state=None):
     """n for calling a loss by hand."""
     state = state or start(name)
-    return types.SimpleNamespace(
-        step=0,
-        play=active(VARIANTS[name].turns(), 0),
-        **frozen(),
-        **state.nets,
-        **{f"{k}_ema": v for k, v in state.ema.items()},
-    )
+    return types.SimpleNamespace(step=0, **frozen(), **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
+
+
+def newest(workdir, experiment_settings):
+    """The weights of a run's newest checkpoint."""
+    parts = build.build(config.resolve(experiment_settings))
+    return checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(parts.abstract)
 
 
 def randn(seed, *shape):

@@ -114,7 +114,7 @@ class Diffusion2GAN:
 
     def student_loss(self, n, batch, key):
         """What the teacher makes of the same noise, and a discriminator that knows the noise too (D2, D6, D7)."""
-        z, x, text = self.pair(batch)
+        z, x, text = self.pair(batch["pairs"])
         drawn, loss, logs = self.generate(n.student, z, text), 0.0, {}
         if self.regression_weight:
             keys = per_sample(key, batch["index"])
@@ -128,7 +128,7 @@ class Diffusion2GAN:
     def critic_loss(self, n, batch, key):
         """Real against drawn and mixed (D8), and now and then the gradient penalty (D9)."""
         k_mix, k_r1 = jax.random.split(key)
-        z, x, text = self.pair(batch)
+        z, x, text = self.pair(batch["pairs"])
         drawn = jax.lax.stop_gradient(self.generate(n.student, z, text))
         real, wrong = self.logits(n, x, z, text), self.logits(n, *self.mixed(batch, drawn, k_mix))
         loss = (losses.gan(real, real=True) + losses.gan(wrong, real=False)).mean()
@@ -141,9 +141,8 @@ class Diffusion2GAN:
 
     # ---- their parts
 
-    def pair(self, batch):
+    def pair(self, pairs):
         """Unit noise, what the teacher's ODE made of it, and its text."""
-        pairs = batch["pairs"]
         return pairs["noise"], pairs["x0"], pairs["text"]
 
     def generate(self, student: Denoiser, z, text):
@@ -175,10 +174,10 @@ class Diffusion2GAN:
     def mixed(self, batch, drawn, key):
         """(images, noise, text) that are not to be believed: drawn ones, and real ones beside what is not theirs."""
         k_mix, k_what = jax.random.split(key)
-        (z, x, text), index = self.pair(batch), batch["index"]
+        (z, x, text), index = self.pair(batch["pairs"]), batch["index"]
         mix = uniform(k_mix, index) < self.mix_share
         what = jnp.floor(3.0 * uniform(k_what, index)) if self.mix == "each" else jnp.zeros(len(index))
-        z_other, x_other, text_other = self.pair({"pairs": batch["others"]})
+        z_other, x_other, text_other = self.pair(batch["others"])
 
         def swapped(ours, others, part):
             return jax.tree.map(lambda a, b: jnp.where(like(mix & (what == part), a), b, a), ours, others)

@@ -83,7 +83,7 @@ class LatentLPIPS:
             for _ in convs:
                 x = self._layer(x, *next(layers))
             before, x = x, max_pool(x, 2) if stage in self.pools else x
-            taps.append(_unit(x if self.pooled else before))
+            taps.append(unit(x if self.pooled else before))
         return taps
 
     def _layer(self, x, kernel, bias, *norm):
@@ -93,7 +93,8 @@ class LatentLPIPS:
         return jax.nn.relu(x)
 
 
-def _unit(x):
+def unit(x):
+    """Vectors on the last axis scaled to unit length, float32."""
     x = x.astype(jnp.float32)
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-8)  # inside the root: the gradient is finite at 0
 
