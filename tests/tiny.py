@@ -76,7 +76,7 @@ def jitter(state, scale=0.1):
     """A state whose nets have left their special starting point (zero convolutions, averages equal to weights)."""
     leaves, tree = jax.tree.flatten(state.nets)
     rng = np.random.default_rng(1)
-    leaves = [x + scale * rng.normal(size=x.shape).astype("f") / np.sqrt(max(x.size, 1) ** 0.5) for x in leaves]
+    leaves = [(x + scale * rng.normal(size=x.shape) / max(x.size, 1) ** 0.25).astype("f") for x in leaves]
     return state.replace(nets=jax.tree.unflatten(tree, leaves))
 
 

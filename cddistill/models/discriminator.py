@@ -17,7 +17,7 @@ class FeatureHead(nn.Module):
     """DMD2's classifier of bottleneck features (Yin et al. 2024, sec. 4.3): 4x4 convolutions down to one logit.
 
     Strides of 2 until the map is smaller than 8, then one of 4 without padding, each behind it a GroupNorm of 32 groups
-    (of as many as divide the width) and SiLU, and a 1x1 convolution. Computed in float32, as the published code does.
+    (fewer in small networks, see `groups`) and SiLU, and a 1x1 convolution. Computed in float32, as published.
     """
 
     dtype: Any = jnp.float32
@@ -35,8 +35,13 @@ class FeatureHead(nn.Module):
         for i in range(halvings + 1):
             stride, padding = (2, 1) if i < halvings else (4, 0)
             h = nn.Conv(c, (4, 4), (stride, stride), padding, dtype=self.dtype, name=f"conv_{i}")(h)
-            h = nn.silu(GroupNorm(math.gcd(32, c), 1e-5, self.dtype, name=f"norm_{i}")(h))
+            h = nn.silu(GroupNorm(groups(c), 1e-5, self.dtype, name=f"norm_{i}")(h))
         return nn.Conv(1, (1, 1), dtype=self.dtype, name="conv_out")(h).mean((1, 2, 3))
+
+
+def groups(channels: int) -> int:
+    """At most 32, of at least four channels each: a norm of one number undoes whatever is before it."""
+    return math.gcd(32, max(channels // 4, 1))
 
 
 @dataclasses.dataclass(frozen=True)

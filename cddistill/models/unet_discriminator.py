@@ -10,7 +10,6 @@ So at first all features are the teacher's on (x, t, text). The paper shows this
 has no numbers: what the heads look like, the filter that resizes x and all sizes of kernels are ours.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill.models.blocks import GroupNorm, conv
+from cddistill.models.discriminator import groups
 from cddistill.models.edm import DhariwalUNet, SongUNet
 from cddistill.models.init import draw_jax, weight_shapes
 from cddistill.models.unet import Apply, UNet2DConditionModel
@@ -37,8 +37,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, h):
         c = h.shape[-1]
-        groups = math.gcd(32, max(c // 4, 1))  # of at least four channels: of one, it would undo every bias before it
-        h = nn.silu(GroupNorm(groups, 1e-5, self.dtype, name="norm")(h))
+        h = nn.silu(GroupNorm(groups(c), 1e-5, self.dtype, name="norm")(h))
         h = nn.silu(conv(min(c, HEAD_WIDTH), 3, self.dtype, "conv")(h))
         return conv(1, 1, jnp.float32, "conv_out")(h)
 
