@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "cddistill/__init__.py").r
 
 CORE = [
     "absl-py>=2.3.1",
-    "clu==0.0.12",  # clu.metrics and clu.parameter_overview, which need no TensorFlow; its writers do (extra clu-tf)
+    "clu==0.0.12",  # clu.metrics, which needs no TensorFlow; its writers do (extra clu-tf)
     "etils[epath]>=1.9",
     "flatbuffers>=25",  # jax.export serialises with it but does not depend on it
     "flax>=0.12.8,<0.13",

@@ -12,7 +12,7 @@ import numpy as np
 from cddistill import data, models, sharding
 from cddistill.config import Experiment
 from cddistill.data import odepairs
-from cddistill.method import normal
+from cddistill.method import Generator, normal
 from cddistill.methods import METHODS
 from cddistill.models import adapter, latent_lpips, lora, lpips
 from cddistill.models.fingerprint import fingerprint
@@ -55,13 +55,8 @@ def build(experiment: Experiment) -> Parts:
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
     ours = options(run) | {"place": functools.partial(place, mesh)}
-    frozen = {"teacher": load_teacher(run, place=ours["place"])}
-    if experiment.data.pairs:
-        check_pairs(experiment, weights_of(run, frozen["teacher"]))
-    frozen["teacher"] = with_lora(run, frozen["teacher"])
+    frozen = load_denoisers(experiment, ours) if isinstance(method, Generator) else {}
     frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
-    if run.controlnet:
-        frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
     if getattr(method, "lpips", False):
         frozen["lpips"] = lpips.load("vgg")
     if file := getattr(method, "latent_lpips", None):
@@ -72,10 +67,12 @@ def build(experiment: Experiment) -> Parts:
             "this method as it is set needs real images, and the data are texts alone: encode images with them, or for "
             "dmd2 set method.gan_weight=0 (and keep backward_simulation)"
         )
-    check_shapes(frozen["teacher"], batch_shapes(experiment))
-    as_method(run, frozen["teacher"].schedule)
-    for steps in run.sample_steps:
-        method.sampling(frozen["teacher"].schedule, steps)  # says so if the student cannot be sampled in so many
+    if isinstance(method, Generator):
+        check_shapes(frozen["teacher"], batch_shapes(experiment))
+        as_method(run, frozen["teacher"].schedule)
+        for steps in run.sample_steps:
+            method.sampling(frozen["teacher"].schedule, steps)  # says so if the student cannot be sampled in so many
+    check_labels(experiment.data, getattr(method, "labels", 0))
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
@@ -90,6 +87,18 @@ def place(mesh, path, x):
 def options(run) -> dict[str, Any]:
     """What a run says about the arithmetic of every network that it loads."""
     return {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash}
+
+
+def load_denoisers(experiment: Experiment, ours) -> dict[str, Any]:
+    """The teacher with the run's LoRA and, if there is one, its ControlNet."""
+    run = experiment.run
+    teacher = load_teacher(run, place=ours["place"])
+    if experiment.data.pairs:
+        check_pairs(experiment, weights_of(run, teacher))
+    frozen = {"teacher": with_lora(run, teacher)}
+    if run.controlnet:
+        frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
+    return frozen
 
 
 def load_teacher(run, place=None):
@@ -199,6 +208,18 @@ def check_shapes(teacher, batch):
     jax.eval_shape(lambda n, x0, *given: n(x0, jnp.zeros(1, jnp.int32), *given), teacher, x0, *given)
 
 
+def check_labels(config, classes: int):
+    """ValueError if a method learns so many classes and the data has others, or images that have none."""
+    if not classes:
+        return
+    text = first_rows(config)["text"]
+    if "class_labels" not in text or (text["class_labels"] == config.num_classes).any():
+        data_set = f"data.source={config.source} {config.path}".strip()
+        raise ValueError(f"this method learns labels, and there are images in {data_set} that have none")
+    if classes != config.num_classes:
+        raise ValueError(f"method.classes is {classes}, and data.num_classes {config.num_classes}: set both alike")
+
+
 def decoder(parts: Parts):
     """decode(x0) -> images [n, h, w, c] in [0, 1], numpy, of pixels or latents x0."""
     images, autoencoder = jax.jit(Autoencoder.images), parts.frozen["autoencoder"]
@@ -218,10 +239,7 @@ def arrays(examples):
 
 def sampler(parts: Parts):
     """sample(nets, batch, steps, seed) -> images [n, h, w, c] in [0, 1], numpy; `nets` is a state or anything with
-    nets, ema.
-
-    Rows are padded to a whole number of batches, so one program serves any n; noise follows batch["index"].
-    """
+    nets, ema. Noise follows batch["index"]."""
     method, mesh = parts.experiment.method, parts.mesh
 
     @functools.partial(jax.jit, static_argnums=4, out_shardings=sharding.replicated(mesh))
@@ -234,16 +252,36 @@ def sampler(parts: Parts):
         return n.autoencoder.images(x0)
 
     def sample(state, batch, steps, seed=0, chunk=64):
-        total = len(batch["index"])
-        chunk = -(-min(chunk, total) // mesh.size) * mesh.size
-        images = []
-        for start in range(0, total, chunk):
-            part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
-            rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
-            images.append(np.asarray(draw(state.nets, state.ema, parts.frozen, rows, steps, seed)))
-        return np.concatenate(images)[:total]
+        return by_chunks(mesh, lambda rows: draw(state.nets, state.ema, parts.frozen, rows, steps, seed), batch, chunk)
 
     return sample
+
+
+def scorer(parts: Parts):
+    """score(state, batch, seed) -> {name: [n] numbers, one per image} of a method that trains a metric."""
+    method, mesh = parts.experiment.method, parts.mesh
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.inside, mesh)
+    def compare(nets, frozen, batch, seed):
+        return method.scores(namespace(SimpleNamespace(step=0, ema={}), frozen, nets), batch, jax.random.key(seed))
+
+    def score(state, batch, seed=0, chunk=64):
+        return by_chunks(mesh, lambda rows: compare(state.nets, parts.frozen, rows, seed), batch, chunk)
+
+    return score
+
+
+def by_chunks(mesh, f, batch, chunk: int):
+    """f of all rows of a batch, numpy, so many at a time; padded, so that one program serves any number of rows."""
+    total = len(batch["index"])
+    chunk = -(-min(chunk, total) // mesh.size) * mesh.size
+    made = []
+    for start in range(0, total, chunk):
+        part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
+        rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
+        made.append(jax.tree.map(np.asarray, f(rows)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *made)
 
 
 def pad(x, n):

@@ -1,5 +1,5 @@
 """Looking at a student: sample grids while it trains, the comparison with its baselines, the report, and single
-pictures."""
+pictures; and at a metric: how often it is right."""
 
 import importlib.metadata
 import json
@@ -12,11 +12,19 @@ import numpy as np
 
 import cddistill
 from cddistill import data, evals, health, models, sharding
-from cddistill.build import Parts, arrays, as_method, decoder, sampler
+from cddistill.build import Parts, arrays, as_method, decoder, sampler, scorer
 from cddistill.data import images, tasks
 from cddistill.evals import grids, pairs
+from cddistill.method import Generator
 from cddistill.methods import METHODS
 from cddistill.step import TrainState
+
+DRAWS = 8  # of the random part of a metric's test, for each image
+
+
+def preview(parts: Parts):
+    """What is looked at now and then while training, see Preview and Validation."""
+    return Preview(parts) if isinstance(parts.experiment.method, Generator) else Validation(parts)
 
 
 class Preview:
@@ -47,6 +55,23 @@ class Preview:
         return scores
 
 
+class Validation:
+    """The scores of a metric on fixed validation images, now and then while training."""
+
+    def __init__(self, parts: Parts, n: int = 256):
+        self.parts, self.n, self.batch, self.score = parts, n, None, scorer(parts)
+
+    def __call__(self, state, step: int, workdir: pathlib.Path, writer) -> dict[str, float]:
+        """The mean of each score."""
+        if self.batch is None:
+            self.batch = arrays(data.examples(self.parts.experiment.data, "validation", self.n))
+        each = self.score(state, self.batch, self.parts.experiment.run.seed)
+        scores = {f"val/{name}": float(x.mean()) for name, x in each.items()}
+        if sharding.is_host0():
+            writer.write_scalars(step, scores)
+        return scores
+
+
 def diversity(a, b) -> float:
     """How much images [n, ...] change with the noise: the spread between two draws over that of all images, squared;
     0 if noise makes no difference, at most about 1."""
@@ -56,11 +81,35 @@ def diversity(a, b) -> float:
 def report(
     parts: Parts, state: TrainState, workdir: pathlib.Path, timings: dict[str, float], config: dict
 ) -> list[evals.Row]:
-    """Score the student and what it is compared with on the test split, print the table and write report.html."""
-    run, began = parts.experiment.run, time.monotonic()
-    examples = data.examples(parts.experiment.data, "test", run.eval_images)
-    batch, truth = arrays(examples), None if "imageless" in examples else decoder(parts)(examples["x0"])
-    paired = "cond" in batch
+    """Score what was trained on the test split, print the table, write scores.json and report.html."""
+    began, examples = time.monotonic(), data.examples(parts.experiment.data, "test", parts.experiment.run.eval_images)
+    score = compare if isinstance(parts.experiment.method, Generator) else measure
+    rows, figures = score(parts, state, examples, timings)
+    if not sharding.is_host0():
+        return []
+    timings |= {"evaluation, s": time.monotonic() - began}
+    print(evals.markdown(rows), flush=True)
+    scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
+    grids.replace(workdir / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
+    evals.write_report(
+        workdir / "report.html",
+        title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
+        grids=figures,
+        rows=rows,
+        metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
+        config=config,
+        timings=timings,
+        versions=versions(),
+        notes=[*notes(parts), *health_of(workdir)],
+    )
+    print(f"report: {workdir / 'report.html'}", flush=True)
+    return rows
+
+
+def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
+    """(rows, figures) of the student and what it is compared with; none but on host 0."""
+    run, batch = parts.experiment.run, arrays(examples)
+    truth, paired = None if "imageless" in examples else decoder(parts)(examples["x0"]), "cond" in batch
     sets, nfe = {}, {}
     if paired and parts.experiment.data.task == "sr":
         sets["bicubic"] = np.asarray(batch["cond"])
@@ -75,32 +124,22 @@ def report(
         nfe[label] = its_parts.experiment.method.nfe(steps)
         timings |= {f"sampling: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
-        return []
+        return [], []
     best = label_of("teacher", max(run.teacher_steps)) if run.teacher_steps and not paired else ""
     rows = evals.evaluate(sets, truth, nfe=nfe, paired=paired, teacher=best)
-    timings |= {"evaluation, s": time.monotonic() - began}
-    print(evals.markdown(rows), flush=True)
-    scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
-    grids.replace(workdir / "scores.json", (json.dumps(scores, indent=2) + "\n").encode())
     shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
-    evals.write_report(
-        workdir / "report.html",
-        title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
-        grids=[
-            (
-                f"The first of the test split, never seen in training ({len(batch['index'])} in all).",
-                grids.side_by_side(shown),
-            )
-        ],
-        rows=rows,
-        metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
-        config=config,
-        timings=timings,
-        versions=versions(),
-        notes=[*notes(parts), *health_of(workdir)],
-    )
-    print(f"report: {workdir / 'report.html'}", flush=True)
-    return rows
+    caption = f"The first of the test split, never seen in training ({len(batch['index'])} in all)."
+    return rows, [(caption, grids.side_by_side(shown))]
+
+
+def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
+    """(rows, figures) of a metric, which has none of these: the mean over images of what a few draws say on average."""
+    score, batch, seed = scorer(parts), arrays(examples), parts.experiment.run.seed
+    draws = [score(state, batch, seed + i) for i in range(DRAWS)]
+    each = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *draws)
+    n = len(batch["index"])
+    means = {name: (x.mean(), x.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, x in each.items()}
+    return [evals.Row("metric", means, n)], []
 
 
 def label_of(name: str, steps: int) -> str:
@@ -137,6 +176,8 @@ def load_baseline(parts: Parts):
 def notes(parts: Parts) -> list[str]:
     """What a reader of the report must know to judge it."""
     run = parts.experiment.run
+    if not isinstance(parts.experiment.method, Generator):
+        return [f"What is random follows seed {run.seed}; error bars are over images, not over training seeds."]
     lines = [
         f"All rows start from the same noise (seed {run.seed}); error bars are over images, not over training seeds."
     ]
@@ -186,6 +227,8 @@ def sample(parts: Parts, state: TrainState, source: str | None, output: str, ste
     """Draw pictures with a trained student: one for each picture in `source` (its condition), or a sheet without
     one."""
     config, run = parts.experiment.data, parts.experiment.run
+    if not isinstance(parts.experiment.method, Generator):
+        raise ValueError("this method trains a metric and draws nothing: use --mode=evaluate or --mode=export")
     steps = steps or max(run.sample_steps)
     examples = arrays(data.examples(config, "validation", 64 if source is None else 1))
     if source is None and "cond" in examples:

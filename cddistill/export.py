@@ -1,4 +1,4 @@
-"""A trained student for other programs: a diffusers pipeline folder, StableHLO, or ONNX."""
+"""A trained student for other programs: a diffusers pipeline folder, StableHLO, or ONNX; a metric, for other runs."""
 
 import functools
 import importlib.util
@@ -15,8 +15,8 @@ from cddistill import data, models
 from cddistill.build import Parts, arrays, options, sampler
 from cddistill.diffusion import DDPM
 from cddistill.evals import grids
-from cddistill.method import fresh
-from cddistill.models import lora, schedulers
+from cddistill.method import Generator, fresh
+from cddistill.models import latent_lpips, lora, schedulers
 from cddistill.step import TrainState, namespace
 
 ROLES = {"backbone": "unet", "student": "unet", "branch": "controlnet"}  # net -> its folder in a pipeline
@@ -55,8 +55,8 @@ HERE_ONLY = "No scheduler of diffusers samples this student; cddistill does, in 
 def export(parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None) -> str:
     """Write the averaged student to `output` and check it; returns what was found, in a sentence.
 
-    `output` is a folder (diffusers), or a file *.stablehlo or *.onnx. Raises ValueError, before
-    anything is written, for a student that the form cannot hold and in a run of several hosts.
+    `output` is a folder (diffusers), or a file *.stablehlo or *.onnx; of a metric, a file *.safetensors. Raises
+    ValueError, before anything is written, for what the form cannot hold and in a run of several hosts.
     """
     if jax.process_count() > 1:
         raise ValueError(
@@ -64,6 +64,8 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
             "JAX_PLATFORMS=cpu); checkpoints are restored onto any number of devices"
         )
     path = pathlib.Path(output)
+    if isinstance(parts.experiment.method, Generator) == (path.suffix == ".safetensors"):
+        raise ValueError(f"--output={output}: a metric leaves as *.safetensors, a student in any other form")
     if path.suffix in FILES:
         return FILES[path.suffix](parts, state, path)
     return pipeline(parts, state, path, config, scores or {})
@@ -250,7 +252,15 @@ def onnx(parts: Parts, state: TrainState, path: pathlib.Path) -> str:
     return f"onnxruntime's image differs by at most {error:.2g} of 1 (keep {path.name}.data beside it if there is one)"
 
 
-FILES = {".stablehlo": stablehlo, ".onnx": onnx}  # all but these are folders
+def metric(parts: Parts, state: TrainState, path: pathlib.Path) -> str:
+    """A metric as one file, which method.metric of Diffusion2GAN takes."""
+    net = jax.device_get(parts.experiment.method.metric(SimpleNamespace(**state.nets)))
+    back = latent_lpips.load(latent_lpips.save(net, path))
+    same = jax.tree.all(jax.tree.map(np.array_equal, back.params, net.params))
+    return f"LatentLPIPS of the family {back.apply.family}, read back, {'the same' if same else 'NOT the same'} weights"
+
+
+FILES = {".stablehlo": stablehlo, ".onnx": onnx, ".safetensors": metric}  # all but these are folders
 
 
 def drawing(parts: Parts, state: TrainState, decode: bool = True):

@@ -30,8 +30,8 @@ INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pi
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "sample: the picture; export: the folder, *.stablehlo or *.onnx; encode, pairs: the folder, for pairs by default "
-    "config.data.pairs.",
+    "sample: the picture; export: the folder, *.stablehlo or *.onnx, of a metric *.safetensors; encode, pairs: the "
+    "folder, for pairs by default config.data.pairs.",
 )
 
 

@@ -1,4 +1,4 @@
-"""What a distillation method is: the nets it trains, the turns it plays, and how its student samples."""
+"""What a method is: the nets it trains, the turns it plays, and what they are for in the end: to draw or to compare."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,7 +29,8 @@ class Turn(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """The whole interface between a method's file and the rest of the package."""
+    """What every method has. With what a Generator or a Metric adds, it is the whole interface between a method's file
+    and the rest of the package."""
 
     def init(self, key: jax.Array, frozen: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
         """The trained nets at step 0, usually copies of frozen["teacher"]; batch shows shapes only."""
@@ -39,6 +40,11 @@ class Method(Protocol):
 
     def ema(self) -> dict[str, float]:
         """Nets that have an average, seen by losses as n.<name>_ema, and their decay per step."""
+
+
+@runtime_checkable
+class Generator(Method, Protocol):
+    """A method whose student draws images."""
 
     def sample(
         self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], key: jax.Array, steps: int
@@ -50,6 +56,17 @@ class Method(Protocol):
 
     def nfe(self, steps: int) -> int:
         """Network evaluations that `sample` spends on one image."""
+
+
+@runtime_checkable
+class Metric(Method, Protocol):
+    """A method whose outcome compares images: it draws none, and needs no teacher."""
+
+    def scores(self, n: SimpleNamespace, batch: dict[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+        """What to evaluate it by: names and numbers, one per image [b]."""
+
+    def metric(self, n: SimpleNamespace) -> Any:
+        """What --mode=export writes: LatentLPIPS as a net."""
 
 
 def per_sample(key: jax.Array, index: jax.Array) -> jax.Array:

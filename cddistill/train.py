@@ -7,9 +7,9 @@ import resource
 import time
 
 import jax
-from clu.parameter_overview import count_parameters
 
 from cddistill import build, checkpoint, config, data, encode, evaluate, export, metrics, pairs, sharding
+from cddistill.method import Generator
 from cddistill.step import active
 
 
@@ -54,7 +54,7 @@ def loop(parts, state, workdir, checkpoints, stop, began):
     """All remaining steps. The host only ever waits for the step before the one in flight."""
     run, first = parts.experiment.run, int(state.step)
     turns, driver = parts.experiment.method.turns(), parts.driver()
-    preview = evaluate.Preview(parts)
+    preview = evaluate.preview(parts)
     writer = metrics.make_writer(workdir, run.steps, run.batch_size, first, sharding.is_host0())
     late, means, timings = metrics.Delayed(checkpoints.last_good), metrics.Means(), {}
     state, frozen = driver.put_state(state), driver.put_frozen(parts.frozen)
@@ -99,14 +99,16 @@ def loop(parts, state, workdir, checkpoints, stop, began):
 
 def overview(parts) -> str:
     """What trains, on what, in one line."""
-    weights = {name: count_parameters(net.params) / 1e6 for name, net in parts.abstract.nets.items()}
+    moving = sorted({name for turn in parts.experiment.method.turns().values() for name in turn.moves})
+    weights = {name: sum(x.size for x in jax.tree.leaves(parts.abstract.nets[name])) / 1e6 for name in moving}
     trained = " + ".join(f"{name} {millions:.1f} M" for name, millions in weights.items())
     return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}; the first step compiles"
 
 
 def open_checkpoints(workdir, experiment, read_only=False) -> checkpoint.Checkpoints:
     """The run's checkpoints; runs with a target to compare with also keep the one of the best validation PSNR."""
-    best = "val/psnr" if experiment.data.task != "none" else None
+    paired = experiment.data.task != "none" and isinstance(experiment.method, Generator)
+    best = "val/psnr" if paired else None
     return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)
 
 

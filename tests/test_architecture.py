@@ -8,6 +8,7 @@ LAYERS = [  # a file may import from strictly lower lines; names on one line do 
     {"net"},
     {"models", "method"},
     {"losses", "sampling", "augment"},
+    {"distort"},
     {"methods"},
     {"step", "optim", "data", "health"},
     {"checkpoint", "evals", "metrics"},

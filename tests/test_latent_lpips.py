@@ -1,6 +1,7 @@
 """LatentLPIPS is the published one on recorded weights, a distance, and loads nothing but what it should."""
 
 import functools
+import json
 import math
 
 import jax
@@ -214,6 +215,35 @@ def test_published_state_dict_loads_and_is_saved_again(small, tmp_path):
         latent_lpips.load(file, "sdxl")
     safetensors.numpy.save_file(state, tmp_path / "sd15_mine.safetensors")  # neither folded nor with metadata
     jax.tree.map(np.testing.assert_array_equal, latent_lpips.load(tmp_path / "sd15_mine.safetensors"), net)
+
+
+def test_a_trunk_to_train_has_the_published_size():
+    """Less the running statistics of batch norms, and the heads."""
+    convs = jax.eval_shape(lambda key: latent_lpips.init_convs(key, 4, [64, 128, 256, 512, 512]), KEYS[0])
+    channels = 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512
+    assert sum(x.size for x in jax.tree.leaves(convs)) == 14_733_632 - 2 * channels - (64 + 128 + 256 + 512 + 512)
+
+
+def test_group_norms_widths_and_layout_are_saved_too(tmp_path):
+    """As methods.latent_lpips trains them, of an autoencoder that has no name here."""
+    convs = jax.jit(lambda key: latent_lpips.init_convs(key, 3, [4, 8, 16, 8, 4]))(jax.random.key(0))
+    heads = [np.random.default_rng(0).random(n).astype("f") for n in (4, 8, 16, 8, 4)]
+    net = Net({"convs": convs, "heads": heads}, LatentLPIPS("mine", pools=(1, 2), pooled=False, groups=2))
+    back = latent_lpips.load(latent_lpips.save(net, tmp_path / "sd15_mine.safetensors"))  # what it says goes before
+    assert back.apply == net.apply
+    assert jax.tree.structure(back) == jax.tree.structure(net)
+    jax.tree.map(np.testing.assert_array_equal, back, net)
+    tensors = safetensors.numpy.load_file(tmp_path / "sd15_mine.safetensors")
+    assert len(tensors) == 13 * 4 + 5
+    for change, match in (
+        ({"channels": 4}, r"shape for the family mine: net.slice1.0.weight \(4, 3, 3, 3\), not \(4, 4, 3, 3\)"),
+        ({"depth": 16}, "a layout that cannot be read .*depth"),
+    ):
+        layout = latent_lpips.Layout(3, (4, 8, 16, 8, 4))._asdict() | change
+        said = {"family": "mine", "layout": json.dumps(layout)}
+        safetensors.numpy.save_file(tensors, tmp_path / "other.safetensors", said)
+        with pytest.raises(ValueError, match=match):
+            latent_lpips.load(tmp_path / "other.safetensors")
 
 
 def drop(name):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from cddistill.method import Generator, Metric
 from cddistill.step import active
 
 KEY = jax.random.key(0)
@@ -27,6 +28,11 @@ def name(request):
     jax.clear_caches()
 
 
+def test_it_draws_or_it_compares(name):
+    method = tiny.VARIANTS[name]
+    assert isinstance(method, Generator) != isinstance(method, Metric)
+
+
 def test_losses_are_finite_scalars(name):
     _, turns, _ = tiny.parts(name)
     for turn in turns.values():
@@ -43,12 +49,11 @@ def test_losses_are_finite_scalars(name):
 def test_a_turn_moves_its_nets_and_only_those(name):
     before, (after, _) = tiny.start(name), tiny.run(name, 1, devices=1)
     moves = {net for turn in tiny.parts(name)[1].values() for net in turn.moves}
-    assert set(before.nets) == moves
+    assert set(before.nets) - moves == ({"trunk"} if name == "judge" else set())  # of the run before, to be exported
     for net in before.nets:
-        moved = [
-            not np.array_equal(a, b) for a, b in zip(leaves(before.nets[net]), leaves(after.nets[net]), strict=True)
-        ]
-        assert np.mean(moved) > 0.9, net
+        pairs = zip(leaves(before.nets[net]), leaves(after.nets[net]), strict=True)
+        moved = np.mean([not np.array_equal(a, b) for a, b in pairs])
+        assert moved > 0.9 if net in moves else moved == 0, net
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,6 +80,7 @@ def test_resume_is_bit_identical(name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", [k for k, method in tiny.VARIANTS.items() if isinstance(method, Generator)])
 def test_samples_follow_their_number_not_their_place(name):
     """The same sample drawn in a batch of 16, alone, or in reverse order is the same image (I21)."""
     method, n = tiny.parts(name)[0], tiny.namespace(name)

@@ -12,7 +12,7 @@ from cddistill import build, checkpoint, config, models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.models.schedulers import write_scheduler
-from cddistill.net import Autoencoder
+from cddistill.net import Autoencoder, Net
 from cddistill.step import active, init_state, train_step
 
 UNET = {
@@ -33,6 +33,8 @@ VARIANTS = {
     "d2g": METHODS["diffusion2gan"](
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
+    "classify": METHODS["latent_lpips"](family="tiny", width=4, pools=(4,), classes=3),
+    "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
     "codi_released": METHODS["codi"](
         ode="teacher",
         noise="predicted",
@@ -58,8 +60,14 @@ def save_teacher(folder, seed=0):
     return folder, net
 
 
+def coarse_l2(params, a, b):
+    """In the place of LPIPS, which does not take images as small as these."""
+    means = lambda x: x.reshape(len(x), 4, x.shape[1] // 4, 4, x.shape[2] // 4, 3).mean((2, 4))
+    return ((means(a) - means(b)) ** 2).mean((1, 2, 3))
+
+
 def frozen():
-    return {"teacher": teacher(), "autoencoder": Autoencoder()}
+    return {"teacher": teacher(), "autoencoder": Autoencoder(), "lpips": Net(None, coarse_l2)}
 
 
 def make_batch(step=0, size=16):

@@ -22,7 +22,7 @@ for i in range(3):
     batch = jax.tree.map(lambda x: x[rows], tiny.make_batch(i))
     state, metrics = d.step(state, held, d.put_batch(batch), active(turns, i))
     if sharding.is_host0():
-        print("LOSS", float(metrics["student/loss"]), flush=True)
+        print("LOSS", float(metrics[f"{[*turns][-1]}/loss"]), flush=True)
 total = sum(float(np.abs(np.asarray(x)).sum()) for x in jax.tree.leaves(state.nets))
 if sharding.is_host0():
     print("WEIGHTS", total, flush=True)

@@ -7,6 +7,7 @@ five max-pools and reads features before each, it has the last two and reads fea
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,13 +56,14 @@ def scaled(family: str, z):
 class LatentLPIPS:
     """The network as a function of its weights {"convs": [(kernel, bias)] * 13, "heads": [w] * 5}.
 
-    Batch norms are folded into the convolutions. A layer (kernel, bias, scale, shift) has a group norm of 32 groups
-    behind its convolution, as other published networks of this kind do.
+    Batch norms are folded into the convolutions. A layer (kernel, bias, scale, shift) has a group norm behind its
+    convolution, as other published networks of this kind do, and those that `methods.latent_lpips` trains.
     """
 
-    family: str
+    family: str  # one of FAMILIES, or the name of any other autoencoder
     pools: tuple[int, ...] = (4, 5)  # the stages, 1 to 5, that end in a max-pool
     pooled: bool = True  # features are read behind the max-pool, not before
+    groups: int = 32  # of the group norms
     dtype: Any = jnp.float32  # of the convolutions; features are compared in float32
 
     def __call__(self, params, a: Latents, b: Latents, spatial: bool = False) -> Float[Array, " n *hw"]:
@@ -74,7 +76,11 @@ class LatentLPIPS:
 
     def features(self, params, x: Latents) -> list:
         """One map per stage, each pixel scaled to unit length."""
-        channels, smallest = FAMILIES[self.family].channels, 2 ** len(self.pools)
+        return [unit(x) for x in self.maps(params, x)]
+
+    def maps(self, params, x: Latents) -> list:
+        """One map per stage, as the convolutions give it."""
+        channels, smallest = params["convs"][0][0].shape[2], 2 ** len(self.pools)
         if x.ndim != 4 or x.shape[3] != channels or min(x.shape[1:3]) < smallest:
             wanted = f"latents [n, h, w, {channels}] of at least {smallest} x {smallest}"
             raise ValueError(f"LatentLPIPS of the family {self.family} takes {wanted}, not {x.shape}")
@@ -83,14 +89,25 @@ class LatentLPIPS:
             for _ in convs:
                 x = self._layer(x, *next(layers))
             before, x = x, max_pool(x, 2) if stage in self.pools else x
-            taps.append(unit(x if self.pooled else before))
+            taps.append(x if self.pooled else before)
         return taps
 
     def _layer(self, x, kernel, bias, *norm):
         x = conv(x, jnp.asarray(kernel, self.dtype), jnp.asarray(bias, self.dtype))
         if norm:
-            x = GroupNorm(32, 1e-5, self.dtype).apply({"params": dict(zip(("scale", "bias"), norm, strict=True))}, x)
+            norm = {"params": dict(zip(("scale", "bias"), norm, strict=True))}
+            x = GroupNorm(self.groups, 1e-5, self.dtype).apply(norm, x)
         return jax.nn.relu(x)
+
+
+class Layout(NamedTuple):
+    """What a file says about its network."""
+
+    channels: int  # of latents
+    widths: tuple[int, ...]  # channels of each stage
+    pools: tuple[int, ...] = LatentLPIPS.pools
+    pooled: bool = LatentLPIPS.pooled
+    groups: int = LatentLPIPS.groups
 
 
 def unit(x):
@@ -99,8 +116,19 @@ def unit(x):
     return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-8)  # inside the root: the gradient is finite at 0
 
 
+def init_convs(key, channels: int, widths) -> list[tuple]:
+    """Random layers (kernel, bias, scale, shift) of stages of these widths, for latents of so many channels."""
+    layers = [width for width, stage in zip(widths, VGG, strict=True) for _ in stage]
+    inputs, keys = [channels, *layers[:-1]], jax.random.split(key, len(layers))
+    he = jax.nn.initializers.he_normal()
+    return [
+        (he(k, (3, 3, i, o)), jnp.zeros(o), jnp.ones(o), jnp.zeros(o))
+        for k, i, o in zip(keys, inputs, layers, strict=True)
+    ]
+
+
 def load(path, family: str = "", dtype=jnp.float32) -> Net:
-    """LatentLPIPS as a net: net(a, b) -> f32[n] for scaled latents [n, h, w, c] of a family of FAMILIES.
+    """LatentLPIPS as a net: net(a, b) -> f32[n] for scaled latents [n, h, w, c] of its family's autoencoder.
 
     path is a state dict of the package elatentlpips, <family>_latest_vgg16_tuned.pth, or a file that `save` wrote;
     family need only be given for a file whose name does not say it. dtype is what convolutions compute in. Nothing can
@@ -112,65 +140,91 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
         raise ValueError(
             f"{file} is missing: download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
         )
-    tensors = files.read(file).tensors
-    family = _family(file, family)
-    state = _checked(tensors, family, file)
+    tensors, said = files.read(file).tensors, _metadata(file)
+    family = _family(file, said.get("family", ""), family)
+    layout = _layout(file, said, family)
+    state = _checked(tensors, layout, family, file)
     return Net(
         {
-            "convs": [_folded(state, s, i) for s, slice_ in CONVS.items() for i in slice_],
+            "convs": [_layer(state, s, i) for s, slice_ in CONVS.items() for i in slice_],
             "heads": [jnp.asarray(state[f"lin{k}.model.1.weight"].reshape(-1)) for k in range(5)],
         },
-        LatentLPIPS(family, dtype=dtype),
+        LatentLPIPS(family, layout.pools, layout.pooled, layout.groups, dtype),
     )
 
 
 def save(net: Net, path) -> Path:
-    """Write a net that `load` made as safetensors with its family; the names are the published ones, less the norms."""
-    names = [f"net.slice{s}.{i}" for s, slice_ in CONVS.items() for i in slice_]
+    """Write a net as safetensors with its family and layout; the names are the published ones, less folded norms."""
     state = {f"lin{k}.model.1.weight": np.reshape(w, (1, -1, 1, 1)) for k, w in enumerate(net.params["heads"])}
-    for name, (kernel, bias) in zip(names, net.params["convs"], strict=True):
-        state |= {f"{name}.weight": np.asarray(kernel).transpose(3, 2, 0, 1), f"{name}.bias": np.asarray(bias)}
+    places = [(s, i) for s, slice_ in CONVS.items() for i in slice_]
+    for (s, i), (kernel, bias, *norm) in zip(places, net.params["convs"], strict=True):
+        state |= {f"net.slice{s}.{i}.weight": np.transpose(kernel, (3, 2, 0, 1)), f"net.slice{s}.{i}.bias": bias}
+        state |= {f"net.slice{s}.{i + 1}.{name}": x for name, x in zip(NORM, norm, strict=False)}
     state = {name: np.ascontiguousarray(x) for name, x in state.items()}
-    safetensors.numpy.save_file(state, path, metadata={"family": net.apply.family})
+    channels, widths = net.params["convs"][0][0].shape[2], tuple(len(w) for w in net.params["heads"])
+    layout = Layout(channels, widths, net.apply.pools, net.apply.pooled, net.apply.groups)
+    said = {"family": net.apply.family, "layout": json.dumps(layout._asdict())}
+    safetensors.numpy.save_file(state, path, metadata=said)
     Path(path).chmod(0o644)  # safetensors makes files that only their owner can read
     return Path(path)
 
 
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """The published weights by name, as PyTorch lays them out."""
-    found, inputs = {}, FAMILIES[family].channels
-    for (s, slice_), stage in zip(CONVS.items(), VGG, strict=True):
-        for i, channels in zip(slice_, stage, strict=True):
+    return _shapes(FAMILIES[family].channels, [stage[-1] for stage in VGG], NORM)
+
+
+def _shapes(inputs: int, widths, norm) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for (s, slice_), channels in zip(CONVS.items(), widths, strict=True):
+        for i in slice_:
             found |= {f"net.slice{s}.{i}.weight": (channels, inputs, 3, 3), f"net.slice{s}.{i}.bias": (channels,)}
-            found |= {f"net.slice{s}.{i + 1}.{name}": (channels,) for name in NORM}
+            found |= {f"net.slice{s}.{i + 1}.{name}": (channels,) for name in norm}
             inputs = channels
-    return found | {f"lin{k}.model.1.weight": (1, stage[-1], 1, 1) for k, stage in enumerate(VGG)}
+    return found | {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(widths)}
 
 
-def _family(file: Path, family: str) -> str:
+def _metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(file, "numpy") as opened:
+        return opened.metadata() or {}
+
+
+def _family(file: Path, said: str, family: str) -> str:
     """The family of a file, by what it or its name says; the one asked for if it says nothing."""
-    said = file.name.split("_")[0]
-    if file.suffix == ".safetensors":
-        with safetensors.safe_open(file, "numpy") as opened:
-            said = (opened.metadata() or {}).get("family", said)
-    if (family or said) not in FAMILIES:
+    named = file.name.split("_")[0]
+    said = said or (named if named in FAMILIES else "")
+    if not said and family not in FAMILIES:
         wanted = f"one of {', '.join(FAMILIES)}"
         raise ValueError(
             f"the family {family!r} is not {wanted}"
             if family
             else f"the name of {file} does not begin with the family of its autoencoder: say which, {wanted}"
         )
-    if family and said in FAMILIES and said != family:
+    if said and family and said != family:
         raise ValueError(f"{file} is LatentLPIPS of the family {said}, not {family}")
-    return family or said
+    return said or family
 
 
-def _checked(tensors, family: str, file: Path) -> dict[str, np.ndarray]:
+def _layout(file: Path, said: dict[str, str], family: str) -> Layout:
+    """The layout of a file: its own, or else the published one."""
+    if "layout" not in said:
+        return Layout(FAMILIES[family].channels, tuple(stage[-1] for stage in VGG))
+    try:
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(said["layout"]).items()}
+        return Layout(**lists)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} has a layout that cannot be read ({error}): export it again") from error
+
+
+def _checked(tensors, layout: Layout, family: str, file: Path) -> dict[str, np.ndarray]:
     """The weights in a file, in float32, after every comparison that can be made."""
-    wanted, heads = shapes(family), [f"lin{k}.model.1.weight" for k in range(5)]
-    if not any(name.endswith("running_var") for name in tensors):  # folded by `save`
-        norms = tuple(f"net.slice{s}.{i + 1}." for s, slice_ in CONVS.items() for i in slice_)
-        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(norms)}
+    heads, norm = [f"lin{k}.model.1.weight" for k in range(5)], ()  # folded by `save`
+    if "net.slice1.1.weight" in tensors or any(name.endswith("running_var") for name in tensors):
+        norm = NORM if any(name.endswith("running_var") for name in tensors) else NORM[:2]
+    wanted = _shapes(layout.channels, layout.widths, norm)
     doubles = {f"lins.{k}.model.1.weight": head for k, head in enumerate(heads)}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise ValueError(f"{file} lacks {few(missing)}: it is no LatentLPIPS")
@@ -188,12 +242,12 @@ def _checked(tensors, family: str, file: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _folded(state, s: int, i: int):
-    """(kernel [h, w, in, out], bias) of a convolution and its batch norm."""
+def _layer(state, s: int, i: int) -> tuple:
+    """(kernel [h, w, in, out], bias) of a convolution with its batch norm in it, or with its group norm beside it."""
     kernel, bias = state[f"net.slice{s}.{i}.weight"].transpose(2, 3, 1, 0), state[f"net.slice{s}.{i}.bias"]
-    norm = f"net.slice{s}.{i + 1}."
-    if f"{norm}running_var" in state:
-        weight, shift, mean, var = (state[norm + name] for name in NORM)
-        factor = weight / np.sqrt(var + 1e-5)
+    norm = [state[name] for n in NORM if (name := f"net.slice{s}.{i + 1}.{n}") in state]
+    if len(norm) == len(NORM):
+        weight, shift, mean, var = norm
+        factor, norm = weight / np.sqrt(var + 1e-5), []
         kernel, bias = kernel * factor, (bias - mean) * factor + shift
-    return jnp.asarray(kernel), jnp.asarray(bias)
+    return tuple(map(jnp.asarray, (kernel, bias, *norm)))
