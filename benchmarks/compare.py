@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3       CoDi, super-resolution
     python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3     DMD2, class-conditional
-    python benchmarks/compare.py d2g --workdir=runs/compare --steps=1500 --seeds=3      Diffusion2GAN, class-conditional
+    python benchmarks/compare.py d2g --workdir=runs/compare --steps=500 --seeds=3       Diffusion2GAN, class-conditional
 
 Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. With --jobs, that many
 run at once, each on its share of the cores. Means over seeds, with the standard error over seeds (not over images).
@@ -95,7 +95,7 @@ STUDIES = {
         },
         looks={},
         look={"": []},
-        common=[],
+        common=["--config.method.warmup=150"],
         once=("teacher, 50 steps",),
         columns=("KID-EffLite0@64", "Recall-EffLite0", "KID-EffLite0@64 to the teacher", "PSNR to the teacher",
                  "LPIPS-VGG to the teacher"),
