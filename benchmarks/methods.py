@@ -1,6 +1,6 @@
 """All methods, from one teacher on one data set, against each other: quality against what training and sampling cost.
 
-    python benchmarks/methods.py --output=runs/methods --seconds=600 --seeds=3
+    python benchmarks/methods.py --output=runs/methods --seconds=240 --seeds=3
 
 Class-conditional emoji. Every method trains for the same wall time, which for Diffusion2GAN begins with making its
 pairs; compiling, drawing and scoring stop the clock. Its cost is also counted in evaluations of the teacher's network
@@ -49,7 +49,7 @@ METHODS = {
     }),
     "DMD2": Contender("dmd2_emoji.py", "emoji"),
     "DMD2 of four steps": Contender("dmd2_emoji.py", "four", steps=(4,)),
-    "Diffusion2GAN": Contender("d2g_emoji.py", "emoji"),
+    "Diffusion2GAN": Contender("d2g_emoji.py", "emoji", changes={"pairs": 512, "method.warmup": 100}),
 }  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def main():
     """Train, look, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/methods"))
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--looks", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="shares of the time")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
