@@ -100,7 +100,8 @@ def train(contender: Contender, seed: int, args) -> list[Look]:
             clock += 0.0 if new else time.perf_counter() - start
             number, evaluations = number + 1, evaluations + cost[play]
         looks.append(Look(clock, evaluations, look(driver.get_state(state))))
-        print(f"{clock:6.0f} s, {number} steps, {evaluations:.3g} evaluations: {looks[-1].scores}", flush=True)
+        kid = ", ".join(f"KID {scores[KID]:.4g} in {k}" for k, scores in looks[-1].scores.items())
+        print(f"{clock:6.0f} s, {number} steps, {evaluations:.3g} evaluations: {kid}", flush=True)
     return looks
 
 
@@ -131,7 +132,7 @@ def looker(parts, steps):
             images = sample(state, batch, k, run.seed)
             latency = (time.perf_counter() - start) / len(images)
             _, row = evals.evaluate(drawn | {"student": images}, truth, paired=False, teacher="teacher")
-            scores[k] = {name: value[0] for name, value in row.metrics.items() if value} | {"latency": latency}
+            scores[k] = {name: float(value[0]) for name, value in row.metrics.items() if value} | {"latency": latency}
             scores[k]["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
         return scores
 

@@ -28,14 +28,11 @@ POLICIES = ("none", "b", "bg", "bgo")
 
 
 def random_latent_lpips(family="sd15"):
-    """LatentLPIPS with random weights."""
-    rng, inputs, convs = np.random.default_rng(0), latent_lpips.FAMILIES[family].channels, []
-    for channels in (c for stage in VGG for c in stage):
-        kernel = rng.standard_normal((3, 3, inputs, channels), np.float32) * (2 / (9 * inputs)) ** 0.5
-        convs.append((jnp.asarray(kernel), jnp.zeros(channels)))
-        inputs = channels
-    heads = [jnp.asarray(0.1 * np.abs(rng.standard_normal(stage[-1], np.float32))) for stage in VGG]
-    return Net({"convs": convs, "heads": heads}, latent_lpips.LatentLPIPS(family))
+    """LatentLPIPS with random weights, its norms folded into the convolutions as in the published ones."""
+    channels = latent_lpips.FAMILIES[family].channels
+    layers = latent_lpips.init_convs(jax.random.key(0), channels, [stage[-1] for stage in VGG])
+    heads = [jnp.full(stage[-1], 0.1) for stage in VGG]
+    return Net({"convs": [layer[:2] for layer in layers], "heads": heads}, latent_lpips.LatentLPIPS(family))
 
 
 def cost(args):
