@@ -33,7 +33,6 @@ VARIANTS = {
     "d2g": METHODS["diffusion2gan"](
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
-    "classify": METHODS["latent_lpips"](family="tiny", width=4, pools=(4,), classes=3),
     "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
     "codi_released": METHODS["codi"](
         ode="teacher",
