@@ -1,6 +1,6 @@
 """Are sick runs of DMD2 named, and healthy ones left alone? Six faults and three seeds of the embedded job.
 
-    python benchmarks/faults.py [--steps=300] [--jobs=2] [--output=runs/faults]     about 40 minutes on 2 CPU cores
+    python benchmarks/faults.py [--steps=250] [--jobs=2] [--output=runs/faults]     about 40 minutes on 2 CPU cores
 
 Each line: the alarms of a run in the order in which they rang, with their steps. A fault passes if one of the alarms
 that it should raise rings within the run, a healthy run if none does. The exit status says whether all pass.
@@ -42,7 +42,7 @@ def run(name, flags, args) -> list[health.Alarm]:
 def main():
     """Train all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", default="runs/faults")
     args = parser.parse_args()

@@ -52,8 +52,8 @@ RULES = {
         "the critic's weights do not move, so it cannot follow the student: is optim.critic.lr 0?",
     ),
     "critic too fast": Rule(
-        ("critic/moved",), 5, lambda moved: np.median(moved) > 0.03,
-        "each update moves the critic by more than 3 % of its weights: lower optim.critic.lr",
+        ("critic/moved",), 5, lambda moved: np.median(moved) > 0.01,
+        "each update moves the critic by more than 1 % of its weights: lower optim.critic.lr",
     ),
     "critic lost": Rule(
         ("critic/eps_error",), 5, lambda error: np.median(error) > 1.0,

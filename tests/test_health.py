@@ -17,7 +17,7 @@ WELL = {
 ILL = {
     "student frozen": {"student/moved": 0.0},
     "critic frozen": {"critic/moved": 0.0},
-    "critic too fast": {"critic/moved": 0.2},
+    "critic too fast": {"critic/moved": 0.015},
     "critic lost": {"critic/eps_error": 1.5, "student/eps_error": 1.5},
     "GAN dominates": {"student/gan_share": 0.95},
     "critic lags": {"critic/eps_error": 0.35},
