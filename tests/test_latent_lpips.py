@@ -288,6 +288,8 @@ def test_the_family_must_be_right(small, tmp_path):
 def test_missing_and_truncated_files(small, tmp_path):
     with pytest.raises(ValueError, match="is missing: download sdxl_latest_vgg16_tuned.pth"):
         latent_lpips.load(tmp_path / "sdxl.pth", "sdxl")
+    with pytest.raises(ValueError, match="is missing: make one for the family mine with configs/latent_lpips.py"):
+        latent_lpips.load(tmp_path / "mine.safetensors", "mine")
     file = latent_lpips.save(small[1](), tmp_path / "mine.safetensors")
     for broken in (file, tmp_path / "sd15_latest_vgg16_tuned.pth"):
         broken.write_bytes(broken.read_bytes()[:-100])

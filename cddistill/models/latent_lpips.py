@@ -137,9 +137,9 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(
-            f"{file} is missing: download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
-        )
+        published = f"download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
+        own = f"make one for the family {family} with configs/latent_lpips.py"
+        raise ValueError(f"{file} is missing: {published if family in ('', *FAMILIES) else own}")
     tensors, said = files.read(file).tensors, _metadata(file)
     family = _family(file, said.get("family", ""), family)
     layout = _layout(file, said, family)
