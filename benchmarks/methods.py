@@ -78,8 +78,8 @@ def flops(f, *args) -> float:
     return f.lower(*args).compile().cost_analysis()["flops"]
 
 
-def train(contender: Contender, seed: int, args) -> list[Look]:
-    """The contender's looks. The clock starts with the pairs, if it needs any."""
+def train(contender: Contender, seed: int, args, reference: dict) -> list[Look]:
+    """The contender's looks. The clock starts with the pairs, if it needs any. For reference see `looker`."""
     settings = settings_of(contender, seed, args.output)
     clock, evaluations = make_pairs(settings) if settings.data.pairs else (0.0, 0.0)
     parts = build(config.resolve(settings))
@@ -88,7 +88,7 @@ def train(contender: Contender, seed: int, args) -> list[Look]:
     state, frozen = driver.put_state(parts.init()), driver.put_frozen(parts.frozen)
     batch = driver.put_batch(next(stream))
     forward = flops(jax.jit(lambda net, b: net(b["x0"], 500, b["text"]).x0), parts.frozen["teacher"], batch)
-    look, looks, cost, number = looker(parts, contender.steps), [], {}, 0
+    look, looks, cost, number = looker(parts, contender.steps, reference), [], {}, 0
     for share in args.looks:
         while clock < share * args.seconds:
             play = active(turns, number)
@@ -116,22 +116,26 @@ def make_pairs(settings) -> tuple[float, float]:
     return float(noted.read_text()), settings.pairs * calls
 
 
-def looker(parts, steps):
-    """look(state) -> by number of steps, the scores of the student's drawings of the test split's classes."""
+def looker(parts, steps, reference):
+    """look(state) -> by number of steps, the scores of the student's drawings of the test split's classes.
+
+    reference, {} at first, keeps the teacher's: from the same noise they are the same for all methods.
+    """
     run, batch, sample = parts.experiment.run, arrays(data.examples(parts.experiment.data, "test")), sampler(parts)
-    truth, drawn = decoder(parts)(batch["x0"]), {}
+    truth, fresh = decoder(parts)(batch["x0"]), {*steps}
 
     def look(state):
-        if not drawn:
-            drawn["teacher"] = sampler(teacher(parts))(state, batch, run.teacher_steps[-1], run.seed)
-            for k in steps:  # compile
-                sample(state, batch, k, run.seed)
+        if "teacher" not in reference:
+            reference["teacher"] = sampler(teacher(parts))(state, batch, run.teacher_steps[-1], run.seed)
+        for k in fresh:  # compile
+            sample(state, batch, k, run.seed)
+        fresh.clear()
         scores = {}
         for k in steps:
             start = time.perf_counter()
             images = sample(state, batch, k, run.seed)
             latency = (time.perf_counter() - start) / len(images)
-            _, row = evals.evaluate(drawn | {"student": images}, truth, paired=False, teacher="teacher")
+            _, row = evals.evaluate(reference | {"student": images}, truth, paired=False, teacher="teacher")
             scores[k] = {name: float(value[0]) for name, value in row.metrics.items() if value} | {"latency": latency}
             scores[k]["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
         return scores
@@ -206,9 +210,10 @@ def main():
     cache_programs()
     results = {}
     for seed in range(args.seeds):
+        reference = {}
         for name in args.only:
             print(f"{name}, seed {seed}", flush=True)
-            results.setdefault(name, []).append(train(METHODS[name], seed, args))
+            results.setdefault(name, []).append(train(METHODS[name], seed, args, reference))
     text = table(results, args)
     print(text)
     (args.output / "methods.md").write_text(text)
