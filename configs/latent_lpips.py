@@ -37,7 +37,8 @@ def get_config(variant="emoji"):
             return config
         config.start_from = "runs/latent_lpips"
         config.steps = 200
-        config.optim.lr = 1e-2
+        config.method.tune = True  # False moves the heads alone, as published ones were made: then optim.lr=1e-2
+        config.optim.lr = 1e-3
         return config
     config.teacher = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     config.method.family = "sd15"
