@@ -6,10 +6,12 @@ Class-conditional emoji. Every method trains for the same wall time, which for D
 pairs; compiling, drawing and scoring stop the clock. Its cost is also counted in evaluations of the teacher's network
 on one image: FLOPs of the compiled step over those of a forward pass. At every look (a quarter of the time, a half ...)
 the student draws the test split's classes. Writes methods.md and methods.png: the table has the scores at the end of
-the time, and at the number of evaluations that all methods reached. To add a method, add it to METHODS.
+the time, and at the number of evaluations that all methods reached. What is finished is kept in looks_*.json and
+not repeated. To add a method, add it to METHODS.
 """
 
 import argparse
+import json
 import pathlib
 import runpy
 import statistics
@@ -58,7 +60,7 @@ class Look(NamedTuple):
 
     seconds: float
     evaluations: float  # of the network on one image, so far
-    scores: dict[int, dict[str, float]]  # by number of steps
+    scores: dict[str, dict[str, float]]  # by number of steps
 
 
 def settings_of(contender: Contender, seed: int, folder: pathlib.Path):
@@ -136,23 +138,24 @@ def looker(parts, steps, reference):
             images = sample(state, batch, k, run.seed)
             latency = (time.perf_counter() - start) / len(images)
             _, row = evals.evaluate(reference | {"student": images}, truth, paired=False, teacher="teacher")
-            scores[k] = {name: float(value[0]) for name, value in row.metrics.items() if value} | {"latency": latency}
-            scores[k]["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
+            found = {name: float(value[0]) for name, value in row.metrics.items() if value} | {"latency": latency}
+            found["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
+            scores[str(k)] = found
         return scores
 
     return look
 
 
-def rows(results: dict[str, list[list[Look]]]) -> dict[str, tuple[list[list[Look]], int]]:
+def rows(results: dict[str, list[list[Look]]]) -> dict[str, tuple[list[list[Look]], str]]:
     """Every student with its looks, by seed: name -> (looks, number of steps)."""
     return {
-        f"{name}, {k} step{'s' * (k > 1)}": (by_seed, k)
+        f"{name}, {k} step{'s' * (k > 1)}": (by_seed, str(k))
         for name, by_seed in results.items()
         for k in METHODS[name].steps
     }
 
 
-def at(looks: list[Look], k: int, column: str, evaluations: float) -> float:
+def at(looks: list[Look], k: str, column: str, evaluations: float) -> float:
     """A score at some number of evaluations, between the looks on either side of it."""
     return float(np.interp(evaluations, [x.evaluations for x in looks], [x.scores[k][column] for x in looks]))
 
@@ -208,12 +211,16 @@ def main():
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     cache_programs()
-    results = {}
+    kept = args.output / f"looks_{args.seconds:.0f}s.json"
+    results = {name: [] for name in args.only} | (json.loads(kept.read_text()) if kept.is_file() else {})
     for seed in range(args.seeds):
         reference = {}
         for name in args.only:
-            print(f"{name}, seed {seed}", flush=True)
-            results.setdefault(name, []).append(train(METHODS[name], seed, args, reference))
+            if seed >= len(results[name]):
+                print(f"{name}, seed {seed}", flush=True)
+                results[name].append(train(METHODS[name], seed, args, reference))
+                kept.write_text(json.dumps(results))
+    results = {name: [[Look(*look) for look in looks] for looks in results[name][: args.seeds]] for name in args.only}
     text = table(results, args)
     print(text)
     (args.output / "methods.md").write_text(text)

@@ -48,6 +48,7 @@ class Run:
     teacher_sampler: str = "ddim"  # or "heun", "dpm_solver_pp": in those, and in pairs
     pairs: int = 10_000  # rows that --mode=pairs makes, in the last of teacher_steps
     pairs_shard: int = 1024  # of them in one file
+    pairs_batch: int = 64  # of them drawn at a time, on all devices together
     start_from: str = ""  # workdir of a run whose trained weights, of nets that both have, are the first of this one
     report: bool = True  # evaluate and write report.html at the end
 
@@ -64,7 +65,7 @@ class Experiment(NamedTuple):
 FREE = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("pairs", "pairs_shard"),
+    *("pairs", "pairs_shard", "pairs_batch"),
     *("method.guidance", "method.grid_power", "method.sampler"),
 )
 """Fields that may change when a run is continued: they alter neither the weights' path nor the data."""
@@ -98,7 +99,7 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     by_turn = {name: build(OptimConfig, optim | changes[name], "optim.") for name in method.turns()}
     run = build(Run, config, "")
     counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every")
-    for name in (*counts, "pairs", "pairs_shard"):
+    for name in (*counts, "pairs", "pairs_shard", "pairs_batch"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
     if not run.sample_steps or min(run.sample_steps) < 1:

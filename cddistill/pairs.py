@@ -44,7 +44,7 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     teacher = with_lora(run, teacher)
     check_shapes(teacher, stack([first | {"x0": first["noise"]}]))
     begin(output, manifest, first["null"])
-    size = -(-run.batch_size // jax.device_count()) * jax.local_device_count()
+    size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
     draw = drawer(run, teacher, size)
     shards = range(odepairs.num_shards(manifest))
     missing = [k for k in shards if not complete(output, manifest, k)]

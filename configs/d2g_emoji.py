@@ -46,6 +46,7 @@ def get_config(variant="emoji"):
         config.data.num_classes = 10
         config.data.pairs = "data/pairs_cifar10"
         config.pairs = 1_000_000
+        config.pairs_batch = 1024
         config.steps = 100_000
         config.batch_size = 256
         config.method.regression = "lpips"
@@ -54,6 +55,7 @@ def get_config(variant="emoji"):
     if variant not in ("sd15", "sdxl"):
         raise ValueError(f"configs/d2g_emoji.py has no variant {variant!r}: known are emoji, cifar10, sd15, sdxl")
     config.data.source = "arrays"
+    config.pairs_batch = 1024
     config.remat = True
     config.steps = 100_000
     config.batch_size = 1024
