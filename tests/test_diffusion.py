@@ -22,7 +22,7 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "schedule"), itertools.product(["eps", "x0", "v", "flow"], TIMES))
+@pytest.mark.parametrize(("kind", "schedule"), list(itertools.product(["eps", "x0", "v", "flow"], TIMES)))
 def test_prediction_inverts_target(kind, schedule):
     """A perfect network of any kind yields exactly the x0 and eps it was shown, and alpha x0 + sigma eps = z (I5)."""
     x0, eps = tiny.randn(0, 5, 4, 4, 3), tiny.randn(1, 5, 4, 4, 3)
