@@ -1,32 +1,30 @@
-"""From an experiment to its parts: frozen nets, the state at step 0 and how to sample from it."""
+"""From an experiment to its parts: the teacher's pipeline, frozen nets and the state at step 0, all checked."""
 
 import functools
-import pathlib
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cddistill import data, models, sharding
+from cddistill import checkpoint, data, pipeline, sharding
 from cddistill.config import Experiment
-from cddistill.data import odepairs
-from cddistill.method import Generator, normal
-from cddistill.methods import METHODS
-from cddistill.models import adapter, latent_lpips, lora, lpips
-from cddistill.models.fingerprint import fingerprint
-from cddistill.net import Adapted, Autoencoder
+from cddistill.data import ode_pairs
+from cddistill.method import Generator, Requires
+from cddistill.models import adapter
+from cddistill.net import Adapted
 from cddistill.optim import optimizer
-from cddistill.step import TrainState, init_state, namespace, train_step
+from cddistill.pipeline import Pipeline
+from cddistill.step import TrainState, init_state, train_step
 
 
 class Parts(NamedTuple):
-    """A run, ready to start; nothing has been computed but the loading of frozen weights."""
+    """A run that is ready to start; frozen weights are loaded, and nothing else has been computed."""
 
     experiment: Experiment
     mesh: jax.sharding.Mesh
     rows: slice  # of the global batch, loaded by this host
+    pipeline: Pipeline
     frozen: dict[str, Any]  # on the mesh
     abstract: TrainState  # shapes of the state, laid out on the mesh
 
@@ -51,126 +49,37 @@ class Parts(NamedTuple):
 
 def build(experiment: Experiment) -> Parts:
     """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step."""
-    run, method = experiment.run, experiment.method
+    run, method, requires = experiment.run, experiment.method, experiment.method.requires()
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
-    ours = options(run) | {"place": functools.partial(place, mesh)}
-    frozen = load_denoisers(experiment, ours) if isinstance(method, Generator) else {}
-    frozen["autoencoder"] = load_autoencoder(run.teacher, **ours)
-    if getattr(method, "lpips", False):
-        frozen["lpips"] = lpips.load("vgg")
-    if file := getattr(method, "latent_lpips", None):
-        frozen["latent_lpips"] = latent_lpips.load(*file)
+    teacher = pipeline.of_run(run, place=functools.partial(place, mesh))
+    check_exports(method)
+    check_required_data(experiment, requires)
+    frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
+    frozen["autoencoder"] = teacher.autoencoder
+    frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
-    if "imageless" in first_rows(experiment.data) and getattr(method, "needs_images", True):
-        raise ValueError(
-            "this method as it is set needs real images, and the data are texts alone: encode images with them, or for "
-            "dmd2 set method.gan_weight=0 (and keep backward_simulation)"
-        )
-    if isinstance(method, Generator):
-        check_shapes(frozen["teacher"], batch_shapes(experiment))
-        as_method(run, frozen["teacher"].schedule)
-        for steps in run.sample_steps:
-            method.sampling(frozen["teacher"].schedule, steps)  # says so if the student cannot be sampled in so many
-    check_labels(experiment.data, getattr(method, "labels", 0))
+    if requires.teacher:
+        check_teacher(experiment, requires, frozen["teacher"])
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-    return Parts(experiment, mesh, rows, frozen, abstract)
+    return Parts(experiment, mesh, rows, teacher, frozen, abstract)
 
 
 def place(mesh, path, x):
-    """A weight to the devices as soon as it is read: no host ever holds a whole network."""
+    """A weight to the devices as soon as it is read, so that no host ever holds a whole network."""
     return sharding.put(x, sharding.by_shape(mesh, x))
 
 
-def options(run) -> dict[str, Any]:
-    """What a run says about the arithmetic of every network that it loads."""
-    return {"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash}
-
-
-def load_denoisers(experiment: Experiment, ours) -> dict[str, Any]:
-    """The teacher with the run's LoRA and, if there is one, its ControlNet."""
-    run = experiment.run
-    teacher = load_teacher(run, place=ours["place"])
+def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
+    """The teacher and, if there is one, its ControlNet."""
     if experiment.data.pairs:
-        check_pairs(experiment, weights_of(run, teacher))
-    frozen = {"teacher": with_lora(run, teacher)}
-    if run.controlnet:
-        frozen["controlnet"] = models.load(run.controlnet, "controlnet", expect=models.CONTROLNETS, **ours)
+        check_pairs(experiment, teacher)
+    frozen = {"teacher": teacher.denoiser}
+    if experiment.run.controlnet:
+        frozen["controlnet"] = teacher.controlnet(experiment.run.controlnet)
     return frozen
-
-
-def load_teacher(run, place=None):
-    """The teacher as it is stored, still without the run's LoRA."""
-    if run.scratch:
-        return from_scratch(run.teacher, run.seed, **options(run))
-    return models.load(run.teacher, place=place, expect=models.DENOISERS, **options(run))
-
-
-def with_lora(run, teacher):
-    """The teacher with the run's LoRA, if there is one, merged into it."""
-    return lora.merge(run.lora, {"unet": teacher}, run.lora_scale)["unet"] if run.lora else teacher
-
-
-def weights_of(run, teacher) -> str:
-    """Fingerprint of the teacher and the run's LoRA, both as stored: sums of them differ from platform to platform."""
-    loras = lora.read_for(run.lora, {"unet": teacher}) if run.lora else {}
-    return fingerprint({"teacher": teacher.params} | {name: net.params for name, net in loras.items()})
-
-
-def as_method(run, schedule):
-    """The teacher as a student that needs no training, as it is sampled for the report and for pairs.
-
-    Raises ValueError for Heun's method on a schedule that starts without signal.
-    """
-    if run.teacher_sampler == "heun" and run.teacher_steps and not schedule.alpha_sigma(schedule.grid(1))[0].all():
-        sentence = "teacher_sampler heun divides by alpha, and this teacher's schedule starts at alpha = 0"
-        raise ValueError(f"{sentence}: use ddim or dpm_solver_pp")
-    return METHODS["pretrained"](guidance=run.teacher_guidance, sampler=run.teacher_sampler)
-
-
-def check_pairs(experiment: Experiment, weights: str) -> None:
-    """ValueError if data.pairs are of another teacher than this run's, or of another size than the data."""
-    run, folder = experiment.run, experiment.data.pairs
-    manifest = odepairs.read_manifest(folder)
-    ours = {"teacher": run.teacher, "lora": run.lora, "lora_scale": run.lora_scale, "weights": weights}
-    compared = ("weights", "lora_scale") if run.lora else ("weights",)
-    if any(manifest[name] != ours[name] for name in compared):
-        sentence = f"data.pairs {folder} was made by {called(manifest)}, and this run's teacher is {called(ours)}"
-        raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
-    shape = first_rows(experiment.data)["x0"].shape[1:]
-    if tuple(manifest["x0"]) != shape:
-        raise ValueError(f"x0 of data.pairs {folder} is {(*manifest['x0'],)}, and that of the data is {shape}")
-
-
-def called(of) -> str:
-    """A teacher in words."""
-    added = f" with {of['lora_scale']:g} of {of['lora']}" if of["lora"] else ""
-    return f"{of['teacher']}{added} (weights {of['weights']})"
-
-
-def load_autoencoder(teacher: str, **kwargs) -> Autoencoder:
-    """The VAE of a teacher's pipeline; the identity for pixel models, which have none."""
-    root = models.resolve(teacher, "vae")
-    return models.load(root, "vae", expect=models.AUTOENCODERS, **kwargs) if has(root, "vae") else Autoencoder()
-
-
-def has(root: pathlib.Path, part: str) -> bool:
-    """Whether a teacher's pipeline has this part; ValueError if its model_index.json names one that is not there."""
-    index = root / "model_index.json"
-    named = index.is_file() and any(models.schedulers.read_json(index).get(part) or ())  # may be [null, null]
-    if named and not (root / part).is_dir():
-        raise ValueError(f"{root} lacks {part}/, which its model_index.json names: download that folder too")
-    return (root / part).is_dir()
-
-
-def from_scratch(folder, seed, **kwargs):
-    """Random weights for the architecture and schedule that a diffusers folder describes; it needs no weights file."""
-    root = models.resolve(folder)
-    config, scheduler = root / "unet" / "config.json", root / "scheduler" / "scheduler_config.json"
-    how = models.schedulers.read_scheduler(scheduler) if scheduler.is_file() else ()  # or what the network implies
-    return models.init(models.convert.read_json(config), seed, *how, **kwargs)
 
 
 def make_optimizers(experiment: Experiment):
@@ -187,9 +96,18 @@ def initial(experiment: Experiment, frozen) -> TrainState:
     return init_state(nets, method.turns(), make_optimizers(experiment), method.ema())
 
 
+def open_checkpoints(workdir: Path, experiment: Experiment, read_only: bool = False) -> checkpoint.Checkpoints:
+    """The run's checkpoints; a generator's task may name the metric that marks the best one."""
+    best = experiment.data.task.best_metric if isinstance(experiment.method, Generator) else None
+    return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)
+
+
+# ---- shapes
+
+
 @functools.cache
 def first_rows(data_config):
-    """Two training rows: what shows the shapes of a batch."""
+    """Two training rows: they show the shapes of a batch."""
     return next(data.batches(data_config, batch_size=2, seed=0))
 
 
@@ -199,91 +117,94 @@ def batch_shapes(experiment: Experiment):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), first_rows(experiment.data))
 
 
-def check_shapes(teacher, batch):
-    """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
-    names = ("x0", "text")
-    if "cond" in batch and adapter.concats(teacher, batch["x0"].shape[-1]):
-        teacher, names = Adapted(teacher), (*names, "cond")
-    x0, *given = (batch[name] for name in names)
-    jax.eval_shape(lambda n, x0, *given: n(x0, jnp.zeros(1, jnp.int32), *given), teacher, x0, *given)
+# ---- checks, each a sentence before the first step
 
 
-def check_labels(config, classes: int):
-    """ValueError if a method learns so many classes and the data has others, or images that have none."""
-    if not classes:
-        return
+def check_exports(method) -> None:
+    """ValueError if a generator that trains exports nothing, or a net that it does not train."""
+    trained = {net for turn in method.turns().values() for net in turn.moves}
+    exported = {*method.exports().values()}
+    if unknown := exported - trained:
+        raise ValueError(f"{type(method).__name__}.exports names {', '.join(sorted(unknown))}, which it does not train")
+    if isinstance(method, Generator) and trained and not exported:
+        raise ValueError(f"{type(method).__name__}.exports is empty: it must say which nets make up the student")
+
+
+def check_required_data(experiment: Experiment, requires: Requires) -> None:
+    """ValueError if the data lacks what the method requires: images, pairs or labels."""
+    config = experiment.data
+    if requires.pairs and not config.pairs:
+        raise ValueError(
+            "this method needs data.pairs: make them with --mode=pairs, and set data.pairs to their folder"
+        )
+    if requires.images and "imageless" in first_rows(config):
+        raise ValueError(
+            "this method as it is set needs real images, and the data are prompts only: encode images too, or "
+            "switch off the losses that use them (method.gan_weight=0, say)"
+        )
+    if requires.classes:
+        check_labels(config, requires.classes)
+
+
+def check_labels(config, classes: int) -> None:
+    """ValueError if a method learns so many classes and the data has others, or images without one."""
     text = first_rows(config)["text"]
     if "class_labels" not in text or (text["class_labels"] == config.num_classes).any():
-        data_set = f"data.source={config.source} {config.path}".strip()
+        data_set = f"data.source={config.source_name} {config.path}".strip()
         raise ValueError(f"this method learns labels, and there are images in {data_set} that have none")
     if classes != config.num_classes:
         raise ValueError(f"method.classes is {classes}, and data.num_classes {config.num_classes}: set both alike")
 
 
-def decoder(parts: Parts):
-    """decode(x0) -> images [n, h, w, c] in [0, 1], numpy, of pixels or latents x0."""
-    images, autoencoder = jax.jit(Autoencoder.images), parts.frozen["autoencoder"]
-
-    def unit(x0):
-        chunk = len(x0) if autoencoder.params is None else 8  # decoding takes memory
-        return np.concatenate([images(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
-
-    return unit
-
-
-def arrays(examples):
-    """The numeric part of `data.examples`, with the row numbers that noise follows."""
-    kept = {k: examples[k] for k in ("x0", "text", "null", "cond") if k in examples}
-    return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
-
-
-def sampler(parts: Parts):
-    """sample(nets, batch, steps, seed) -> images [n, h, w, c] in [0, 1], numpy; `nets` is a state or anything with
-    nets, ema. Noise follows batch["index"]."""
-    method, mesh = parts.experiment.method, parts.mesh
-
-    @functools.partial(jax.jit, static_argnums=4, out_shardings=sharding.replicated(mesh))
-    @functools.partial(sharding.inside, mesh)
-    def draw(nets, ema, frozen, batch, steps, seed):
-        n = namespace(SimpleNamespace(step=0, ema=ema), frozen, nets)
-        key = jax.random.key(seed)
-        noise = normal(key, batch["index"], batch["x0"].shape[1:])
-        x0 = method.sample(n, noise, batch, jax.random.fold_in(key, 1), steps)
-        return n.autoencoder.images(x0)
-
-    def sample(state, batch, steps, seed=0, chunk=64):
-        return by_chunks(mesh, lambda rows: draw(state.nets, state.ema, parts.frozen, rows, steps, seed), batch, chunk)
-
-    return sample
+def check_teacher(experiment: Experiment, requires: Requires, teacher) -> None:
+    """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
+    run, method = experiment.run, experiment.method
+    if requires.text and not getattr(teacher.module, "conditional", True):
+        raise ValueError(
+            "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"
+        )
+    check_shapes(teacher, batch_shapes(experiment))
+    if requires.condition and not experiment.data.task.conditional:
+        raise ValueError("this method's student takes a conditioning image: set data.task, or method.adapter='none'")
+    if run.teacher_sampler == "heun" and run.teacher_steps:
+        check_heun(teacher.schedule)
+    if isinstance(method, Generator):
+        for steps in run.sample_steps:
+            method.sampling(teacher.schedule, steps)  # raises if the student cannot be sampled in that many
 
 
-def scorer(parts: Parts):
-    """score(state, batch, seed) -> {name: [n] numbers, one per image} of a method that trains a metric."""
-    method, mesh = parts.experiment.method, parts.mesh
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    @functools.partial(sharding.inside, mesh)
-    def compare(nets, frozen, batch, seed):
-        return method.scores(namespace(SimpleNamespace(step=0, ema={}), frozen, nets), batch, jax.random.key(seed))
-
-    def score(state, batch, seed=0, chunk=64):
-        return by_chunks(mesh, lambda rows: compare(state.nets, parts.frozen, rows, seed), batch, chunk)
-
-    return score
+def check_heun(schedule) -> None:
+    """ValueError if Heun's method would divide by an alpha of 0."""
+    if not schedule.alpha_sigma(schedule.grid(1))[0].all():
+        sentence = "teacher_sampler heun divides by alpha, and this teacher's schedule starts at alpha = 0"
+        raise ValueError(f"{sentence}: use ddim or dpm_solver_pp")
 
 
-def by_chunks(mesh, f, batch, chunk: int):
-    """f of all rows of a batch, numpy, so many at a time; padded, so that one program serves any number of rows."""
-    total = len(batch["index"])
-    chunk = -(-min(chunk, total) // mesh.size) * mesh.size
-    made = []
-    for start in range(0, total, chunk):
-        part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
-        rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
-        made.append(jax.tree.map(np.asarray, f(rows)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *made)
+def check_shapes(teacher, batch) -> None:
+    """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
+    args = [batch["x0"], batch["text"]]
+    if "cond" in batch and adapter.has_concat_channels(teacher, batch["x0"].shape[-1]):
+        teacher = Adapted(teacher)
+        args.append(adapter.condition("concat", batch))
+    jax.eval_shape(lambda n, x0, *rest: n(x0, jnp.zeros(1, jnp.int32), *rest), teacher, *args)
 
 
-def pad(x, n):
-    """Repeat the last row up to n rows."""
-    return np.concatenate([x, np.repeat(x[-1:], n - len(x), 0)]) if len(x) < n else x
+def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
+    """ValueError if data.pairs are of another teacher than this run's, or of another size than the data."""
+    run, folder = experiment.run, experiment.data.pairs
+    manifest = ode_pairs.read_manifest(folder)
+    ours = {"teacher": run.teacher, "lora": run.lora, "lora_scale": run.lora_scale, "weights": teacher.weights}
+    compared = ("weights", "lora_scale") if run.lora else ("weights",)
+    if any(manifest[name] != ours[name] for name in compared):
+        made_by, here = describe_teacher(manifest), describe_teacher(ours)
+        sentence = f"data.pairs {folder} was made by {made_by}, and this run's teacher is {here}"
+        raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
+    shape = first_rows(experiment.data)["x0"].shape[1:]
+    if tuple(manifest["x0"]) != shape:
+        raise ValueError(f"x0 of data.pairs {folder} is {(*manifest['x0'],)}, and that of the data is {shape}")
+
+
+def describe_teacher(of) -> str:
+    """A teacher in words, with its fingerprint."""
+    added = f" with {of['lora_scale']:g} of {of['lora']}" if of["lora"] else ""
+    return f"{of['teacher']}{added} (weights {of['weights']})"

@@ -1,4 +1,4 @@
-"""Checkpoints of the training state, the record of a workdir's config, and leaving in good order when told to."""
+"""Checkpoints of the training state, the config recorded in a workdir, and graceful shutdown on SIGTERM."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,19 +16,19 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import sharding
+from cddistill import io, sharding
 from cddistill.step import TrainState
 
 
 class CheckpointMismatch(ValueError):
-    """The checkpoint is sound, but it is of another model than this run trains."""
+    """The checkpoint is readable, but its model is not the one that this run trains."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, written in the background: the newest `keep`, and the best by a metric.
+    """The checkpoints of one run, written in the background: the newest `keep`, and the best one by a metric.
 
-    A checkpoint is a directory named by its step, and gets that name only when it is complete. `read_only` is for
-    those who just look: it creates, deletes and renames nothing, and so is safe beside a running training.
+    A checkpoint is a directory named after its step; it gets that name only when it is complete. With `read_only`
+    nothing is created, deleted or renamed, so evaluation can use it while a training is running.
     """
 
     def __init__(self, folder, keep: int = 3, best_metric: str | None = None, best_mode: str = "min", read_only=False):
@@ -35,10 +36,11 @@ class Checkpoints:
             raise ValueError(f"keep={keep} must be at least 1, and best_mode={best_mode!r} 'min' or 'max'")
         self.folder = epath.Path(folder).expanduser().resolve()
         self.best_metric, self.read_only = best_metric, read_only
-        policy, rank = [keepers.LatestN(keep)], None
+        policy = [keepers.LatestN(keep)]
+        rank = None
         if best_metric is not None:
             rank = lambda metrics: metrics[best_metric]
-            last = best_mode == "min"  # orbax keeps the last of the order, so the smallest must come last
+            last = best_mode == "min"  # orbax sorts by the metric and keeps the last, so "min" sorts in reverse
             policy.append(keepers.BestN(get_metric_fn=rank, reverse=last, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             best_fn=rank,
@@ -52,31 +54,48 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint; None if there is none."""
+        """The step of the newest complete checkpoint, or None."""
         return max(ocp.utils.checkpoint_steps(self.folder), default=None)
 
     def best_step(self) -> int | None:
-        """The best step by `best_metric`, None if none was ranked; the newest step if there is no metric."""
+        """The step with the best `best_metric`, None if no checkpoint has one; without a metric the newest step."""
         return self.manager.best_step()
 
+    def resolve(self, which: str) -> int | None:
+        """The step that --checkpoint means: "best", a number, or "latest", which is None (the newest readable one).
+
+        Raises ValueError, naming the steps that there are, for a step without a checkpoint and if none is ranked.
+        """
+        there = sorted(self.manager.all_steps())
+        if which == "latest":
+            return None
+        if which == "best":
+            if self.best_metric is None or self.best_step() is None:
+                raise ValueError(f"--checkpoint=best: no checkpoint in {self.folder} is ranked; steps are {there}")
+            return self.best_step()
+        if not which.isdecimal() or int(which) not in there:
+            raise ValueError(f"--checkpoint={which} is neither latest, best nor one of the steps {there}")
+        return int(which)
+
     def last_good(self) -> str:
-        """The path of the newest complete checkpoint, for messages."""
+        """The path of the newest complete checkpoint, or "none yet", for messages."""
         step = self.latest_step()
         return "none yet" if step is None else str(self.folder / str(step))
 
     def save(self, step: int, state: TrainState, *, metrics: dict[str, float] | None = None) -> None:
-        """Start to write the state, which may be donated as soon as this returns; a step that is there is left alone.
+        """Start to write the state, which may be donated as soon as this returns. An existing step is not overwritten.
 
-        `metrics`, of an evaluation at this step, rank it. Raises OSError if this save or the one before it failed.
+        `metrics` are those of an evaluation at this step and rank it. Raises OSError if this save or the one before it
+        failed, ValueError if best_metric is not in metrics.
         """
         if metrics is not None and self.best_metric and self.best_metric not in metrics:
-            raise ValueError(f"the best checkpoint is chosen by {self.best_metric!r}, not among {sorted(metrics)}")
+            raise ValueError(f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}")
         with self.writing():
             if step not in self.manager.all_steps():
                 self.manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Return when all is on disk. Raises OSError if it could not be written."""
+        """Wait until every save is on disk. Raises OSError if one failed."""
         with self.writing():
             self.manager.wait_until_finished()
 
@@ -87,21 +106,22 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def writing(self):
-        """Turn a failure to write, here or in orbax's thread, into one sentence that says what is left."""
+        """Turn a failure to write, here or in orbax's thread, into one OSError that names the last good checkpoint."""
         try:
             yield
         except Exception as error:  # a full disk is an OSError here, and a ValueError from tensorstore's thread
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             number, reason = (errno.ENOSPC, "the disk is full") if full else (errno.EIO, str(error))
-            sentence = f"cannot write a checkpoint to {self.folder}: {reason}; the last good one is {self.last_good()}"
-            raise OSError(number, sentence) from error
+            message = f"cannot write a checkpoint to {self.folder}: {reason}; the last good one is {self.last_good()}"
+            raise OSError(number, message) from error
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The newest readable state, or that of `step`, with every leaf placed as `abstract` says.
+        """The newest readable state, or that of `step`, with the shardings of `abstract`.
 
-        abstract: a TrainState of jax.ShapeDtypeStruct with this run's shardings, whatever those at the time of saving.
-        A checkpoint that cannot be read is set aside with a warning, and the one before it taken. Raises
-        FileNotFoundError if there is none, OSError if none can be read, and CheckpointMismatch naming what differs.
+        abstract is a TrainState of jax.ShapeDtypeStruct with this run's shardings; those at the time of saving may have
+        been others. A checkpoint that cannot be read is renamed with a warning, and the one before it is read instead.
+        Raises FileNotFoundError if there is none, OSError if none can be read, and CheckpointMismatch with the
+        differences.
         """
         return self.newest(step, lambda s: self.read(s, abstract))
 
@@ -111,9 +131,9 @@ class Checkpoints:
         return {name.split(".")[1] for name in by_name(description.tree) if name.startswith("nets.")}
 
     def restore_weights(self, abstract: TrainState, names: Collection[str] | None = None, step: int | None = None):
-        """As `restore`, but only the nets and the averages called `names` (None: all), and opt = {}.
+        """As `restore`, but only the nets called `names` (None: all) and their averages, with opt = {}.
 
-        Leaves of `abstract` that name no sharding come back as numpy arrays.
+        Leaves of `abstract` without a sharding are returned as numpy arrays. Raises ValueError for an unknown name.
         """
         if unknown := set(names or ()) - set(abstract.nets):
             raise ValueError(f"no net is called {min(unknown)!r}; this run trains {', '.join(sorted(abstract.nets))}")
@@ -122,22 +142,26 @@ class Checkpoints:
         return self.newest(step, lambda s: self.read(s, weights, partial=True))
 
     def read(self, step: int, abstract: TrainState, partial: bool = False) -> TrainState:
-        """The state of one checkpoint; with `partial`, the nets, averages and optimisers in `abstract` alone."""
+        """The state of one checkpoint; with `partial`, only the nets, averages and optimisers that `abstract` has.
+
+        Raises CheckpointMismatch, or any exception of orbax or tensorstore for damaged files.
+        """
         description = self.manager.item_metadata(step)
         if description is None:
             raise OSError("its description is missing")
-        saved, wanted = by_name(description.tree), by_name(abstract)
+        saved = by_name(description.tree)
+        wanted = by_name(abstract)
         if partial:
             roots = {tuple(name.split(".")[:2]) for name in wanted}  # ("nets", "student"), ...
             saved = {name: leaf for name, leaf in saved.items() if tuple(name.split(".")[:2]) in roots}
         check_same(self.folder / str(step), saved, wanted)
         fields = {k: v for k, v in vars(abstract).items() if jax.tree.leaves(v)}  # orbax refuses empty parts
-        places = ocp.checkpoint_utils.construct_restore_args(fields)
-        args = ocp.args.PyTreeRestore(fields, places, partial_restore=True)
+        shardings = ocp.checkpoint_utils.construct_restore_args(fields)
+        args = ocp.args.PyTreeRestore(fields, shardings, partial_restore=True)
         return abstract.replace(**self.manager.restore(step, args=args))
 
     def newest(self, step: int | None, read: Callable[[int], TrainState]) -> TrainState:
-        """What `read` makes of the newest checkpoint that can be read, or of `step`."""
+        """read(s) for the newest step s that can be read, or for `step`; see `restore` for the errors."""
         self.wait()
         there = sorted(self.manager.all_steps(), reverse=True)
         if not there or step not in (None, *there):
@@ -149,16 +173,16 @@ class Checkpoints:
                 state = read(s)
             except CheckpointMismatch:
                 raise
-            except Exception as error:  # whatever damage makes orbax or tensorstore raise
+            except Exception as error:  # damaged files make orbax and tensorstore raise many types
                 reasons[s] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(s), reasons[s])
             else:
                 self.set_aside(reasons)
                 return state
-        raise OSError(errno.EIO, f"no checkpoint in {self.folder} can be read ({reasons}); move it away to begin anew")
+        raise OSError(errno.EIO, f"no checkpoint in {self.folder} can be read ({reasons}); move it away to start again")
 
     def set_aside(self, steps: Collection[int]) -> None:
-        """Rename unreadable checkpoints, so that training can write these steps again."""
+        """Rename unreadable checkpoints, so that training can save these steps again."""
         if self.read_only or not steps:
             return
         if sharding.is_host0():
@@ -166,11 +190,11 @@ class Checkpoints:
                 (self.folder / str(step)).rename(self.folder / f"{step}.unreadable-{time.time_ns()}")
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
-        logging.warning("set the unreadable checkpoints %s aside; going on from %s", sorted(steps), self.last_good())
+        logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())
 
 
 def by_name(tree) -> dict[str, Any]:
-    """{"nets.student.params.conv.kernel": leaf}; the same names for a state and for orbax's description of it."""
+    """{"nets.student.params.conv.kernel": leaf}; a state and orbax's description of it have the same names."""
 
     def part(key):
         return str(next(getattr(key, kind) for kind in ("name", "key", "idx") if hasattr(key, kind)))
@@ -179,36 +203,33 @@ def by_name(tree) -> dict[str, Any]:
 
 
 def check_same(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise CheckpointMismatch with the first differences in name, shape and dtype."""
+    """Raises CheckpointMismatch with the first three differences in name, shape and dtype."""
     differences = []
     for name in sorted(saved | wanted):
         there, here = (f"{t[name].dtype}{list(t[name].shape)}" if name in t else "absent" for t in (saved, wanted))
         if there != here:
-            differences.append(f"{name} is {there} there and {here} here")
+            differences.append(f"{name} is {there} in the checkpoint, {here} here")
     if differences:
         first = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if differences[3:] else "")
-        raise CheckpointMismatch(f"checkpoint {path} is of another model: {first}. Use its config, or another workdir")
+        raise CheckpointMismatch(f"checkpoint {path} has another model: {first}. Use its config, or another workdir")
 
 
 def write_config(workdir, config: dict[str, Any]) -> None:
-    """Record a config (nested dicts) as workdir/config.json, whole or not at all; only host 0 writes."""
+    """Record a config (nested dicts) as workdir/config.json, atomically; only host 0 writes."""
     if sharding.is_host0():
-        path = epath.Path(workdir) / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(config, indent=2) + "\n")
-        draft.replace(path)
+        io.write_json(Path(workdir) / "config.json", config)
 
 
 def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) -> None:
-    """Raise ValueError naming every key whose value differs from the one recorded in the workdir, if one is.
+    """Raises ValueError with every key whose value differs from the config in the workdir, if it has one.
 
-    The keys in `free`, and those below them, may change between restarts: "steps", "parallel", ...
+    The keys in `free`, and the keys below them, may change when a run is resumed: "steps", "parallel", ...
     """
-    path = epath.Path(workdir) / "config.json"
+    path = Path(workdir) / "config.json"
     if not path.exists():
         return
-    old, new = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(config)))
+    old = io.flatten(io.read_json(path, "restore it, or use another workdir"))
+    new = io.flatten(json.loads(json.dumps(config)))
     differences = [
         f"{key}: {old.get(key, 'absent')} in the workdir, {new.get(key, 'absent')} now"
         for key in sorted(old | new)
@@ -218,34 +239,27 @@ def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) ->
         raise ValueError(f"{path.parent} holds another run ({'; '.join(differences)}): undo it, or use another workdir")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; lists are values."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 class Preemption:
-    """`with Preemption() as stop:` turns SIGTERM and Ctrl-C into a request to save and leave; a second one kills.
+    """`with Preemption() as stop:` turns SIGTERM and Ctrl-C into a request to save a checkpoint and exit.
 
-    With several hosts jax.distributed listens to SIGTERM itself, and all hosts agree on the last step through it.
+    A second signal has its usual effect, which ends the process. With several hosts jax.distributed handles SIGTERM,
+    and makes all hosts agree on the last step.
     """
 
     def __enter__(self):
-        alone = jax.process_count() == 1
+        single = jax.process_count() == 1
         self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT) if alone}
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT) if single}
         return self
 
     def ask(self, number, frame) -> None:
-        """Handle the first signal, and hand the next one to whoever had it before."""
+        """The handler of the first signal; it restores the handlers that were there before."""
         self.asked = True
-        logging.warning("%s: saving a checkpoint, then leaving", signal.Signals(number).name)
+        logging.warning("%s: saving a checkpoint, then exiting", signal.Signals(number).name)
         self.__exit__()
 
     def requested(self, step: int) -> bool:
-        """Whether this step is the last one; every host must ask at every step."""
+        """Whether this step is the last one; every host must call this at every step."""
         return self.asked or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
 
     def __exit__(self, *_) -> None:

@@ -1,69 +1,84 @@
 """Distances and weights: arrays [b, ...] in, one number per sample [b] out."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
-from cddistill.models.latent_lpips import unit
+from cddistill.diffusion import Data
+from cddistill.perceptual.latent_lpips import normalize_channels
+
+PerSample = Float[Array, " b"]
+Maps = Float[Array, "b h w c"]
 
 
-def mean(a):
-    """Mean of each sample."""
+def mean(a: Float[Array | np.ndarray, "b ..."]) -> Float[Array | np.ndarray, " b"]:
+    """Mean over all but the batch axis."""
     return a.mean(tuple(range(1, a.ndim)))
 
 
-def mse(a, b):
+def mse(a: Data, b: Data) -> Float[Array | np.ndarray, " b"]:
     """Mean squared error of each sample."""
     return mean((a - b) ** 2)
 
 
-def norm(a):
+def norm(a: Data) -> PerSample:
     """Euclidean norm of each sample."""
     return jnp.sqrt((a**2).sum(tuple(range(1, a.ndim))))
 
 
-def pseudo_huber(a, b, c: float = 1e-3):
-    """sqrt(|a - b|^2 + c^2) - c of each sample's mean square: quadratic near zero, linear far away (Song & Dhariwal
-    2024)."""
+def pseudo_huber(a: Data, b: Data, c: float = 1e-3) -> PerSample:
+    """sqrt(mse + c^2) - c of each sample: quadratic in a - b near zero, linear far away (Song & Dhariwal 2024).
+
+    The paper has the squared norm where this has the mean square.
+    """
     return jnp.sqrt(mse(a, b) + c**2) - c
 
 
-def direction(a, b):
-    """Squared distance of unit vectors [b, h, w, c] at each pixel, 2 - 2 cos, on average over pixels: LPIPS's formula
-    (Zhang et al. 2018, eq. 1) with all channels alike."""
-    return ((unit(a) - unit(b)) ** 2).sum(-1).mean((1, 2))
+def direction(a: Maps, b: Maps) -> PerSample:
+    """2 - 2 cos of the angle between the channel vectors of a and b at each pixel, mean over pixels; in [0, 4].
+
+    LPIPS's formula (Zhang et al. 2018, eq. 1) with equal weights for all channels.
+    """
+    return ((normalize_channels(a) - normalize_channels(b)) ** 2).sum(-1).mean((1, 2))
 
 
-def min_snr(alpha, sigma, gamma: float):
-    """min(SNR, gamma) / SNR (Hang et al. 2023), one weight per time; 1 as gamma grows."""
+def min_snr(alpha: Float[Array, "*n"], sigma: Float[Array, "*n"], gamma: float) -> Float[Array, "*n"]:
+    """min(SNR, gamma) / SNR with SNR = (alpha / sigma)^2, one weight per timestep (Hang et al. 2023); in [0, 1].
+
+    It tends to 1 as gamma grows.
+    """
     snr = (alpha / sigma) ** 2
     return jnp.minimum(snr, gamma) / jnp.maximum(snr, 1e-12)
 
 
-def gan(logits, real: bool):
-    """-log sigmoid(l) for real samples, -log sigmoid(-l) for drawn ones: mean over a map's pixels, then over the maps.
+def gan(logits: Sequence[Float[Array, "b ..."]], real: bool) -> PerSample:
+    """-log sigmoid(l) with real=True, -log sigmoid(-l) with real=False: mean over a map's pixels, then over the maps.
 
-    logits is a tuple of maps [b, ...]. The discriminator's loss is gan(of data, True) + gan(of samples, False), the
-    generator's, which does not saturate, gan(of samples, True) (Goodfellow et al. 2014, sec. 3). That all maps weigh
-    the same is ours: Diffusion2GAN (Kang et al. 2024, arXiv:2405.05967) does not say.
+    logits is a tuple of maps [b, ...]. The discriminator's loss is gan(of data, True) + gan(of generated, False); the
+    generator's non-saturating loss is gan(of generated, True) (Goodfellow et al. 2014, sec. 3). Equal weights of the
+    maps are ours: Diffusion2GAN (Kang et al. 2024, arXiv:2405.05967) does not give any.
     """
     return sum(mean(jax.nn.softplus(-x if real else x)) for x in logits) / len(logits)
 
 
-def r1(score, x):
-    """|d score / dx|^2 of each sample: R1 of Mescheder et al. 2018 (arXiv:1801.04406) without its gamma / 2.
+def r1(score: Callable, x: Data) -> PerSample:
+    """|d score / dx|^2 of each sample: the R1 penalty of Mescheder et al. 2018 (arXiv:1801.04406) without gamma / 2.
 
-    score(x) is [b], or a tuple of maps of logits: then the sum over maps of their means over pixels. What it gives a
-    sample must depend on that sample alone.
+    score(x) is [b], or a tuple of maps of logits [b, ...], of which each map's mean over pixels is summed. The score of
+    a sample must depend on that sample alone.
     """
     slope = jax.grad(lambda x: sum(mean(y).sum() for y in jax.tree.leaves(score(x))))(x)
     return (slope**2).sum(tuple(range(1, x.ndim)))
 
 
-def approximate_r1(score, x, noise):
-    """Squared change of each sample's logits when noise is added to it, mean over pixels and then over maps.
+def approximate_r1(score: Callable, x: Data, noise: Data) -> PerSample:
+    """Squared change of each sample's logits when noise is added to x: mean over pixels, then over maps.
 
-    Needs no second derivative (Lin et al. 2025, arXiv:2501.08316). For noise sigma eps with unit eps and a small sigma
-    its expectation is sigma^2 |d l / dx|^2, the mean over all logits l.
+    It needs no second derivative (Lin et al. 2025, arXiv:2501.08316). For noise sigma eps with unit eps and small sigma
+    its expectation is sigma^2 |d l / dx|^2, averaged over all logits l.
     """
     changes = jax.tree.leaves(jax.tree.map(jnp.subtract, score(x + noise), score(x)))
     return sum(mean(change**2) for change in changes) / len(changes)

@@ -1,4 +1,4 @@
-"""Command line: flags -> config -> train, evaluate, sample or export; nothing else.
+"""Command line: flags -> config -> one of MODES; nothing else.
 
 python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
@@ -24,14 +24,17 @@ MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-INPUT = flags.DEFINE_string("input", None, "sample: the picture (or folder of pictures) that conditions the student.")
+INPUT = flags.DEFINE_string("input", None, "sample: the image, or folder of images, that conditions the student.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
+)
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "sample: the picture; export: the folder, *.stablehlo or *.onnx, of a metric *.safetensors; encode, pairs: the "
-    "folder, for pairs by default config.data.pairs.",
+    "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
+    "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
 )
 
 
@@ -42,31 +45,31 @@ def default_workdir() -> pathlib.Path:
 
 
 def main(_):
-    """Dispatch; heavy imports happen here, so that a wrong flag is answered at once."""
+    """Run the mode; heavy imports happen here, so that a wrong flag is reported at once."""
     logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
-    from cddistill import sharding, train
+    from cddistill import commands, sharding, train
 
     sharding.initialize()
-    workdir = pathlib.Path(WORKDIR.value or default_workdir())
+    workdir, which = pathlib.Path(WORKDIR.value or default_workdir()), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(CONFIG.value, workdir)
     if MODE.value == "evaluate":
-        return train.evaluate_run(CONFIG.value, workdir)
+        return commands.evaluate_run(CONFIG.value, workdir, which)
     output = OUTPUT.value or (CONFIG.value.data.pairs if MODE.value == "pairs" else "")
     if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
-        return train.encode_data(CONFIG.value, pathlib.Path(output))
+        return commands.encode_data(CONFIG.value, pathlib.Path(output))
     if MODE.value == "pairs":
-        return train.make_pairs(CONFIG.value, pathlib.Path(output))
+        return commands.make_pairs(CONFIG.value, pathlib.Path(output))
     if MODE.value == "export":
-        return train.export_run(CONFIG.value, workdir, output)
-    return train.sample(CONFIG.value, workdir, INPUT.value, output)
+        return commands.export_run(CONFIG.value, workdir, output, which)
+    return commands.sample(CONFIG.value, workdir, INPUT.value, output, which)
 
 
 def parse(argv):
-    """absl's flag parser, with what can go wrong in a config file or an override said in one sentence."""
+    """absl's flag parser, with errors in a config file or an override as one sentence."""
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
@@ -79,7 +82,7 @@ def parse(argv):
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line; the flag parsers' own and the disk's are put into words."""
+    """An error as one line; those of flag parsers and of the disk are reworded."""
     if isinstance(error, shutil.Error):  # (from, to, why) of every file
         _, place, why = error.args[0][0]
         return f"{place} cannot be written ({why}): free some space, or choose another place"
@@ -99,13 +102,13 @@ def sentence(error: BaseException) -> str:
 
 
 def fail(error: BaseException):
-    """Print the error as one sentence and leave with status 2 (1 is for crashes)."""
+    """Print the error as one sentence and exit with status 2 (1 is for crashes)."""
     print(f"cddistill: {sentence(error)}", file=sys.stderr, flush=True)
     os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 
 def guarded(argv):
-    """`main`, with every foreseen error as one sentence; anything else keeps its traceback."""
+    """`main`, with expected errors as one sentence; any other keeps its traceback."""
     try:
         return main(argv)
     except (ValueError, FloatingPointError, OSError) as error:

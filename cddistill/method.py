@@ -1,102 +1,163 @@
-"""What a method is: the nets it trains, the turns it plays, and what they are for in the end: to draw or to compare."""
+"""The contract of a method: the nets it trains, its turns, what it requires of a run and what it exports.
 
-from collections.abc import Callable
+A method is a frozen dataclass of hyper-parameters in one file of `cddistill/methods`, derived from `Generator` (it
+trains a generator of images) or `Scored` (it trains anything else, such as a perceptual metric). The rest of the
+package uses only the members below and no method by name.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from cddistill import health
 from cddistill.diffusion import like
 
+Index = Int[Array | np.ndarray, " b"]  # the samples' numbers in the global batch
 Loss = Callable[[SimpleNamespace, dict[str, Any], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+StepNoise = Callable[[jax.Array], jax.Array]
 
 
 class Turn(NamedTuple):
-    """One line of an algorithm box: which nets move, down which loss, how often.
+    """One line of an algorithm box: which nets are updated, by which loss, how often.
 
-    loss(n, batch, key) -> (scalar, metrics), with n.teacher, n.student, n.student_ema ... the nets by role, n.step, and
-    n.play, the names of the turns of this step, which is static. Gradients reach the nets named in `moves` and nothing
-    else, by construction.
+    loss(n, batch, key) -> (scalar, metrics). n has the nets by role (n.teacher, n.student, n.student_ema, ...), n.step,
+    and n.play: the names of the turns of this step, static. Gradients are taken with respect to the nets in `moves`
+    only.
     """
 
     moves: tuple[str, ...]
     loss: Loss
-    every: int = 1  # train steps between two plays
+    every: int = 1  # train steps between two updates
     after: int = 0  # train steps before the first
-    lazy: int = 0  # every so many train steps n.play also has "<turn>/lazy", for what its loss does only now and then
+    lazy: int = (
+        0  # every `lazy` train steps n.play has "<turn>/lazy" too, for terms such as R1 that are evaluated rarely
+    )
+
+
+class Requires(NamedTuple):
+    """What a method needs besides the nets that it trains; it is loaded and checked before the first step."""
+
+    nets: Mapping[str, Callable[[], Any]] = {}  # functions that load further frozen nets, by role: n.<role>
+    teacher: bool = True  # n.teacher, the denoiser of config.teacher
+    images: bool = True  # real images in batch["x0"]; False: prompts are enough
+    pairs: bool = False  # batch["pairs"], noise and the teacher's output for it, from data.pairs
+    text: bool = False  # a teacher that takes classes or text, for classifier-free guidance of its score
+    condition: str = ""  # "pixels" or "latent": the space of batch["cond"] in the student; "": no condition
+    classes: int = 0  # class labels 0 ... classes - 1 for every image; 0 = labels are not needed
 
 
 @runtime_checkable
 class Method(Protocol):
-    """What every method has. With what a Generator or a Metric adds, it is the whole interface between a method's file
-    and the rest of the package."""
+    """What every method has."""
 
+    mutable_on_resume: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that may change when a run is resumed
+
+    @abc.abstractmethod
     def init(self, key: jax.Array, frozen: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:
-        """The trained nets at step 0, usually copies of frozen["teacher"]; batch shows shapes only."""
+        """The trained nets at step 0, usually copies of frozen["teacher"]. Only the shapes of batch may be used."""
 
+    @abc.abstractmethod
     def turns(self) -> dict[str, Turn]:
-        """The algorithm box, in order of play."""
+        """The turns by name, in the order in which they are played; {} if nothing is trained."""
 
     def ema(self) -> dict[str, float]:
-        """Nets that have an average, seen by losses as n.<name>_ema, and their decay per step."""
+        """EMA decay per step of the nets that have an average; losses see it as n.<name>_ema."""
+        return {}
+
+    def requires(self) -> Requires:
+        """What the run must load and check."""
+        return Requires()
+
+    def exports(self) -> dict[str, str]:
+        """The trained net of each part of the exported pipeline: {"unet": "student"}."""
+        return {}
+
+    def health_rules(self) -> dict[str, health.Rule]:
+        """The rules that detect a failing run from its metrics."""
+        return health.frozen(*self.turns())
 
 
 @runtime_checkable
 class Generator(Method, Protocol):
-    """A method whose student draws images."""
+    """A method that trains a generator of images."""
 
+    @abc.abstractmethod
     def sample(
-        self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], key: jax.Array, steps: int
+        self, n: SimpleNamespace, noise: jax.Array, batch: dict[str, Any], step_noise: StepNoise, steps: int
     ) -> jax.Array:
-        """Generate x0 [b, h, w, c] from unit noise and batch["text" | "null" | "cond" | "index"] in `steps` steps."""
+        """x0 [b, h, w, c] from unit noise and batch["text" | "null" | "cond" | "index"] in `steps` steps.
+
+        step_noise(i) is unit noise of x0's shape, for samplers that add noise after step i; none is added after the
+        last step.
+        """
+
+    @abc.abstractmethod
+    def exports(self) -> dict[str, str]:
+        """As in `Method`; a generator that is trained must export at least one net."""
 
     def sampling(self, schedule, steps: int):
-        """`sample` as a `models.schedulers.Sampling`, which diffusers can follow too; None if none describes it."""
+        """`sample` as a `models.schedulers.Sampling`, which diffusers can reproduce; None if that is not possible.
+
+        Raises ValueError if the student cannot be sampled in that many steps.
+        """
+        return
 
     def nfe(self, steps: int) -> int:
-        """Network evaluations that `sample` spends on one image."""
+        """Network evaluations per image."""
+        return steps
 
 
 @runtime_checkable
-class Metric(Method, Protocol):
-    """A method whose outcome compares images: it draws none, and needs no teacher."""
+class Scored(Method, Protocol):
+    """A method that trains something other than a generator, such as a metric, and is evaluated by scores per image."""
 
+    @abc.abstractmethod
     def scores(self, n: SimpleNamespace, batch: dict[str, Any], key: jax.Array) -> dict[str, jax.Array]:
-        """What to evaluate it by: names and numbers, one per image [b]."""
+        """Scores by name, one per image [b]."""
 
-    def metric(self, n: SimpleNamespace) -> Any:
-        """What --mode=export writes: LatentLPIPS as a net."""
+    def export_file(self, n: SimpleNamespace, path: Path) -> str:
+        """Write the result as one file and return a sentence that says what was verified.
+
+        Raises ValueError if the method has no such file.
+        """
+        raise ValueError(f"--output={path}: this method exports no single file, only a folder")
 
 
-def per_sample(key: jax.Array, index: jax.Array) -> jax.Array:
-    """One key per sample, made from its number in the global batch: the same on any number of devices and hosts."""
+def per_sample(key: Key[Array, ""], index: Index) -> Key[Array, " b"]:
+    """One key per sample, from its number in the global batch, so that it is the same on any number of devices."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def normal(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Unit Gaussian noise [b, *shape] that follows the sample, not the device."""
+def normal(key: Key[Array, ""], index: Index, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Unit Gaussian noise [b, *shape] that depends on the sample's number, not on the device."""
     return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, index))
 
 
-def fresh(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Step number -> unit noise [b, *shape] of its own, that follows the sample: what samplers add between steps."""
+def step_noise(key: Key[Array, ""], index: Index, shape: tuple[int, ...]) -> StepNoise:
+    """i -> unit noise [b, *shape], as `normal` makes it, for samplers that add noise after step i."""
     return lambda i: normal(jax.random.fold_in(key, i), index, shape)
 
 
-def uniform(key: jax.Array, index: jax.Array) -> jax.Array:
-    """Uniform numbers in [0, 1), shape [b], that follow the sample."""
+def uniform(key: Key[Array, ""], index: Index) -> Float[Array, " b"]:
+    """Uniform numbers in [0, 1) that depend on the sample's number, not on the device."""
     return jax.vmap(jax.random.uniform)(per_sample(key, index))
 
 
 def check_choices(method, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for an option of a method that is none of its choices."""
+    """Raises ValueError for an option of a method whose value is not one of its choices."""
     for name, allowed in choices.items():
         if getattr(method, name) not in allowed:
             raise ValueError(f"method.{name} {getattr(method, name)!r} is not one of {', '.join(allowed)}")
 
 
-def drop_text(key: jax.Array, batch: dict[str, Any], rate: float) -> Any:
-    """batch["text"] with the null text in its place for a share of the samples, for classifier-free guidance."""
+def drop_text(key: Key[Array, ""], batch: dict[str, Any], rate: float) -> PyTree[Shaped[Array | np.ndarray, "..."]]:
+    """batch["text"], replaced by batch["null"] with probability `rate` per sample, for classifier-free guidance."""
     dropped = uniform(key, batch["index"]) < rate
     return jax.tree.map(lambda null, text: jnp.where(like(dropped, text), null, text), batch["null"], batch["text"])

@@ -1,4 +1,4 @@
-"""From config to optax: one optimiser per turn."""
+"""Optimisers: AdamW from config, one per turn."""
 
 import dataclasses
 
@@ -7,20 +7,22 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with clipping; `config.optim.<turn>.<field>` overrides a field for one turn."""
+    """AdamW with gradient clipping; `config.optim.<turn>.<field>` overrides a field for one turn."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0  # optax's default is 1e-4, PyTorch's 1e-2: state it
-    clip: float = 1.0  # global gradient norm; 0 = off
-    warmup: int = 0  # updates of linear warm-up
-    decay: str = "constant"  # or "cosine" to zero, "linear" to zero, over `steps`
-    bf16_moments: bool = False  # first moment in bfloat16: 2 bytes a weight less
+    weight_decay: float = 0.0  # decoupled, times lr; libraries disagree on the default (optax 1e-4, PyTorch 1e-2)
+    clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    warmup: int = 0  # updates of linear warm-up from 0
+    decay: str = "constant"  # or "cosine", "linear": to 0 over the updates after the warm-up
 
 
 def optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
-    """AdamW with its learning-rate schedule over `updates` updates, behind global-norm clipping."""
+    """AdamW with its learning-rate schedule over `updates` updates, after clipping by the global norm.
+
+    Raises ValueError for an unknown decay.
+    """
     after = max(updates - config.warmup, 1)
     schedules = {
         "constant": optax.constant_schedule(config.lr),
@@ -37,6 +39,5 @@ def optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation
         *config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mu_dtype="bfloat16" if config.bf16_moments else None,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam

@@ -1,4 +1,4 @@
-"""All that knows about devices and hosts. Losses and models import nothing from here."""
+"""Devices and hosts: mesh, shardings, and the step under jit or pmap. Losses and models import nothing from here."""
 
 import functools
 import os
@@ -13,25 +13,31 @@ from jax.sharding import PartitionSpec as P
 
 
 def initialize() -> None:
-    """Join the other hosts of the run: the addresses come from CDDISTILL_COORDINATOR, _PROCESSES and _PROCESS_ID, or,
-    when CDDISTILL_COORDINATOR is "auto", from the cluster itself (Cloud TPU, Slurm). A single process needs
-    neither."""
+    """Connect to the other hosts of the run, if there are any.
+
+    The environment variables CDDISTILL_COORDINATOR (address), CDDISTILL_PROCESSES (number of hosts) and
+    CDDISTILL_PROCESS_ID (number of this host) describe the run; CDDISTILL_COORDINATOR="auto" reads all three from the
+    cluster (Cloud TPU, Slurm). A single process sets none.
+    """
     coordinator = os.environ.get("CDDISTILL_COORDINATOR")
     if coordinator == "auto":
         jax.distributed.initialize()
     elif coordinator:
-        processes, index = int(os.environ["CDDISTILL_PROCESSES"]), int(os.environ["CDDISTILL_PROCESS_ID"])
+        processes = int(os.environ["CDDISTILL_PROCESSES"])
+        index = int(os.environ["CDDISTILL_PROCESS_ID"])
         jax.distributed.initialize(coordinator, processes, index)
 
 
 def is_host0() -> bool:
-    """Whether this process writes the run's files."""
+    """Whether this is the process that writes the run's files."""
     return jax.process_index() == 0
 
 
 def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
-    """A ("data", "fsdp") mesh of all devices, or of those given: batches are split over both axes, weights over "fsdp"
-    only; -1 = all of them."""
+    """A ("data", "fsdp") mesh of `devices` (default: all). Batches are sharded over both axes, weights over "fsdp".
+
+    fsdp is the size of that axis; -1 = all devices. Raises ValueError if it does not divide their number.
+    """
     total = len(devices or jax.devices())
     fsdp = total if fsdp == -1 else fsdp
     if total % fsdp:
@@ -41,30 +47,36 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
 
 
 def local_rows(batch_size: int, accumulate: int = 1) -> slice:
-    """The rows of the global batch that this host loads."""
+    """The rows of the global batch that this host loads.
+
+    Raises ValueError if batch_size is not divisible by devices x micro-batches.
+    """
     devices, hosts = jax.device_count(), jax.process_count()
     if batch_size % (devices * accumulate):
         raise ValueError(
             f"batch_size {batch_size} is not divisible by {devices} devices x {accumulate} micro-batches; "
-            f"the nearest that is: {max(batch_size // (devices * accumulate), 1) * devices * accumulate}"
+            f"use {max(batch_size // (devices * accumulate), 1) * devices * accumulate}"
         )
     rows = batch_size // hosts
     return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
 def replicated(mesh):
-    """A copy on every device."""
+    """The sharding with a copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def by_row(mesh):
-    """The leading axis split over all devices."""
+    """The sharding of batches: the leading axis over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def by_shape(mesh, tree, min_elements: int = 2**18):
-    """Shard each large array along its largest axis that "fsdp" divides; replicate the rest. Models carry no
-    annotation."""
+    """Shardings of a tree by shape, so that models carry no annotations.
+
+    Arrays of at least min_elements are sharded along the largest axis that the size of "fsdp" divides; the others are
+    replicated.
+    """
     n = mesh.shape["fsdp"]
 
     def rule(x):
@@ -77,17 +89,17 @@ def by_shape(mesh, tree, min_elements: int = 2**18):
 
 
 class Driver(NamedTuple):
-    """How one pure step runs on the devices at hand. Every function takes and returns pytrees."""
+    """How one pure step runs on the devices. Every function takes and returns pytrees."""
 
-    put_state: Callable  # host or device arrays -> where training keeps them
-    put_frozen: Callable
+    put_state: Callable  # host or device arrays -> arrays sharded or replicated for training
+    put_frozen: Callable  # the same for frozen nets
     put_batch: Callable  # this host's rows -> the global batch
     step: Callable  # (state, frozen, batch, play) -> (state, metrics); donates the state
-    get_state: Callable  # training's arrays -> mesh arrays, one copy, for checkpoints and sampling
+    get_state: Callable  # the state in training -> global arrays on the mesh, for checkpoints and sampling
 
 
 def inside(mesh, f):
-    """f, to be jitted, traced with the mesh in sight: kernels that GSPMD cannot split are split by hand over it."""
+    """f, to be jitted, traced under the abstract mesh: kernels that GSPMD cannot partition use shard_map over it."""
 
     @functools.wraps(f)
     def traced(*args):
@@ -98,7 +110,7 @@ def inside(mesh, f):
 
 
 def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> Driver:
-    """`jax.jit` over the mesh: the default. `state` gives shapes only."""
+    """`jax.jit` over the mesh, the default. Only the shapes of `state` are used."""
     layout = by_shape(mesh, state, min_elements)
     compiled = jax.jit(inside(mesh, step), static_argnums=3, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     return Driver(
@@ -111,13 +123,13 @@ def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> 
 
 
 def pmap_driver(step: Callable, mesh: Mesh) -> Driver:
-    """`jax.pmap`: everything replicated; `step` must average over the axis "devices"."""
+    """`jax.pmap` with replicated weights; `step` must average over the axis "devices"."""
     n = jax.local_device_count()
     parallel = jax.pmap(step, axis_name="devices", static_broadcasted_argnums=3, donate_argnums=0)
 
     def play(state, frozen, batch, turns):
         state, metrics = parallel(state, frozen, batch, turns)
-        return state, jax.tree.map(lambda x: x.addressable_shards[0].data[0], metrics)  # without waiting for it
+        return state, jax.tree.map(lambda x: x.addressable_shards[0].data[0], metrics)  # does not wait for the step
 
     def stack(tree):
         return flax.jax_utils.replicate(jax.tree.map(np.asarray, tree))
@@ -132,12 +144,12 @@ def pmap_driver(step: Callable, mesh: Mesh) -> Driver:
 
 
 def first(x):
-    """One device's copy of an array that pmap replicated."""
+    """One copy, as numpy, of an array that pmap replicated."""
     return np.asarray(x.addressable_shards[0].data)[0]
 
 
 def put(tree, layout):
-    """Arrays to their places; each host holds the whole value of what it passes."""
+    """Arrays with the shardings `layout`; every host passes the whole arrays."""
 
     def place(x, sharding):
         if isinstance(x, jax.Array) and x.sharding == sharding:
@@ -149,12 +161,15 @@ def put(tree, layout):
 
 
 def put_rows(mesh, batch):
-    """This host's rows -> global arrays."""
+    """Global batch arrays from this host's rows."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row(mesh), x), batch)
 
 
 def make_driver(parallel: str, step: Callable, mesh: Mesh, state) -> Driver:
-    """`step(state, frozen, batch, play, axis=None)` under config.parallel = "jit" or "pmap"."""
+    """The driver of `step(state, frozen, batch, play, axis=None)` for parallel = "jit" or "pmap".
+
+    Raises ValueError for anything else, and for pmap on a mesh that shards weights.
+    """
     if parallel == "jit":
         return jit_driver(step, mesh, state)
     if parallel != "pmap":

@@ -1,4 +1,4 @@
-"""The training step. The only module that differentiates and updates weights."""
+"""The training step: the only module that computes gradients and updates weights."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,46 +8,56 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cddistill.net import Net
-
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint holds."""
+    """Everything that training changes, which is what a checkpoint holds.
 
-    step: jax.Array
-    nets: dict[str, Net]
-    ema: dict[str, Net]
-    opt: dict[str, Any]
+    Trees of this shape also hold ShapeDtypeStructs, shardings or orbax's arguments, hence Any.
+    """
+
+    step: Any  # int32 [], train steps done
+    nets: Any  # {role: Net} that is trained
+    ema: Any  # {role: Net}, moving averages of some of them
+    opt: Any  # {turn: optimiser state}
 
 
 def init_state(nets, turns, optimizers, ema) -> TrainState:
-    """State at step 0. EMA weights are copies: a donated buffer must not be held twice."""
-    opt = {name: optimizers[name].init(pick(nets, turn.moves)) for name, turn in turns.items()}
+    """The state at step 0. EMA weights are copies, because a buffer that is donated must not occur twice."""
+    opt = {name: optimizers[name].init(select(nets, turn.moves)) for name, turn in turns.items()}
     averages = {name: jax.tree.map(jnp.copy, nets[name]) for name in ema}
     return TrainState(jnp.zeros((), jnp.int32), nets, averages, opt)
 
 
 def active(turns, step: int) -> tuple[str, ...]:
-    """Names of the turns played at this step, and "<turn>/lazy" where it has that: the static argument of
-    `train_step`."""
+    """Names of the turns played at this step, and "<turn>/lazy" for those whose lazy terms are due.
+
+    This is the static argument `play` of `train_step`.
+    """
     played = {name: turn for name, turn in turns.items() if step >= turn.after and step % turn.every == 0}
     return (*played, *(f"{name}/lazy" for name, turn in played.items() if turn.lazy and step % turn.lazy == 0))
 
 
 def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema, seed=0, accumulate=1, axis=None):
-    """Play the named turns in order; later turns see the weights moved by earlier ones.
+    """One train step: play the turns named in `play` in order; later turns see the weights updated by earlier ones.
 
-    Returns the next state and scalar metrics "<turn>/<name>". `axis` is the name of the pmap axis over which
-    gradients and metrics are averaged; under jit it is None, because there a mean over the batch is already global.
+    play is static: one program is compiled for each set of turns. turns, optimizers (one per turn) and ema (decay by
+    net) come from the method and the config. Random keys depend only on seed, step and turn, so a resumed run repeats
+    them. accumulate is the number of micro-batches whose gradients are averaged for one update. axis is the name of the
+    pmap axis over which gradients and metrics are averaged; under jit it is None, because a mean over the batch is
+    already global there.
+
+    Returns the next state and scalar metrics "<turn>/<name>": those of the loss, and loss, grad_norm and moved.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    nets, opt, metrics = dict(state.nets), dict(state.opt), {}
+    nets = dict(state.nets)
+    opt = dict(state.opt)
+    metrics = {}
 
     for i, (name, turn) in enumerate(turns.items()):
         if name not in play:
             continue
-        moving = pick(nets, turn.moves)
+        moving = select(nets, turn.moves)
         value, logs, grads = gradients(
             turn.loss, moving, namespace(state, frozen, nets, play), batch, jax.random.fold_in(key, i), accumulate
         )
@@ -56,7 +66,7 @@ def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema
         updates, opt[name] = optimizers[name].update(grads, opt[name], moving)
         nets |= optax.apply_updates(moving, updates)
         logs |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        logs |= {"moved": optax.tree.norm(updates) / optax.tree.norm(moving)}  # share of the weights' own size
+        logs |= {"moved": optax.tree.norm(updates) / optax.tree.norm(moving)}  # |update| / |weights|
         metrics |= {f"{name}/{k}": v for k, v in logs.items()}
 
     averages = {n: optax.incremental_update(nets[n], state.ema[n], 1.0 - decay) for n, decay in ema.items()}
@@ -64,7 +74,10 @@ def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema
 
 
 def gradients(loss, moving, others, batch, key, accumulate):
-    """(value, logs, gradients) of the mean loss over `accumulate` micro-batches, one in memory at a time."""
+    """(value, logs, gradients) of the mean loss over `accumulate` micro-batches; one is in memory at a time.
+
+    Gradients are with respect to `moving` (nets by role) only; `others` is the namespace of all nets.
+    """
 
     def of_moving(moving, batch):
         return loss(SimpleNamespace(**(vars(others) | moving)), batch, key)
@@ -75,7 +88,7 @@ def gradients(loss, moving, others, batch, key, accumulate):
 
     if accumulate == 1:
         return micro(batch)
-    # Rows i, i + k, i + 2k, ... make micro-batch i, so that each device keeps rows of every one.
+    # Micro-batch i has rows i, i + k, i + 2k, ..., so that each device holds rows of every micro-batch.
     micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
     zero = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], micros))
@@ -85,12 +98,12 @@ def gradients(loss, moving, others, batch, key, accumulate):
 
 
 def namespace(state, frozen, nets, play=()) -> SimpleNamespace:
-    """n.teacher, n.student, n.student_ema, n.step ... for use inside losses."""
+    """n, the first argument of losses: nets by role (n.teacher, n.student, n.student_ema, ...), n.step and n.play."""
     return SimpleNamespace(
         step=state.step, play=play, **frozen, **nets, **{f"{name}_ema": net for name, net in state.ema.items()}
     )
 
 
-def pick(nets, names):
-    """The named entries of a dict."""
+def select(nets, names):
+    """The nets with these names, as a dict."""
     return {name: nets[name] for name in names}

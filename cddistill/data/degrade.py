@@ -2,9 +2,9 @@
 
     stage 1: blur -> resize -> noise -> JPEG
     stage 2: blur -> resize -> noise
-    end:     resize to the target -> sinc -> JPEG, or JPEG -> resize -> sinc, by a coin
+    end:     resize to the target -> sinc -> JPEG, or JPEG -> resize -> sinc, each with probability 1/2
 
-Images are float32 [h,w,3] in [0, 1]; ranges are the published training configuration's unless said otherwise.
+Images are float32 [h,w,3] in [0, 1]. Ranges are from the published training configuration unless noted.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from scipy.special import j1
 
 from cddistill.data.resample import resample, to_uint8
 
-SIZES = np.arange(7, 22, 2)  # of kernels, pixels; range from the reference implementation's defaults, unverified
+SIZES = np.arange(7, 22, 2)  # kernel sizes, pixels; range from the reference implementation's defaults, unverified
 SHAPES = ("gaussian", "gaussian", "generalised", "generalised", "plateau", "plateau")  # isotropic, then anisotropic
 SHAPE_PROBS = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-SINC_PROB = 0.1  # of a ringing filter in place of a blur
+SINC_PROB = 0.1  # of a sinc filter instead of a blur
 BETA = {"gaussian": (1.0, 1.0), "generalised": (0.5, 4.0), "plateau": (1.0, 2.0)}
 RESIZE_KINDS = ("area", "bilinear", "bicubic")
-GREY_PROB = 0.4  # of noise that is equal in all channels
+GREY_PROB = 0.4  # of the same noise in all channels
 JPEG_QUALITY = (30.0, 95.0)
 FINAL_SINC_PROB = 0.8
 GREY = np.float32([0.299, 0.587, 0.114])  # BT.601 luma
@@ -30,7 +30,7 @@ GREY = np.float32([0.299, 0.587, 0.114])  # BT.601 luma
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Ranges of one round of blur, resize and noise."""
+    """Ranges of one stage of blur, resize and noise."""
 
     blur_prob: float
     blur: tuple[float, float]  # standard deviation, pixels
@@ -46,10 +46,10 @@ GAUSSIAN_PROB = 0.5  # else Poisson
 
 
 def realesrgan(image, rng, scale):
-    """Image [h,w,3] in [0, 1] -> degraded uint8 [h/scale,w/scale,3]; all chance comes from rng."""
+    """Image [h,w,3] in [0, 1] -> degraded uint8 [h/scale,w/scale,3]. All randomness comes from rng."""
     h, w, _ = image.shape
     if h % scale or w % scale:
-        raise ValueError(f"an image of {h}x{w} px cannot be made smaller by {scale}: its sides must be divisible by it")
+        raise ValueError(f"an image of {h}x{w} px cannot be downsampled by {scale}: its sides must be divisible by it")
     target = (h // scale, w // scale)
     image = jpeg(stage(image, rng, FIRST, (h, w)), rng)
     image = stage(image, rng, SECOND, target)
@@ -61,7 +61,7 @@ def realesrgan(image, rng, scale):
 
 
 def stage(image, rng, ranges, base):
-    """Blur, resize by a random factor of the size `base`, add noise; in [0, 1]."""
+    """Blur, resize to `base` (height, width) times a random factor, add noise. The result is in [0, 1]."""
     if rng.random() < ranges.blur_prob:
         image = blur(image, random_kernel(rng, ranges.blur))
     low, high = ranges.resize
@@ -73,7 +73,7 @@ def stage(image, rng, ranges, base):
 
 
 def random_kernel(rng, sigma_range):
-    """A blur kernel [k,k] that sums to 1, of random size, shape, widths and direction; sometimes a sinc."""
+    """A blur kernel [k,k] that sums to 1, with random size, shape, widths and angle; a sinc with SINC_PROB."""
     size = rng.choice(SIZES)
     if rng.random() < SINC_PROB:  # cutoffs from the reference implementation's defaults, unverified
         return sinc_kernel(size, rng.uniform(np.pi / 3 if size < 13 else np.pi / 5, np.pi))
@@ -82,13 +82,13 @@ def random_kernel(rng, sigma_range):
     if shape % 2 == 0:
         sigma[1] = sigma[0]
     low, high = BETA[SHAPES[shape]]
-    # Below and above 1 equally often: from the reference implementation's defaults, unverified.
+    # Below or above 1 with probability 1/2 each: from the reference implementation's defaults, unverified.
     beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
     return blur_kernel(size, sigma, rng.uniform(-np.pi, np.pi), beta, plateau=SHAPES[shape] == "plateau")
 
 
 def blur_kernel(size, sigma, angle, beta=1.0, plateau=False):
-    """exp(-q^beta / 2), or 1 / (1 + q^beta) as plateau; q is the squared distance in widths `sigma`, turned."""
+    """exp(-q^beta / 2), or 1 / (1 + q^beta) for plateau; q: squared distance over sigma (pixels), rotated by angle."""
     x, y = grid(size)
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     q = ((u / sigma[0]) ** 2 + (v / sigma[1]) ** 2) ** beta
@@ -97,7 +97,7 @@ def blur_kernel(size, sigma, angle, beta=1.0, plateau=False):
 
 
 def sinc_kernel(size, cutoff):
-    """Ideal circular low-pass filter, cut off at `cutoff` radians per pixel: it rings, as oversharpened images do."""
+    """Ideal circular low-pass filter with a cutoff in radians per pixel. It causes ringing, as oversharpening does."""
     r = np.hypot(*grid(size))
     with np.errstate(invalid="ignore"):
         kernel = np.where(r > 0, cutoff * j1(cutoff * r) / (2 * np.pi * r), cutoff**2 / (4 * np.pi))
@@ -105,31 +105,31 @@ def sinc_kernel(size, cutoff):
 
 
 def grid(size):
-    """Coordinates of a kernel's taps, pixels from its centre."""
+    """Coordinates of a kernel's taps, in pixels from its centre."""
     axis = np.arange(size) - size // 2
     return np.meshgrid(axis, axis)
 
 
 def blur(image, kernel):
-    """Convolution with a kernel [k,k], k odd, the image mirrored at its border."""
+    """Convolution with a kernel [k,k], k odd. The image is mirrored at its border."""
     h, w, _ = image.shape
     k = len(kernel)
     padded = np.pad(image, ((k // 2, k // 2), (k // 2, k // 2), (0, 0)), mode="reflect")
-    shape = padded.shape[:2]  # circular wrap-around falls into the part that is cut off
+    shape = padded.shape[:2]  # the circular wrap-around is cropped below
     spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, shape)[:, :, None]
     return np.fft.irfft2(spectrum, shape, axes=(0, 1))[k - 1 : k - 1 + h, k - 1 : k - 1 + w].astype(np.float32)
 
 
 def gaussian_noise(image, rng, sigma, grey):
-    """White noise of sigma 8-bit levels."""
+    """White noise; sigma is in 8-bit levels."""
     h, w, c = image.shape
     return rng.standard_normal((h, w, 1 if grey else c), np.float32) * np.float32(sigma / 255)
 
 
 def poisson_noise(image, rng, scale, grey):
-    """Shot noise, `scale` times as strong as counting as many photons as the image has grey levels would give.
+    """Shot noise times `scale`. The photon count of white is the number of grey levels in the image.
 
-    The number of levels is rounded up to a power of two; that definition is the reference implementation's, unverified.
+    That number is rounded up to a power of two, as in the reference implementation (unverified).
     """
     levels = np.rint((image @ GREY[:, None] if grey else image) * 255) / 255
     photons = 2 ** np.ceil(np.log2(max(2, len(np.unique(levels)))))
@@ -137,7 +137,7 @@ def poisson_noise(image, rng, scale, grey):
 
 
 def jpeg(image, rng):
-    """Compression at a random quality."""
+    """JPEG compression at a random quality."""
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=round(rng.uniform(*JPEG_QUALITY)))
     with Image.open(buffer) as decoded:
@@ -145,11 +145,11 @@ def jpeg(image, rng):
 
 
 def sharpen(image, weight=0.5, radius=51, threshold=10):
-    """Unsharp mask where it changes something: `threshold` 8-bit levels; what Real-ESRGAN does to its targets.
+    """Unsharp mask where the residual exceeds `threshold` 8-bit levels, as Real-ESRGAN sharpens its targets.
 
-    Numbers are from the reference implementation's defaults, unverified.
+    Numbers are the reference implementation's defaults, unverified.
     """
-    sigma = 0.15 * radius + 0.35  # the usual width of a Gaussian that a window of `radius` pixels holds
+    sigma = 0.15 * radius + 0.35  # the usual width of a Gaussian in a window of `radius` pixels
     kernel = blur_kernel(radius, (sigma, sigma), 0.0)
     residual = image - blur(image, kernel)
     mask = blur((np.abs(residual) * 255 > threshold).astype(np.float32), kernel)

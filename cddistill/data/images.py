@@ -1,15 +1,15 @@
-"""From files and arrays to uint8 RGB images of one size."""
+"""Image files and arrays to uint8 RGB images of one size."""
 
 import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
-"""Modes that are read, and what each is read as; transparency is then composited on white."""
+"""PIL modes that are accepted, and the mode each is converted to before alpha is composited on white."""
 
 
 def to_rgb(image, name):
-    """A PIL image as RGB: grey is repeated, alpha composited on white, orientation tags obeyed."""
+    """A PIL image as RGB: grey is repeated, alpha is composited on white, the EXIF orientation is applied."""
     if image.mode not in FORMATS:
         bands = len(image.getbands())
         raise ValueError(f"{name} has {bands} channel(s) of mode {image.mode}; convert it to 8-bit grey or RGB")
@@ -20,17 +20,19 @@ def to_rgb(image, name):
 
 
 def read(path, name=None):
-    """A picture file as a PIL image in RGB. Raises ValueError naming it if it cannot be read."""
+    """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read."""
     name = name or path
+    if isinstance(path, Image.Image):
+        return to_rgb(path, "the image")
     try:
         with Image.open(path) as file:
             return to_rgb(file, name)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # from Pillow, for broken files
         raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def from_array(array, name):
-    """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image."""
+    """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image. Raises ValueError, naming it, for other arrays."""
     array = np.asarray(array)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
         raise ValueError(f"{name} is {array.dtype} {array.shape}; expected uint8 [h,w] or [h,w,c] with 1 to 4 channels")
@@ -38,7 +40,7 @@ def from_array(array, name):
 
 
 def fit(image, size):
-    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then the centre cropped."""
+    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then centre-cropped."""
     scale = size / min(image.size)
     w, h = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((w, h), Image.Resampling.BICUBIC)
@@ -47,5 +49,5 @@ def fit(image, size):
 
 
 def resize(array, size):
-    """A square uint8 array [h,h,3] at another size."""
+    """A square uint8 array [h,h,3] resized to [size,size,3]."""
     return array if len(array) == size else fit(Image.fromarray(array), size)

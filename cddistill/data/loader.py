@@ -1,61 +1,100 @@
-"""Batches as a pure function of seed and position: hosts, threads and resuming change nothing."""
+"""Batches that depend only on the seed and the position, not on hosts, threads or resuming."""
 
 import dataclasses
 import functools
 import sys
+from typing import Any
 
 import grain
 import numpy as np
 
-from cddistill.data import tasks
-from cddistill.data.arrays import Arrays
-from cddistill.data.degrade import sharpen
-from cddistill.data.emoji import Emoji
-from cddistill.data.folder import Folder
-from cddistill.data.odepairs import OdePairs
-from cddistill.data.scenes import Scenes
+from cddistill import typed
+from cddistill.data.contracts import Source, Task
+from cddistill.data.ode_pairs import OdePairs
+from cddistill.data.sources import SOURCES
 from cddistill.data.splits import SPLITS
-from cddistill.data.tfds_images import TfdsImages
+from cddistill.data.tasks import TASKS
 
-PIXELS = {"emoji": Emoji, "scenes": Scenes, "folder": Folder, "tfds": TfdsImages}
-SOURCES = (*PIXELS, "arrays")
-TASKS = ("none", "sr")
-KEPT = ("x0", "text", "null", "cond", "imageless")  # of an item, in a batch
+KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless")  # keys of an item that a batch keeps
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a run is trained and evaluated on."""
+    """The data of a run. `configure` makes one from plain values."""
 
-    source: str = "emoji"  # emoji, scenes, folder, tfds or arrays
-    path: str = ""  # folder of images or of arrays; name of a tensorflow dataset
+    source: Source = SOURCES["emoji"]()
+    task: Task = TASKS["none"]()
+    path: str = ""  # folder of images or arrays, or name of a tensorflow dataset
     size: int = 32  # pixels, height and width
-    num_classes: int = 9  # labels are 0 .. num_classes - 1; num_classes itself is the null label
-    task: str = "none"  # or sr: what the conditioning image is
-    scale: int = 4  # sr: how many times smaller
-    degradation: str = "bicubic"  # sr: or realesrgan
-    sharpen: bool = False  # unsharp-mask the images first, as Real-ESRGAN does with its targets
-    flip: bool = True  # mirror at random; in training only
-    x0_shape: tuple[int, ...] = ()  # arrays that are texts alone: height, width, channels of what is drawn for them
-    pairs: str = ""  # folder that --mode=pairs has written: batches then have as many noise-to-image pairs, too
-    skip_bad: bool = False  # leave out images of a folder, or shards of pairs, that cannot be read, instead of stopping
+    num_classes: int = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
+    flip: bool = True  # mirror training images at random
+    pairs: str = ""  # folder written by --mode=pairs; adds one pair of noise and x0 per row to each batch
+    skip_bad: bool = False  # skip unreadable images of a folder, or shards of pairs, instead of stopping
 
     def __post_init__(self):
-        for name, known in (("source", SOURCES), ("task", TASKS), ("degradation", tasks.DEGRADATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"data.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("size", "scale", "num_classes"):
+        for name in ("size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        if self.task == "sr" and self.source != "arrays" and self.size % self.scale:
-            raise ValueError(f"data.size {self.size} must be divisible by data.scale {self.scale}")
+        if not self.source.precomputed:
+            self.task.check(self.size)
+
+    @property
+    def source_name(self) -> str:
+        return name_in(SOURCES, self.source)
+
+    @property
+    def task_name(self) -> str:
+        return name_in(TASKS, self.task)
+
+
+REGISTRIES = {"source": SOURCES, "task": TASKS}
+
+
+def name_in(registry, value) -> str:
+    """The name under which a value's class is registered."""
+    return next(name for name, cls in registry.items() if cls is type(value))
+
+
+def defaults() -> dict[str, Any]:
+    """The defaults of config.data, including the options of all sources and tasks."""
+    plain = {f.name: f.default for f in dataclasses.fields(DataConfig)}
+    plain |= {kind: name_in(registry, plain[kind]) for kind, registry in REGISTRIES.items()}
+    return plain | {f.name: f.default for cls in option_classes() for f in dataclasses.fields(cls)}
+
+
+def option_classes() -> list[type]:
+    """The source and task classes, whose fields are options."""
+    return [cls for registry in REGISTRIES.values() for cls in registry.values()]
+
+
+def configure(**values) -> DataConfig:
+    """A DataConfig from the names of a source and a task, their options and the common fields.
+
+    Options of other sources and tasks have no effect, but their types are checked. Raises ValueError, in one sentence,
+    for an unknown name, a wrong type or a value out of range.
+    """
+    values, common = defaults() | values, {f.name for f in dataclasses.fields(DataConfig)}
+    for name in values:
+        typed.choose(f"config key data.{name}", {f"data.{known}": None for known in defaults()}, f"data.{name}")
+    chosen = {}
+    for kind, registry in REGISTRIES.items():
+        if (name := values[kind]) not in registry:
+            raise ValueError(f"data.{kind} must be one of {', '.join(registry)}, not {name!r}")
+        for cls in registry.values():
+            own = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            if cls is registry[name]:
+                chosen[kind] = typed.make(cls, own, "data.")
+            else:
+                typed.check_types(cls, own, "data.")
+    fields = {name: x for name, x in values.items() if name in common and name not in REGISTRIES}
+    return DataConfig(**chosen, **typed.check_types(DataConfig, fields, "data."))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Items of a source of uint8 images: augmented, labelled and conditioned."""
+    """Items from a source of uint8 images: augmented, labelled and with a condition."""
 
-    source: object  # element(i, rng) -> {"image": uint8 [h,w,3], "label", "caption", and images "depth", "edited"}
+    source: object  # contracts.Images
     config: DataConfig
     augment: bool
 
@@ -63,25 +102,24 @@ class Pixels:
         return len(self.source)
 
     def item(self, i, rng):
-        """x0 float32 [h,w,3] in [-1, 1]; with a task cond float32 [h,w,3] in [0, 1]; text, null, label, caption."""
-        config = self.config
-        item = self.source.element(i, rng if self.augment else None)
+        """x0 float32 [h,w,3] in [-1, 1]; the task's cond, float32 [h,w,c] in [0, 1]; text, null, label, caption."""
+        config, task = self.config, self.config.task
+        element = self.source.element(i, rng if self.augment else None)
         if self.augment and config.flip and rng.random() < 0.5:
-            item |= {name: item[name][:, ::-1] for name in ("image", "depth", "edited") if name in item}
-        image = np.float32(item.pop("image")) / np.float32(255)
-        if config.sharpen:
-            image = sharpen(image)
-        if config.task == "sr":
-            item["cond"] = tasks.sr(image, rng, config.scale, config.degradation)
-        label, null = np.int32(item["label"]), np.int32(config.num_classes)
+            element |= {name: element[name][:, ::-1] for name in ("image", "depth", "edited") if name in element}
+        element["target"] = task.target(element)
+        cond = task.condition(element, rng)
+        label, null = np.int32(element["label"]), np.int32(config.num_classes)
+        item = {name: x for name, x in element.items() if name not in ("image", "target")}
+        item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": task.text(element)}
         item |= {"text": {"class_labels": label}, "null": {"class_labels": null}}
-        return item | {"x0": image * 2 - 1, "label": label}
+        return item if cond is None else item | {"cond": cond}
 
 
 def load(config, split="train", augment=True):
-    """A finite dataset: len() and item(i, rng), one example as a dict of arrays and strings (see Pixels.item).
+    """A finite dataset with len() and item(i, rng): one example as a dict of arrays and strings, see `Pixels.item`.
 
-    An item's random choices (mirroring, drawing, degradation) come from rng alone; only the train split is augmented.
+    Random choices (mirroring, emoji variant, degradation) come only from rng. Only the train split is augmented.
     Raises ValueError, in one sentence, for data that is missing, unreadable or of the wrong shape.
     """
     augment = augment and split == "train"
@@ -89,29 +127,31 @@ def load(config, split="train", augment=True):
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     source = open_source(config, split)
     if not len(source):
-        raise ValueError(f"the {split} split of {config.source} {config.path} is empty; add images")
-    if config.source == "arrays":
+        raise ValueError(f"the {split} split of {config.source_name} {config.path} is empty; add images")
+    if config.source.precomputed:
         return source
     if source.num_labels > config.num_classes:
-        raise ValueError(f"{config.source} has {source.num_labels} labels; data.num_classes is {config.num_classes}")
+        raise ValueError(
+            f"{config.source_name} has {source.num_labels} labels; data.num_classes is {config.num_classes}"
+        )
     return Pixels(source, config, augment)
 
 
-@functools.lru_cache(maxsize=4)  # so that a folder is read through only once
+@functools.lru_cache(maxsize=4)  # so that a folder is checked only once
 def open_source(config, split):
-    """The source named by the config."""
-    return (PIXELS | {"arrays": Arrays})[config.source](config, split)
+    """The split of the configured source."""
+    return config.source.open(config, split)
 
 
 def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None)):
-    """Infinite iterator over dicts of numpy arrays, from step `start`; `batch_size` is global, `rows` are this host's.
+    """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 
-    x0 float32 [b,h,w,c] in [-1, 1] (of texts alone zeros, and imageless bool [b]); with a task cond float32 [b,h,w,c]
-    in [0, 1]; text and null as a teacher takes them ({"class_labels": int32 [b]} or {"encoder_hidden_states": float32
-    [b,l,d]}); index int32 [b], the row's number in the global batch; with data.pairs also pairs, {noise, x0, text,
-    null} of as many rows, and others, to each row the pair of the next one. Row r of step k is element k * batch_size +
-    r of an endless stream that is reshuffled every epoch, and its randomness is keyed by that number. Threads prepare
-    the next steps meanwhile.
+    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1]; text-only data has zeros and imageless, bool
+    [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null are a UNet's text inputs:
+    {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32 [b], is the row in the
+    global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others: others[i] = pairs[i+1], modulo
+    the global batch. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every epoch;
+    that number also seeds its randomness. Threads prepare the next steps in advance.
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
@@ -119,14 +159,14 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
 
-@functools.lru_cache(maxsize=4)  # so that checksums are compared only once
+@functools.lru_cache(maxsize=4)  # so that checksums are verified only once
 def load_pairs(folder, skip_bad=False):
-    """The pairs in a folder, checked; see OdePairs."""
+    """The pairs in a folder, verified; see `OdePairs`."""
     return OdePairs(folder, skip_bad)
 
 
 def shuffled(dataset, seed):
-    """An endless stream of items; every epoch has each item once, in an order and with randomness of its own."""
+    """An endless stream of items. Each epoch has every item once, with a new order and new random choices."""
     order, choices = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     positions = grain.MapDataset.range(len(dataset)).shuffle(seed=order).repeat()
     return positions.random_map(dataset.item, seed=choices)
@@ -134,7 +174,7 @@ def shuffled(dataset, seed):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """This host's rows of every step's batch, by step."""
+    """This host's rows of each batch, indexed by step."""
 
     stream: grain.MapDataset
     pairs: grain.MapDataset | None
@@ -156,9 +196,9 @@ class Steps:
 
 
 def examples(config, split="test", n=0, seed=0):
-    """The first n items of a split (all if n <= 0), stacked: as in batches, and label and caption, a list of str.
+    """The first n items of a split (all if n <= 0), stacked as in `batches`, with label and caption (a list of str).
 
-    Never augmented and always the same: a random degradation of item i depends on (seed, i) alone.
+    Never augmented. The random degradation of item i depends only on (seed, i).
     """
     dataset = load(config, split, augment=False)
     n = len(dataset) if n <= 0 else min(n, len(dataset))
@@ -166,7 +206,7 @@ def examples(config, split="test", n=0, seed=0):
 
 
 def stack(items):
-    """A list of equal dicts as one dict of stacked arrays; strings become a list."""
+    """Stack a list of dicts with the same keys into one dict of arrays; strings become a list."""
     first = items[0]
     if isinstance(first, dict):
         return {name: stack([item[name] for item in items]) for name in first}

@@ -1,4 +1,4 @@
-"""Exact image resampling as a pair of small matrices, one per axis, in float32."""
+"""Exact image resampling in float32: one small matrix per axis."""
 
 import functools
 
@@ -6,19 +6,19 @@ import numpy as np
 
 
 def resample(image, size, kind):
-    """Float image [h,w,c] -> [size[0],size[1],c]; kind: cubic (antialiased), area, bilinear or bicubic (neither is)."""
+    """Float image [h,w,c] -> [size[0],size[1],c]. kind: cubic (antialiased), area, bilinear or bicubic (neither is)."""
     rows, cols = (matrix(n, m, kind) for n, m in zip(image.shape, size, strict=False))
     return np.moveaxis(np.tensordot(cols, np.tensordot(rows, image, 1), (1, 1)), 0, 1)
 
 
 def to_uint8(image):
-    """Image in [0, 1] rounded to 8 bits, as a file would be."""
+    """Image, clipped to [0, 1], rounded to 8 bits, as an image file stores it."""
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-@functools.lru_cache(maxsize=4096)  # random resizing draws many sizes
+@functools.lru_cache(maxsize=4096)  # random resizing needs many sizes
 def matrix(n, m, kind):
-    """Resampling n points to m, [m,n]; every row sums to 1."""
+    """The matrix [m,n] that resamples n points to m. Each row sums to 1."""
     weights = {"cubic": antialiased_cubic, "area": area, "bilinear": bilinear, "bicubic": bicubic}[kind](n, m)
     weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     weights.flags.writeable = False
@@ -26,7 +26,7 @@ def matrix(n, m, kind):
 
 
 def cubic(x, a):
-    """Keys' cubic convolution kernel; a = -0.5 is the third-order one."""
+    """Keys' cubic convolution kernel; a = -0.5 is third-order accurate."""
     x = np.abs(x)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * (x**3 - 5 * x**2 + 8 * x - 4)
@@ -34,29 +34,29 @@ def cubic(x, a):
 
 
 def antialiased_cubic(n, m):
-    """What Pillow and jax.image.resize do: the kernel widens by the factor of a reduction and is cut at the border."""
+    """As in Pillow and jax.image.resize: a downsampling kernel widens by the factor; it is cut at the border."""
     centre = (np.arange(m)[:, None] + 0.5) * n / m - 0.5
     return cubic((np.arange(n) - centre) / max(n / m, 1.0), -0.5)
 
 
 def area(n, m):
-    """Mean over the pixels that an output pixel touches (adaptive average pooling)."""
+    """Mean over the input pixels that an output pixel overlaps (adaptive average pooling)."""
     first, last = np.arange(m) * n // m, -(-(np.arange(1, m + 1) * n) // m)
     return ((np.arange(n) >= first[:, None]) & (np.arange(n) < last[:, None])).astype(float)
 
 
 def bilinear(n, m):
-    """Linear interpolation, without antialiasing: a reduction skips pixels."""
+    """Linear interpolation without antialiasing: downsampling skips pixels."""
     return interpolation(n, m, 1, lambda x: np.maximum(0.0, 1 - np.abs(x)))
 
 
 def bicubic(n, m):
-    """Cubic interpolation (a = -0.75), without antialiasing: a reduction skips pixels."""
+    """Cubic interpolation (a = -0.75) without antialiasing: downsampling skips pixels."""
     return interpolation(n, m, 2, lambda x: cubic(x, -0.75))
 
 
 def interpolation(n, m, radius, kernel):
-    """Weights of a kernel that is not widened; the border pixel is repeated outside."""
+    """Weights of a kernel of fixed width. Pixels outside the image repeat the border pixel."""
     centre = (np.arange(m) + 0.5) * n / m - 0.5
     weights = np.zeros((m, n))
     for offset in range(1 - radius, radius + 1):

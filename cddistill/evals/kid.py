@@ -1,19 +1,19 @@
-"""Distances between two sets of images, seen through features: KID (Binkowski et al. 2018) and a Frechet distance.
+"""Distances between two sets of images in feature space: KID (Binkowski et al. 2018) and a Frechet distance.
 
-Features are float [n, d]. Neither number is "FID": the network, the scaling and the projection differ from FID's.
+Features are float [n, d]. Neither is comparable with FID: network, scaling and projection differ.
 """
 
 import numpy as np
 
 PCA = 64  # dimensions of the Frechet distance; a full covariance from a few hundred images is mostly bias
-BLOCK = 1024  # rows of a kernel matrix held at a time
+BLOCK = 1024  # rows of a kernel matrix in memory at a time
 
 
 def standardized(x, real):
-    """x less the mean and over the standard deviation of the real set, float64.
+    """x minus the mean of the real set, over its standard deviation, float64.
 
-    Deviations below half of the median are raised to it: a feature that hardly ever fires on the real set would
-    otherwise be divided by almost nothing, and the cubic kernel would see little else.
+    Deviations below half of their median are raised to it. A feature that is rarely active on the real set would
+    otherwise be divided by almost zero and dominate the cubic kernel.
     """
     std = real.std(0, dtype=np.float64)
     return (x - real.mean(0, dtype=np.float64)) / np.maximum(std, max(0.5 * np.median(std), 1e-6))
@@ -22,11 +22,11 @@ def standardized(x, real):
 def kid(x, real) -> tuple[float, float]:
     """1000 times the unbiased squared MMD under k(a, b) = (a.b / d + 1)^3, and its standard error.
 
-    `x` [m, d] and `real` [n, d] are standardised features. If m = n, row i of both may show one subject (an output and
-    its target): terms k(x_i, real_i) are left out then (Gretton et al. 2012, eq. 4), which would pull the estimate for
-    such pairs far below zero; a perfect restoration gets exactly 0. The error is the delete-one jackknife, over pairs
-    if m = n: deterministic, in closed form from row sums, right for dependent pairs, and free of the k(a, a) terms that
-    repeated rows bring into a bootstrap. It errs on the wide side where the sets do not differ.
+    `x` [m, d] and `real` [n, d] are standardised features. If m = n, row i of both may be an output and its target. The
+    terms k(x_i, real_i) are then omitted (Gretton et al. 2012, eq. 4): for such pairs they would pull the estimate far
+    below zero. A perfect restoration gets exactly 0. The standard error is the delete-one jackknife, over pairs if
+    m = n. It is deterministic, in closed form from row sums, valid for dependent pairs, and free of the k(a, a) terms
+    that repeated rows add to a bootstrap. It is overestimated if the sets do not differ.
     Raises ValueError if a set has fewer than 3 images.
     """
     m, n = len(x), len(real)
@@ -50,7 +50,7 @@ def frechet(x, real, groups: int = 20) -> tuple[float, float]:
     """Frechet distance of Gaussians on the real set's first 64 principal axes, and its standard error.
 
     `x` and `real` are standardised features. Biased upwards at any n (0 only for equal sets): compare at equal n only.
-    The error is a jackknife over `groups` equal parts, pairs going together if the sets have one size.
+    The standard error is a jackknife over `groups` equal parts; if m = n, pairs are left out together.
     Raises ValueError if a set has fewer than 128 images, too few for the covariances.
     """
     if min(len(x), len(real)) < 2 * PCA:
@@ -75,12 +75,12 @@ def _kernel_diagonal(x, y):
 
 
 def _jackknife(values):
-    """Variance of a statistic from its values with each part left out in turn."""
+    """Variance of a statistic from its leave-one-out values."""
     return (len(values) - 1) * values.var()
 
 
 def _principal_axes(x):
-    """The first principal axes [d, PCA] of centred rows, from the smaller of the two products x x^T and x^T x."""
+    """The first principal axes [d, PCA] of centred rows, from the smaller of x x^T and x^T x."""
     if len(x) > x.shape[1]:
         return np.linalg.eigh(x.T @ x)[1][:, -PCA:]
     axes = x.T @ np.linalg.eigh(x @ x.T)[1][:, -PCA:]
@@ -88,7 +88,7 @@ def _principal_axes(x):
 
 
 def _moments(x, groups):
-    """Means [groups + 1, d] and covariances [groups + 1, d, d] without each group in turn; the last of all rows."""
+    """Means [groups + 1, d] and covariances [groups + 1, d, d] with each group left out; the last ones of all rows."""
     parts = [x[g::groups] for g in range(groups)] + [x[:0]]
     n = len(x) - np.array([len(p) for p in parts], float).reshape(-1, 1)
     mean = (x.sum(0) - np.stack([p.sum(0) for p in parts])) / n
@@ -97,9 +97,9 @@ def _moments(x, groups):
 
 
 def _frechet(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of moments, one or many on either side."""
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of batches of moments, broadcast."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    ridge = 1e-10 * np.trace(cov_b[-1]) / PCA * np.eye(PCA)  # for the flat directions of few or simple images
+    ridge = 1e-10 * np.trace(cov_b[-1]) / PCA * np.eye(PCA)  # for directions of no variance in few or simple images
     root_a, root_b = np.linalg.cholesky(cov_a + ridge), np.linalg.cholesky(cov_b + ridge)
     cross = np.linalg.svd(root_a.swapaxes(1, 2) @ root_b, compute_uv=False).sum(1)  # tr (C_a C_b)^(1/2)
     trace = np.trace(cov_a, axis1=1, axis2=2) + np.trace(cov_b, axis1=1, axis2=2)

@@ -1,20 +1,20 @@
-"""A run as one self-contained HTML page: what it does, how well, how it got there, and how that was measured."""
+"""The report of a run as one self-contained HTML page: images, scores, training curves, timings and settings."""
 
 import base64
 import functools
-import io
 import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from io import StringIO
 
 import numpy as np
 
-from cddistill import health
-from cddistill.evals import grids as pictures
-from cddistill.evals.table import METRICS, Metric, Row, arrow, cell, columns_of
+from cddistill import health, io
+from cddistill.evals.grids import png
+from cddistill.evals.scores import METRICS, Metric, Row, arrow, cell, columns_of
 
-HEADLINES = {  # the first that is there speaks for the run
+HEADLINES = {  # the headline uses the first of these metrics that was computed
     "LPIPS-VGG": "perceptual distance (LPIPS-VGG)",
     "LPIPS-Alex": "perceptual distance (LPIPS-Alex)",
     "KID-EffLite0@64": "distance from real images (KID-EffLite0@64)",
@@ -22,10 +22,10 @@ HEADLINES = {  # the first that is there speaks for the run
     "SSIM": "structural similarity (SSIM)",
     "PSNR": "pixel accuracy (PSNR, dB)",
 }
-FEW = 8  # network calls that still count as few: four steps, guided
+FEW = 8  # network calls that count as few: up to four steps with guidance
 MOST_CURVES = 24
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308")  # legible on white and on black
-FOREGROUND = "#010203"  # stands for the page's text colour in figures
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308")  # readable on white and on black
+FOREGROUND = "#010203"  # placeholder for the text colour of the page in figures
 
 
 def write_report(
@@ -40,10 +40,10 @@ def write_report(
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Write an HTML file that needs nothing else, at once, and return its path.
+    """Write a self-contained HTML file atomically and return its path.
 
-    `grids` are (caption, PNG file or uint8 [h,w,3]); `metrics_path` is a metrics.jsonl with a "step" and
-    "<turn>/<metric>" numbers a line; `timings` are seconds, or have the unit after a comma ("peak memory, GB").
+    `grids` are (caption, bytes of a PNG file or uint8 [h,w,3]). `metrics_path` is a metrics.jsonl: each line has "step"
+    and "<turn>/<metric>" numbers. `timings` are in seconds unless the name ends in a unit ("peak memory, GB").
     """
     import jinja2
 
@@ -56,16 +56,16 @@ def write_report(
         speed=speed_figures(rows),
         curves=curves(metrics_path) if metrics_path else None,
         timings=[quantity(name, value) for name, value in (timings or {}).items()],
-        config=flat(config or {}),
+        config=io.flatten(config or {}),
         versions=dict(versions or {}),
         notes=list(notes),
     )
-    pictures.replace(path, page.encode())
+    io.write_atomic(path, page)
     return pathlib.Path(path)
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """What the scores say, in at most two sentences: few network calls against none and against many."""
+    """The main result in two sentences, or []: the best row with few network calls against those with none and many."""
     for metric in HEADLINES:
         scored = [row for row in rows if row.metrics.get(metric)]
         few = best([row for row in scored if row.nfe and row.nfe <= FEW], metric)
@@ -86,7 +86,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 
 def best(rows: Sequence[Row], metric: str) -> Row | None:
-    """The row with the best value, if the metric has a better side."""
+    """The row with the best value, or None if the metric has no better direction or no value."""
     higher = METRICS.get(metric, Metric(None)).higher
     rows = [row for row in rows if row.metrics.get(metric)]
     if higher is None or not rows:
@@ -95,20 +95,20 @@ def best(rows: Sequence[Row], metric: str) -> Row | None:
 
 
 def verdict(metric: str, a: Row, b: Row) -> str:
-    """Whether a is better than b by more than twice the error of their difference."""
+    """Whether a and b differ by more than twice the standard error of the difference."""
     (x, x_error), (y, y_error) = a.metrics[metric], b.metrics[metric]
     gain = (x - y) * (1 if METRICS[metric].higher else -1)
-    if not abs(gain) > 2.0 * math.hypot(x_error, y_error):  # also where an error is unknown
+    if not abs(gain) > 2.0 * math.hypot(x_error, y_error):  # also if a standard error is unknown
         return "too close to call against"
     return "clearly better than" if gain > 0 else "clearly worse than"
 
 
 def table(rows: Sequence[Row]) -> dict:
-    """Cells of the comparison, the best of each column marked, and how each column was measured."""
+    """The table of scores: cells, the best value of each column, missing metrics, and how each column is measured."""
     names = columns_of(rows)
     winners = {metric: best(rows, metric) for metric in names}
-    shown = lambda row, m: (*cell(m, row.metrics.get(m)).partition(" ± ")[::2], winners[m] is row and len(rows) > 1)
-    lines = [(row, [shown(row, metric) for metric in names]) for row in rows]
+    cell_of = lambda row, m: (*cell(m, row.metrics.get(m)).partition(" ± ")[::2], winners[m] is row and len(rows) > 1)
+    lines = [(row, [cell_of(row, metric) for metric in names]) for row in rows]
     return {
         "columns": [(metric, arrow(metric)) for metric in names],
         "lines": lines,
@@ -132,22 +132,14 @@ def quantity(name: str, value: float | int) -> tuple[str, str]:
     return label or name, text
 
 
-def flat(tree: Mapping, prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted name."""
-    out = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": f"{value}"}
-    return out
-
-
 def data_url(image: bytes | np.ndarray) -> str:
-    """A picture inside of the page."""
-    image = image if isinstance(image, bytes) else pictures.png(np.asarray(image))
+    """An image as a data URL, embedded in the page."""
+    image = image if isinstance(image, bytes) else png(np.asarray(image))
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def curves(path) -> dict:
-    """A figure per logged metric: [(turn, [(metric, last value, svg), ...]), ...] and how many were left out."""
+    """Figures of logged metrics: {"turns": {turn: [(metric, last value, svg), ...]}, "more": number not shown}."""
     series = read_metrics(path)
     turns = {}
     for name in list(series)[:MOST_CURVES]:
@@ -159,20 +151,20 @@ def curves(path) -> dict:
 
 
 def read_metrics(path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(steps, values) of every "<turn>/<metric>" in a metrics.jsonl; what is missing is left out.
+    """{"<turn>/<metric>": (steps, values)} of a metrics.jsonl, without missing and non-finite values.
 
-    A step that was logged again after a restart counts once.
+    If a step was logged again after a restart, the last record counts.
     """
     points = {}
     for record in health.read(path):
         for name, value in record.items():
             if "/" in name and isinstance(value, int | float) and math.isfinite(value):
                 points.setdefault(name, {})[record["step"]] = float(value)
-    return {name: tuple(map(np.array, zip(*sorted(known.items()), strict=True))) for name, known in points.items()}
+    return {name: tuple(map(np.array, zip(*sorted(series.items()), strict=True))) for name, series in points.items()}
 
 
 def draw_curve(steps, values, axes):
-    """Raw values, faint, and their running mean."""
+    """Plot raw values, faint, and their running mean."""
     window = max(1, len(values) // 30)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     low = np.maximum(np.arange(1, len(values) + 1) - window, 0)
@@ -188,7 +180,7 @@ def draw_curve(steps, values, axes):
 
 
 def speed_figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(metric, svg) of quality against network calls: a perceptual metric and a distance of sets; [] for one speed."""
+    """(metric, svg) of quality against network calls, for LPIPS and KID if computed; [] for one number of calls."""
     if len({row.nfe for row in rows if row.nfe}) < 2:
         return []
     has = [m for m in HEADLINES if any(row.nfe and row.metrics.get(m) for row in rows)]
@@ -197,7 +189,7 @@ def speed_figures(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def draw_speed(rows, metric, axes):
-    """A line for each family of rows (names equal but for the steps), a dashed one for each row without a network."""
+    """Plot a line for each family of rows (same name except the steps), dashed for rows without a network."""
     rows = [row for row in rows if row.metrics.get(metric)]
     families = {}
     for row in rows:
@@ -220,7 +212,7 @@ def draw_speed(rows, metric, axes):
 
 
 def svg(draw, width=3.6, height=2.0) -> str:
-    """A figure as inline SVG in the page's text colour."""
+    """Draw a figure as inline SVG in the text colour of the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -232,7 +224,7 @@ def svg(draw, width=3.6, height=2.0) -> str:
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=FOREGROUND, alpha=0.12, linewidth=0.6)
-        file = io.StringIO()
+        file = StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""No training: a few-step student made elsewhere, drawn as the scheduler in its folder says (LCM, Turbo, DMD2 ...).
+"""No training: a published few-step student (LCM, Turbo, DMD2 ...), sampled with the scheduler of its folder.
 
 python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config.teacher=FOLDER
 """
@@ -8,25 +8,25 @@ import functools
 
 import jax.numpy as jnp
 
-from cddistill import models, sampling
-from cddistill.method import check_choices, fresh
+from cddistill import sampling
+from cddistill.method import Generator, Requires, check_choices
 from cddistill.models import adapter
 from cddistill.models.blocks import sinusoid
-from cddistill.models.schedulers import Sampling, read_sampling
+from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
-
-ODE_SAMPLERS = ("ddim", "heun", "dpm_solver_pp")  # whose x0 is a function of the noise
+from cddistill.pipeline import Pipeline
+from cddistill.sampling import ODE_SAMPLERS
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
+class Pretrained(Generator):
     """How a network that is not trained here is sampled."""
 
-    scheduler: str = ""  # pipeline folder or Hub id whose scheduler/ says how; "" = sampler on the teacher's own grid
-    sampler: str = "ddim"  # or "heun", "dpm_solver_pp": where there is no scheduler
-    timesteps: tuple[int, ...] = ()  # in its place where as many steps are asked for: (399,) for DMD2's SDXL in one
-    guidance: float = 1.0  # classifier-free; 1 = none
-    told_guidance: float = 8.0  # the guidance that networks with an input for it, such as LCM's, are told
+    scheduler: str = ""  # pipeline folder or Hub id with a scheduler/; "" = `sampler` on the teacher's own grid
+    sampler: str = "ddim"  # or "heun", "dpm_solver_pp"; used without a scheduler
+    timesteps: tuple[int, ...] = ()  # replace the scheduler's when sampling in that many steps: (399,) for DMD2's SDXL
+    guidance: float = 1.0  # classifier-free guidance scale; 1 = none
+    embedded_guidance: float = 8.0  # guidance scale passed to networks that embed it, such as LCM's
 
     def __post_init__(self):
         check_choices(self, {"sampler": ODE_SAMPLERS})
@@ -37,17 +37,21 @@ class Pretrained:
     def turns(self):
         return {}
 
-    def ema(self):
+    def requires(self):
+        return Requires(images=False)
+
+    def exports(self):
         return {}
 
-    def sample(self, n, noise, batch, key, steps):
-        schedule, told = n.teacher.schedule, {}
+    def sample(self, n, noise, batch, step_noise, steps):
+        schedule = n.teacher.schedule
+        embedding = {}
         if width := getattr(n.teacher.module, "time_cond_proj_dim", None):
-            told = {"timestep_cond": guidance_embedding(self.told_guidance, width, len(noise))}
-        text, null = batch["text"] | told, batch["null"] | told
+            embedding = {"timestep_cond": guidance_embedding(self.embedded_guidance, width, len(noise))}
+        text = batch["text"] | embedding
+        null = batch["null"] | embedding
         denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)
-        anew = fresh(key, batch["index"], noise.shape[1:])
-        return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, anew)
+        return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, step_noise)
 
     def sampling(self, schedule, steps):
         how = scheduler_of(self.scheduler) if self.scheduler else Sampling(sampler=self.sampler)
@@ -61,19 +65,20 @@ class Pretrained:
 
 @functools.cache
 def scheduler_of(folder: str) -> Sampling:
-    """How a pipeline's scheduler samples; looked up once, which for a Hub id asks the network."""
-    return read_sampling(models.resolve(folder) / "scheduler" / "scheduler_config.json")
+    """The options of a pipeline's scheduler; cached, because a Hub id needs network access."""
+    return Pipeline(folder).sampling()
 
 
 def conditioned(n, noise, batch):
-    """The network with the batch's condition, if it has a ControlNet or input channels for one."""
+    """The network with the batch's condition, if it has a ControlNet or input channels for it."""
     controlnet = getattr(n, "controlnet", None)
-    if controlnet is None and not adapter.concats(n.teacher, noise.shape[-1]):
+    if controlnet is None and not adapter.has_concat_channels(n.teacher, noise.shape[-1]):
         return n.teacher
     student = Adapted(n.teacher, controlnet)
-    return lambda z, t, text: student(z, t, text, batch["cond"])
+    cond = adapter.condition("concat" if controlnet is None else "controlnet", batch)
+    return lambda z, t, text: student(z, t, text, cond)
 
 
 def guidance_embedding(scale: float, width: int, n: int):
-    """The input by which an LCM is told its guidance (Luo et al. 2023, sec. 4.2): sinusoids of 1000 (w - 1)."""
+    """The guidance embedding [n, width] of an LCM (Luo et al. 2023, sec. 4.2): sinusoids of 1000 (scale - 1)."""
     return sinusoid(jnp.full(n, 1000.0 * (scale - 1.0)), width, False, 1)

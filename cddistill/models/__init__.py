@@ -1,4 +1,4 @@
-"""Networks: ports of diffusers' models with parameter paths after diffusers' names, and how their weights are read."""
+"""Networks: Flax ports of diffusers' models with diffusers' parameter names, and loading and saving of weights."""
 
 from cddistill.models.adapter import make_branch
 from cddistill.models.convert import AUTOENCODERS, CONTROLNETS, DENOISERS, abstract, init, load, resolve, save

@@ -1,10 +1,10 @@
-"""How a frozen or moving UNet learns of a conditioning image; each way leaves it exactly as it was at first.
+"""Three ways to condition a UNet, frozen or trained, on an image; each leaves its output unchanged at first.
 
 Two are branches, copies of the UNet's encoder:
 * controlnet (Zhang et al. 2023; what CoDi's figure and code do): h' = h + ZeroConv(h_copy(z_t + E(c)))
-* mu_blend (CoDi, Mei et al. 2024, sec. 3.1 as written):           h' = (1 - mu) h + mu h_copy(E(c)),  mu = 0 at first
-The third moves the UNet itself:
-* concat (Saharia et al. 2022; InstructPix2Pix, inpainting):       conv_in sees [z_t, c], its weights for c 0 at first
+* mu_blend (CoDi, Mei et al. 2024, sec. 3.1 as written):           h' = (1 - mu) h + mu h_copy(E(c)),  mu starts at 0
+The third changes the UNet itself:
+* concat (Saharia et al. 2022; InstructPix2Pix, inpainting):       conv_in takes [z_t, c]; its weights for c start at 0
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.init import draw_jax, weight_shapes
+from cddistill.models.init import init_params_jax, weight_shapes
 from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel
 from cddistill.net import Adapted, Denoiser, Net
 
-# Options of our encoder that diffusers' ControlNet does not have, at the only values a branch may have.
+# Options of our encoder that diffusers' ControlNet lacks, with the only values that a branch may have.
 UNET_ONLY = {"center_input_sample": False, "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3}
 COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks_", "mid_block")
 
 
 class ControlNetConditioningEmbedding(nn.Module):
-    """E(c): convolutions from the conditioning image to the UNet's first features, halving between widths."""
+    """E(c): conditioning image [b, h, w, c] to the UNet's first features; each further width halves h and w."""
 
     widths: tuple[int, ...]
     features: int
@@ -40,7 +40,7 @@ class ControlNetConditioningEmbedding(nn.Module):
 
 
 class Branch(Encoder):
-    """A copied encoder; the two kinds differ in what it sees (`enter`) and in what becomes of that (`leave`)."""
+    """A copy of the UNet's encoder. The two kinds differ in its input and in how its features become residuals."""
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
@@ -75,21 +75,24 @@ class Branch(Encoder):
         self, z_t, t, cond=None, *, conditioning_scale=1.0, encoder_hidden_states=None, class_labels=None,
         added_cond_kwargs=None, concat=None,
     ):  # fmt: skip
-        """Residuals for z_t [b, h, w, c], times t [b], image cond [b, k h, k w, c] in [0, 1] or None."""
+        """Residuals for z_t [b, h, w, c], timesteps t [b], image cond [b, k h, k w, c] in [0, 1] or None.
+
+        k = 2^(number of embedding widths - 1). Raises ValueError for a cond of another shape.
+        """
         context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
         emb = self.embedding(t, class_labels, added_cond_kwargs, None)
-        skips, mid = self.encode(self.enter(z_t, cond, concat, context), emb, context)
-        return self.leave(skips, mid, conditioning_scale)
+        skips, mid = self.encode(self.branch_input(z_t, cond, concat, context), emb, context)
+        return self.residuals(skips, mid, conditioning_scale)
 
 
 class ControlNetModel(Branch):
-    """diffusers' ControlNet: the copy sees z_t + E(c), and zero convolutions carry what it adds."""
+    """diffusers' ControlNet: the copy receives z_t + E(c); zero convolutions turn its features into residuals."""
 
-    def enter(self, z_t, cond, concat, context):
+    def branch_input(self, z_t, cond, concat, context):
         h = self.start(z_t, concat, context)
         return h if cond is None else h + self.embed(cond, z_t)
 
-    def leave(self, skips, mid, conditioning_scale):
+    def residuals(self, skips, mid, conditioning_scale):
         def zero_conv(h, name):
             return conditioning_scale * conv(h.shape[-1], 1, self.dtype, name)(h)
 
@@ -98,15 +101,15 @@ class ControlNetModel(Branch):
 
 
 class MuBlendModel(Branch):
-    """CoDi's blend as the paper writes it: the copy sees only E(c), mixed in by one learnable scalar.
+    """CoDi's blend as the paper writes it: the copy receives only E(c), blended in by one learnable scalar.
 
-    z_t and concat only give the shape.
+    Only the shape of z_t is used, and concat not at all.
     """
 
-    def enter(self, z_t, cond, concat, context):
+    def branch_input(self, z_t, cond, concat, context):
         return self.embed(cond, z_t)
 
-    def leave(self, skips, mid, conditioning_scale):
+    def residuals(self, skips, mid, conditioning_scale):
         mu = conditioning_scale * self.param("mu", nn.initializers.zeros, ())
         return Residuals(tuple(mu * h for h in skips), mu * mid, 1.0 - mu)
 
@@ -116,17 +119,35 @@ ADAPTERS = (*BRANCHES, "concat")
 
 
 def moves(kind: str, freeze_backbone: bool) -> tuple[str, ...]:
-    """Names of the nets that a student trains whose condition comes by `kind`, one of ADAPTERS or "none"."""
+    """Names of the nets that a student trains; kind, the way it is conditioned, is one of ADAPTERS or "none"."""
     names = ("backbone",) * (not freeze_backbone) + ("branch",) * (kind in BRANCHES)
     if not names:
         raise ValueError(f"method.freeze_backbone with method.adapter={kind!r} leaves nothing to train")
     return names
 
 
-def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[str, Net]:
-    """The nets of `moves` at step 0, which draw what the teacher does, or what it does with frozen["controlnet"].
+def exports(kind: str, freeze_backbone: bool) -> dict[str, str]:
+    """{subfolder of the exported pipeline: net} for the nets of `moves`."""
+    parts = {"backbone": "unet", "branch": "controlnet"}
+    return {parts[name]: name for name in moves(kind, freeze_backbone)}
 
-    batch shows the shapes of x0 and cond. Raises ValueError for a condition that this teacher or kind cannot take.
+
+def condition_space(kind: str) -> str:
+    """Space of the condition that such a student takes: "pixels", "latent", or "" for none."""
+    return {"none": "", "concat": "latent"}.get(kind, "pixels")
+
+
+def condition(kind: str, batch):
+    """The batch's condition for such a student: None, an image in [0, 1], or its latent (pixel models: the image)."""
+    return {"": None, "pixels": batch.get("cond"), "latent": batch.get("cond_latent", batch.get("cond"))}[
+        condition_space(kind)
+    ]
+
+
+def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[str, Net]:
+    """The nets of `moves` at step 0, whose output equals the teacher's, or its output with frozen["controlnet"].
+
+    batch gives the shapes of x0 and cond. Raises ValueError for a condition that this teacher or kind cannot take.
     """
     nets, trained = {}, moves(kind, freeze_backbone)
     if "backbone" in trained:
@@ -141,23 +162,23 @@ def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[s
 
 
 def student(n, freeze_backbone: bool, average: bool = False) -> Adapted:
-    """The student of these nets, or their moving average; a frozen backbone is the teacher."""
+    """The student of these nets, or of their moving averages; a frozen backbone is the teacher."""
     suffix = "_ema" if average else ""
     backbone = n.teacher if freeze_backbone else getattr(n, f"backbone{suffix}")
     return Adapted(backbone, getattr(n, f"branch{suffix}", None))
 
 
 def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels: int = 3, embedding_channels=(16,)):
-    """A branch for the teacher that changes nothing yet: Net with apply(params, z_t, t, text, cond) -> Residuals.
+    """A branch that leaves the teacher's output unchanged at first: apply(params, z_t, t, text, cond) -> Residuals.
 
     kind is "controlnet" or "mu_blend". The conditioning image has cond_channels channels and 2^(n-1) times the size of
     z_t, n = len(embedding_channels): (16,) for pixel models, ControlNet's (16, 32, 96, 256) for Stable Diffusion's
-    latents. The encoder's weights are copies of the teacher's. Raises ValueError for a teacher that is no UNet of this
-    package or whose options diffusers' ControlNet lacks.
+    latents. The encoder's weights are copies of the teacher's. Raises ValueError for a teacher that is not a
+    UNet2DConditionModel or that has options which diffusers' ControlNet lacks.
     """
     unet = teacher.module
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError("only a UNet2DConditionModel, as models.load or models.init give it, can have a branch")
+        raise ValueError("only a UNet2DConditionModel, from models.load or models.init, can have a branch")
     if kind not in BRANCHES:
         raise ValueError(f"branch kind {kind!r} is not one of {', '.join(BRANCHES)}")
     config = unet.to_config()
@@ -171,18 +192,18 @@ def make_branch(teacher: Denoiser, key, kind: str = "controlnet", cond_channels:
 
 
 def branch_params(module, unet_params, key):
-    """The encoder copied from the UNet (real copies, so that either may be donated), the rest fresh, its end zero."""
+    """The encoder's weights copied from the UNet (so that either may be donated), E(c) random, output layers zero."""
     shapes = weight_shapes(module)
     copied = {name: jax.tree.map(jnp.copy, unet_params[name]) for name in shapes if name.startswith(COPIED)}
-    fresh = draw_jax(shapes["controlnet_cond_embedding"], key)
+    embedding = init_params_jax(shapes["controlnet_cond_embedding"], key)
     if isinstance(module, ControlNetModel):
-        fresh["conv_out"] = jax.tree.map(jnp.zeros_like, fresh["conv_out"])
+        embedding["conv_out"] = jax.tree.map(jnp.zeros_like, embedding["conv_out"])
     zeros = {k: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), v) for k, v in shapes.items() if k not in copied}
-    return zeros | copied | {"controlnet_cond_embedding": fresh}
+    return zeros | copied | {"controlnet_cond_embedding": embedding}
 
 
 def embedding_widths(cond, x0) -> tuple[int, ...]:
-    """Widths of E(c) for these batch arrays: ControlNet's (16, 32, 96, 256), as many as there are halvings, plus one.
+    """Widths of E(c) for these batch arrays: the first n + 1 of ControlNet's (16, 32, 96, 256) for n halvings.
 
     Raises ValueError if cond is not x0's size times 1, 2, 4 or 8.
     """
@@ -193,22 +214,22 @@ def embedding_widths(cond, x0) -> tuple[int, ...]:
 
 
 def widen(teacher: Denoiser, batch) -> Denoiser:
-    """The teacher with input channels for batch["cond"] behind those of x0; their weights start at zero.
+    """The teacher with input channels for batch["cond"] after those of x0; their weights start at zero.
 
-    A teacher that has them already (InstructPix2Pix, inpainting) is only copied. Raises ValueError for a condition of
-    another size than x0 and for a network that has neither number of channels.
+    A teacher that already has them (InstructPix2Pix, inpainting) is only copied. Raises ValueError for a condition that
+    has not x0's size, and for a network whose in_channels match neither x0 nor x0 with the condition.
     """
-    unet, (x0, cond) = teacher.module, (batch["x0"].shape, batch["cond"].shape)
+    unet, (x0, cond) = teacher.module, (batch["x0"].shape, condition("concat", batch).shape)
     if cond[1:3] != x0[1:3]:
         raise ValueError(f"adapter 'concat' needs a condition of x0's size, {x0[1:3]}, not {cond[1:3]}")
     channels, params = x0[-1] + cond[-1], jax.tree.map(jnp.copy, teacher.params)
     if not isinstance(unet, UNet2DConditionModel) or unet.in_channels not in (x0[-1], channels):
         raise ValueError(f"adapter 'concat' needs a UNet2DConditionModel with in_channels {x0[-1]} or {channels}")
-    more = ((0, 0), (0, 0), (0, channels - unet.in_channels), (0, 0))
-    params["conv_in"]["kernel"] = jnp.pad(params["conv_in"]["kernel"], more)
+    padding = ((0, 0), (0, 0), (0, channels - unet.in_channels), (0, 0))
+    params["conv_in"]["kernel"] = jnp.pad(params["conv_in"]["kernel"], padding)
     return teacher.replace(params=params, apply=Apply(unet.clone(in_channels=channels)))
 
 
-def concats(teacher: Denoiser, channels: int) -> bool:
-    """Whether a network has input channels for a condition beside the `channels` of z_t."""
+def has_concat_channels(teacher: Denoiser, channels: int) -> bool:
+    """Whether a network has input channels for a condition after the `channels` of z_t."""
     return getattr(teacher.module, "in_channels", channels) > channels

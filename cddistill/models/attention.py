@@ -17,54 +17,54 @@ from cddistill.models.blocks import GroupNorm, conv
 def attention(q, k, v, causal: bool = False, flash: bool = True):
     """softmax(q k^T / sqrt(d)) v of q [b, l, heads, d] and k, v [b, m, heads, d], the softmax in float32.
 
-    XLA computes it, or, with flash, a kernel that never stores the [l, m] weights. Such a kernel has no second and no
-    forward-mode derivative, and GSPMD cannot split it: so it is used only where a mesh is in sight (sharding.inside,
-    jax.set_mesh) that says for which platform the program is and how to split rows by hand. What is exported sees no
-    mesh, and so runs on any platform.
+    XLA computes it or, with flash, a fused kernel that never stores the [l, m] weights. Such a kernel has no second or
+    forward-mode derivative, and GSPMD cannot shard it. It is therefore used only in programs traced under an abstract
+    mesh (sharding.inside, jax.set_mesh), which gives the platform and the axes to shard the batch over. Exported
+    programs are traced without a mesh, so they run on any platform.
     """
     mesh, static = jax.sharding.get_abstract_mesh(), all(isinstance(n, int) for n in (*q.shape, *k.shape))
     if causal or not flash or mesh.abstract_device is None or AxisType.Explicit in mesh.axis_types or not static:
         return xla(q, k, v, causal)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
-    whole = q.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
+    divisible = q.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
     name = kernel(mesh.abstract_device.platform, q.dtype, q.shape[1], k.shape[1], q.shape[3])
-    if name == "xla" or not whole:
+    if name == "xla" or not divisible:
         return xla(q, k, v)
-    return by_rows(KERNELS[name], axes)(q, k, v)
+    return shard_rows(KERNELS[name], axes)(q, k, v)
 
 
 def kernel(platform: str, dtype, q_len: int, k_len: int, width: int) -> str:
-    """Which of KERNELS computes attention of q_len to k_len tokens in heads of this width on a platform, or "xla"."""
+    """The kernel, a key of KERNELS or "xla", for q_len queries and k_len keys in heads of this width on a platform."""
     if platform == "tpu" and q_len % 128 == k_len % 128 == 0 and width <= 128:
         return "pallas"
-    halves = dtype in (jnp.bfloat16, jnp.float16)
-    even = q_len % 2 == k_len % 2 == 0  # JAX refuses gradients for odd lengths, such as the 77 tokens of CLIP
-    if platform == "gpu" and halves and even and width <= 128 and width % 8 == 0 and cudnn_runs():
+    half_precision = dtype in (jnp.bfloat16, jnp.float16)
+    even = q_len % 2 == k_len % 2 == 0  # JAX has no gradients for odd lengths, such as CLIP's 77 tokens
+    if platform == "gpu" and half_precision and even and width <= 128 and width % 8 == 0 and cudnn_runs():
         return "cudnn"
     return "xla"
 
 
 def cudnn_runs() -> bool:
-    """Whether this machine has GPUs of NVIDIA, Ampere or newer; elsewhere JAX refuses even to trace cuDNN's kernel."""
+    """Whether this machine has NVIDIA GPUs, Ampere or newer; elsewhere JAX cannot even trace cuDNN's kernel."""
     try:
         return all(float(gpu.compute_capability) >= 8.0 for gpu in jax.devices("cuda"))
-    except RuntimeError:  # there is none
+    except RuntimeError:  # no GPU
         return False
 
 
-def by_rows(f, axes: tuple[str, ...]):
-    """f on each device's rows alone, split over these axes of the mesh; none are left inside of pmap and shard_map."""
+def shard_rows(f, axes: tuple[str, ...]):
+    """f on each device's shard of the batch, over these mesh axes; inside pmap and shard_map there are none left."""
     rows = P(axes)
     return jax.shard_map(f, in_specs=rows, out_specs=rows, axis_names={*axes}, check_vma=False) if axes else f
 
 
 def xla(q, k, v, causal: bool = False):
-    """All sizes, derivatives and platforms."""
+    """XLA's attention: any size, derivative and platform."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
 
 
 def cudnn(q, k, v):
-    """NVIDIA's fused kernels."""
+    """NVIDIA's fused kernel."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
@@ -85,7 +85,7 @@ KERNELS = {"cudnn": cudnn, "pallas": pallas}
 
 
 def attend(x, context, heads: int, bias: bool, dtype, flash: bool):
-    """Multi-head attention of x [b, l, d] to context [b, m, e]; call inside a compact module."""
+    """Multi-head attention from x [b, l, d] to context [b, m, e]: [b, l, d]. Call inside a compact module."""
     d = x.shape[-1]
     if d % heads:
         raise ValueError(f"{d} channels cannot be split into {heads} attention heads")
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Residual self-attention over pixels; head_dim is really the width of a head here, unlike in the UNet's config."""
+    """Residual self-attention over pixels; head_dim is the width of a head here, unlike in the UNet's config."""
 
     head_dim: int
     groups: int
@@ -140,7 +140,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer block's perceptron, four times as wide inside."""
+    """The transformer block's MLP; its hidden layer is four times as wide."""
 
     dtype: Any = jnp.float32
 
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention (or a first cross-attention), cross-attention, perceptron; each behind a LayerNorm."""
+    """Self-attention (or a first cross-attention), cross-attention, MLP; each after a LayerNorm."""
 
     heads: int
     only_cross_attention: bool = False
@@ -171,7 +171,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A stack of transformer blocks over pixels, between two projections (1x1 convolutions or linear layers)."""
+    """Transformer blocks over pixels between two projections, which are 1x1 convolutions or linear layers."""
 
     heads: int
     depth: int
@@ -185,7 +185,7 @@ class Transformer2DModel(nn.Module):
     def __call__(self, x, context):
         b, h, w, c = x.shape
 
-        def project(y, name):  # the same product; only the shape of the stored kernel differs
+        def project(y, name):  # the same product; only the kernel's stored shape differs
             if self.linear:
                 return nn.Dense(c, dtype=self.dtype, name=name)(y)
             return conv(c, 1, self.dtype, name)(y)

@@ -1,4 +1,4 @@
-"""The convolutional pieces of diffusers' networks, NHWC; statistics in float32, parameter names as in diffusers."""
+"""Convolutional blocks of diffusers' networks, channels-last, with diffusers' parameter names; norms in float32."""
 
 from typing import Any, NamedTuple
 
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 
 class DecoderLevel(NamedTuple):
-    """What there is to see at one resolution of a U-Net's way up, each [b, h, w, c]."""
+    """Decoder features at one resolution of a U-Net, each [b, h, w, c]."""
 
-    before: jax.Array  # the feature from below, as it enters
-    skip: jax.Array  # the encoder's, the first that it is joined with
-    after: jax.Array  # what the last block gives, not yet doubled
+    before: jax.Array  # input of the level, from the next coarser one
+    skip: jax.Array  # the first encoder feature that it is concatenated with
+    after: jax.Array  # output of the last block, before upsampling
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over the trailing channel axis, computed in float32."""
+    """Group normalisation of x [b, ..., c] over groups of channels, computed in float32."""
 
     groups: int
     eps: float
@@ -30,7 +30,7 @@ class GroupNorm(nn.Module):
         scale, bias = self.param("scale", nn.initializers.ones, (c,)), self.param("bias", nn.initializers.zeros, (c,))
         x32 = x.astype(jnp.float32).reshape(x.shape[0], -1, c)
 
-        def mean(y):  # per group, given back per channel: only [b, c] is ever reshaped
+        def mean(y):  # per group, repeated per channel: only [b, c] is reshaped
             y = y.mean(1).reshape(-1, self.groups, c // self.groups).mean(-1)
             return jnp.repeat(y, c // self.groups, axis=1)[:, None]
 
@@ -39,14 +39,14 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias[None, None]).reshape(x.shape).astype(self.dtype)
 
 
-def conv(features: int, kernel: int, dtype, name: str, stride: int = 1, padding=None) -> nn.Conv:
-    """A square convolution with PyTorch's symmetric padding unless told otherwise."""
+def conv(features: int, kernel: int, dtype, name: str | None, stride: int = 1, padding=None) -> nn.Conv:
+    """A square convolution; padding None is PyTorch's symmetric (kernel - 1) // 2."""
     padding = (kernel - 1) // 2 if padding is None else padding
     return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name)
 
 
 def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: int):
-    """Transformer position features of a time: [b] -> float32 [b, dim], sin then cos (or flipped)."""
+    """Sinusoidal embedding of timesteps [b]: float32 [b, dim], sin then cos, or cos first if flipped."""
     half = dim // 2
     frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angle = t.astype(jnp.float32)[:, None] * frequency[None]
@@ -55,7 +55,7 @@ def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: int):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron from time features (plus an optional conditioning vector) to the embedding."""
+    """Two-layer MLP from sinusoidal features [b, d] and an optional condition [b, cond_proj_dim] to [b, features]."""
 
     features: int
     cond_proj_dim: int | None = None
@@ -72,7 +72,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """norm, silu, conv, twice, with the time embedding in between and a 1x1 shortcut where the width changes."""
+    """norm, SiLU, conv, twice, with the timestep embedding in between and a 1x1 shortcut where the width changes."""
 
     channels: int
     groups: int
@@ -99,7 +99,7 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """Strided convolution; padding 0 means one row below and one column to the right, as in diffusers."""
+    """Strided convolution; padding 0 pads one row below and one column on the right, as in diffusers."""
 
     channels: int
     padding: int = 1
@@ -112,7 +112,7 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     channels: int
     dtype: Any = jnp.float32

@@ -1,7 +1,7 @@
-"""CLIP's text encoders as transformers has them: CLIP-L (SD 1.x, XL), OpenCLIP-H (SD 2.x), OpenCLIP-bigG (XL).
+"""CLIP's text encoders (Radford et al. 2021): CLIP-L (SD 1.x, XL), OpenCLIP-H (SD 2.x), OpenCLIP-bigG (XL).
 
-Radford et al. 2021. Parameter paths are transformers' names with ".3" written "_3", fields the keys of its config.json.
-Weights are float32; `dtype` is what the layers compute in; norms, softmax and results are float32.
+Parameter paths are transformers' names with ".3" written "_3"; fields are the keys of its config.json. Weights are
+float32, `dtype` is the layers' compute type, and norms, softmax and outputs are float32.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from cddistill.models.configured import Configured
 
 
 def quick_gelu(x):
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with; OpenCLIP has the exact one."""
+    """The sigmoid approximation of GELU, used by OpenAI's CLIP; OpenCLIP uses the exact GELU."""
     return x * nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": partial(nn.gelu, approximate=False)}
-# Options of transformers of which only these values are supported.
+# Options of transformers and their supported values.
 SUPPORTED = {
     "model_type": ("clip_text_model",),
     "hidden_act": tuple(ACTIVATIONS),
@@ -32,7 +32,7 @@ SUPPORTED = {
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({}, None),
 }
-# Options of transformers that change no number in a text encoder: names, training, ids, and how other models generate.
+# Options of transformers without effect on a text encoder: names, training, token ids, generation.
 NO_EFFECT = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "tokenizer_class", "finetuning_task",
     "problem_type", "id2label", "label2id", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
@@ -48,16 +48,16 @@ NO_EFFECT = {
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder gives, all float32: per token [b, l, d], and one vector per text."""
+    """Output of a text encoder, float32: features per token [b, l, d], and one vector per text."""
 
     last_hidden_state: jax.Array  # after the final norm
-    penultimate: jax.Array  # transformers' hidden_states[-2]: what enters the last layer, without the final norm
-    pooled: jax.Array  # last_hidden_state at the end token; behind text_projection where there is one
+    penultimate: jax.Array  # transformers' hidden_states[-2]: input of the last layer, without the final norm
+    pooled: jax.Array  # [b, d]: last_hidden_state at the end token, after text_projection if there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """A text encoder as a pure function of weights and token ids, equal when the modules are."""
+    """A text encoder as a pure function of parameters and token ids. Equal when the modules are."""
 
     module: nn.Module
 
@@ -83,7 +83,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    """The perceptron of a layer."""
+    """The MLP of a layer."""
 
     features: int
     hidden_act: str
@@ -96,7 +96,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Attention and perceptron, each behind a LayerNorm."""
+    """Attention and MLP, each after a LayerNorm."""
 
     attention: Any  # constructors, to be called with a name
     mlp: Any
@@ -109,7 +109,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The layers; returns what the last one receives and what it gives."""
+    """The layers; returns input and output of the last one."""
 
     num_layers: int
     layer: Any
@@ -123,7 +123,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextEmbeddings(nn.Module):
-    """Token plus position; every position has a learned vector."""
+    """Token embedding plus learned position embedding."""
 
     vocab_size: int
     positions: int
@@ -159,7 +159,7 @@ class CLIPTextModel(Configured):
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
-    projection_dim: int = 512  # only written to configs, unless there is a projection
+    projection_dim: int = 512  # used by CLIPTextModelWithProjection only
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
@@ -168,33 +168,33 @@ class CLIPTextModel(Configured):
     eos_token_id: int = 49407
 
     @classmethod
-    def from_config(cls, config: dict, **ours):
+    def from_config(cls, config: dict, **run_options):
         """The module of a transformers config.json, or of the "text_config" inside one."""
-        return super().from_config(config.get("text_config", config), **ours)
+        return super().from_config(config.get("text_config", config), **run_options)
 
     def check(self):
-        """Sizes that fit together."""
+        """Raise ValueError if hidden_size does not divide into the heads."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size} cannot be split into {self.num_attention_heads} attention heads"
             )
 
     def to_config(self) -> dict:
-        """The config.json of this module, as transformers reads it."""
+        """This module's config.json, in transformers' format."""
         return {"architectures": [type(self).__name__], "model_type": "clip_text_model", **self.options()}
 
     def published(self, tensors: dict, where) -> dict:
-        """A file's tensors as transformers 4 names them; 5 leaves out "text_model.", early ones add position_ids."""
+        """Tensors under transformers 4's names: 5 omits "text_model.", early versions store position_ids too."""
         prefix = "" if any(name.startswith("text_model.") for name in tensors) else "text_model."
         return {prefix + name: x for name, x in tensors.items() if not name.endswith("embeddings.position_ids")}
 
     def example(self):
-        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        """Smallest inputs that use every weight, as (args, kwargs)."""
         return (jnp.zeros((1, 1), jnp.int32),), {}
 
     @nn.compact
     def __call__(self, input_ids) -> TextFeatures:
-        """Features of token ids [b, l], l at most max_position_embeddings."""
+        """Features of integer token ids [b, l], l at most max_position_embeddings; ValueError otherwise."""
         self.check_inputs(input_ids)
         penultimate, last = self.transformer()(input_ids)
         at = end_of_text(input_ids, self.eos_token_id)[:, None, None]
@@ -202,7 +202,7 @@ class CLIPTextModel(Configured):
         return TextFeatures(*(x.astype(jnp.float32) for x in (last, penultimate, pooled)))
 
     def project(self, pooled):
-        """The identity here."""
+        """No projection in this class."""
         return pooled
 
     def transformer(self):
@@ -221,7 +221,7 @@ class CLIPTextModel(Configured):
         )  # fmt: skip
 
     def check_inputs(self, input_ids):
-        """One sentence for what would otherwise be a shape error deep inside."""
+        """Raise ValueError for token ids of the wrong type or shape."""
         shape, longest = input_ids.shape, self.max_position_embeddings
         if len(shape) != 2 or not 1 <= shape[1] <= longest or not jnp.issubdtype(input_ids.dtype, jnp.integer):
             raise ValueError(
@@ -230,15 +230,15 @@ class CLIPTextModel(Configured):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """A text encoder whose pooled feature is projected to where CLIP compares texts with images."""
+    """A text encoder with a projection of the pooled feature into CLIP's joint space: pooled [b, projection_dim]."""
 
     def project(self, pooled):
         return nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
 
 
 def end_of_text(input_ids, eos_token_id: int):
-    """Position of each text's end token [b]: the first one, for the ids after it are padding.
+    """Position of the end token in each text, int [b]: the first occurrence, since later ones are padding.
 
-    Old configs say 2, which is not the end token; there the end token has the largest id.
+    Old configs have eos_token_id 2, which is wrong; there the end token is the one with the largest id.
     """
     return jnp.argmax(input_ids if eos_token_id == 2 else input_ids == eos_token_id, axis=-1)

@@ -1,4 +1,4 @@
-"""Discriminators: small networks that tell real from drawn by what a diffusion network makes of a noisy image."""
+"""Discriminators: small networks that classify a diffusion network's features as of real or generated images."""
 
 import dataclasses
 import math
@@ -9,22 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.blocks import GroupNorm
-from cddistill.models.init import draw_jax
+from cddistill.models.init import init_params_jax
 from cddistill.net import Net
 
 
 class FeatureHead(nn.Module):
     """DMD2's classifier of bottleneck features (Yin et al. 2024, sec. 4.3): 4x4 convolutions down to one logit.
 
-    Strides of 2 until the map is smaller than 8, then one of 4 without padding, each behind it a GroupNorm of 32 groups
-    (fewer in small networks, see `groups`) and SiLU, and a 1x1 convolution. Computed in float32, as published.
+    Convolutions of stride 2 until the map is smaller than 8, then one of stride 4 without padding, each followed by a
+    GroupNorm of 32 groups (fewer in small networks, see `num_groups`) and SiLU; then a 1x1 convolution. Computed in
+    float32, as published.
     """
 
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, h):
-        """Features [b, h, w, c], h and w at least 4, to logits [b]."""
+        """Logits [b] for features [b, h, w, c]; ValueError for h or w below 4."""
         c, h = h.shape[-1], h.astype(self.dtype)
         if min(h.shape[1:3]) < 4:
             raise ValueError(
@@ -35,18 +36,18 @@ class FeatureHead(nn.Module):
         for i in range(halvings + 1):
             stride, padding = (2, 1) if i < halvings else (4, 0)
             h = nn.Conv(c, (4, 4), (stride, stride), padding, dtype=self.dtype, name=f"conv_{i}")(h)
-            h = nn.silu(GroupNorm(groups(c), 1e-5, self.dtype, name=f"norm_{i}")(h))
+            h = nn.silu(GroupNorm(num_groups(c), 1e-5, self.dtype, name=f"norm_{i}")(h))
         return nn.Conv(1, (1, 1), dtype=self.dtype, name="conv_out")(h).mean((1, 2, 3))
 
 
-def groups(channels: int) -> int:
-    """At most 32, of at least four channels each: a norm of one number undoes whatever is before it."""
+def num_groups(channels: int) -> int:
+    """At most 32 groups of at least four channels: a norm over a single value would erase it."""
     return math.gcd(32, max(channels // 4, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """A head as a pure function. Equal when the modules are."""
+    """A head as a pure function of parameters and features. Equal when the modules are."""
 
     module: nn.Module
 
@@ -55,7 +56,7 @@ class Logits:
 
 
 def make_head(features, key) -> Net:
-    """A head for features of these shapes (an array or jax.ShapeDtypeStruct), drawn as PyTorch's layers start."""
+    """A head for features of this shape (an array or jax.ShapeDtypeStruct), initialised like PyTorch's layers."""
     module = FeatureHead()
     shapes = jax.eval_shape(lambda h: module.init(jax.random.key(0), h), features)["params"]
-    return Net(draw_jax(shapes, key), Logits(module))
+    return Net(init_params_jax(shapes, key), Logits(module))

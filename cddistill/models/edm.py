@@ -2,9 +2,9 @@
 
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                       # eq. 7, coefficients in table 1
 
-F is ADM (`DhariwalUNet`) or DDPM++/NCSN++ (`SongUNet`). Parameter paths are the names of the published checkpoints
-without their first part, "model.". Fields are the keys of our config.json; the checkpoints have none, so `PRESETS` has
-it for each of them. D and the embedding are float32, `dtype` is what the rest of F computes in. A network is used as
+F is ADM (`DhariwalUNet`) or DDPM++/NCSN++ (`SongUNet`). Parameter paths are the names in the published checkpoints
+without the prefix "model.". Fields are the keys of our config.json; the checkpoints have none, so `PRESETS` lists one
+for each. D and the embedding are float32, `dtype` is the compute type of the rest of F. A network is used as
 
     net.Denoiser(params, Apply(module), diffusion.EDM(), "x0")(x, sigma, {"class_labels": labels})
 """
@@ -19,7 +19,7 @@ from cddistill.models.blocks import conv, sinusoid
 from cddistill.models.configured import Configured
 from cddistill.models.edm_blocks import ROOT_HALF, Decoder, Encoder, Level, Style
 
-NO_EFFECT = {"dropout", "label_dropout"}  # of training from scratch; the null label says what the second one teaches
+NO_EFFECT = {"dropout", "label_dropout"}  # of training from scratch; label_dropout trains the null label
 
 
 def edm(sigma, sigma_data):
@@ -30,13 +30,13 @@ def edm(sigma, sigma_data):
 
 
 def vp(sigma, sigma_data, beta_d=19.9, beta_min=0.1, steps=1000):
-    """Those of variance-preserving networks: F sees (steps - 1) t, where sigma(t) = sigma, and predicts the noise."""
+    """The same for variance-preserving networks: F receives (steps - 1) t, sigma(t) = sigma, and predicts the noise."""
     t = (jnp.sqrt(beta_min**2 + 2.0 * beta_d * jnp.log1p(sigma**2)) - beta_min) / beta_d
     return jnp.ones_like(sigma), -sigma, jax.lax.rsqrt(sigma**2 + 1.0), (steps - 1) * t
 
 
 def ve(sigma, sigma_data):
-    """Those of variance-exploding networks."""
+    """The same for variance-exploding networks."""
     return jnp.ones_like(sigma), sigma, jnp.ones_like(sigma), jnp.log(sigma / 2.0)
 
 
@@ -44,25 +44,25 @@ PRECONDITIONING = {"edm": edm, "vp": vp, "ve": ve}
 
 
 class KarrasUNet(Configured):
-    """What both families share: the options, the preconditioning, the order of layers."""
+    """Base of both families: options, preconditioning and forward pass."""
 
     supported = {"precond": ("edm", "vp", "ve")}
     no_effect = NO_EFFECT
 
-    img_resolution: int = 64  # of training; only names depend on it
+    img_resolution: int = 64  # of the training images; only parameter names depend on it
     img_channels: int = 3
-    label_dim: int = 0  # classes; 0 is unconditional
-    augment_dim: int = 0  # inputs for augmentation labels
+    label_dim: int = 0  # number of classes; 0 is unconditional
+    augment_dim: int = 0  # size of augmentation labels
     model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width per level, in units of model_channels
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # channels per level, in units of model_channels
     channel_mult_emb: int = 4
-    num_blocks: int = 3  # per level; one more on the way up
+    num_blocks: int = 3  # per level; the decoder has one more
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     precond: str = "edm"
     sigma_data: float = 0.5
 
     def check(self):
-        """Sizes that fit together."""
+        """Raise ValueError for options that contradict each other."""
         sizes, taps = [level.size for level in self.levels()], self.style().taps
         if self.img_resolution % self.factor:
             raise ValueError(f"img_resolution {self.img_resolution} cannot be halved {len(sizes) - 1} times")
@@ -72,23 +72,23 @@ class KarrasUNet(Configured):
             raise ValueError(f"resample_filter {list(taps)} is not symmetric with an even number of taps")
 
     def example(self):
-        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        """Smallest inputs that use every weight, as (args, kwargs)."""
         kwargs = {"class_labels": jnp.zeros((1,), jnp.int32)} if self.label_dim else {}
         kwargs |= {"augment_labels": jnp.zeros((1, self.augment_dim))} if self.augment_dim else {}
         return (jnp.zeros((1, self.factor, self.factor, self.img_channels)), jnp.ones((1,))), kwargs
 
     @property
     def conditional(self) -> bool:
-        """Whether classes change what the network computes."""
+        """Whether the output depends on class labels."""
         return self.label_dim > 0
 
     @property
     def factor(self) -> int:
-        """By how much the coarsest level is smaller than the image."""
+        """Height of the image divided by that of the coarsest level."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def levels(self) -> tuple[Level, ...]:
-        """Resolutions, finest first."""
+        """The levels, finest first."""
         sizes = [self.img_resolution >> i for i in range(len(self.channel_mult))]
         return tuple(
             Level(size, self.model_channels * mult, size in self.attn_resolutions)
@@ -96,9 +96,9 @@ class KarrasUNet(Configured):
         )
 
     def published(self, tensors: dict, where) -> dict:
-        """A published state dict under our names: without "model.", the resampling filters checked and dropped.
+        """A published PyTorch state dict without the prefix "model." and without the resampling filters.
 
-        Raises ValueError, naming the file `where`, if a filter is not the one that the config asks for.
+        Raises ValueError naming the file `where` if a filter differs from the config's.
         """
         tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
         for name, ours in self.resample_filters().items():
@@ -108,7 +108,7 @@ class KarrasUNet(Configured):
         return tensors
 
     def resample_filters(self) -> dict:
-        """{PyTorch name: [1, 1, k, k]} of the constants that published state dicts hold beside the weights."""
+        """{PyTorch name: filter [1, 1, k, k]}: constants that published state dicts hold beside the weights."""
         options = self.options()
         down = {"skip": ["aux_down"], "residual": ["aux_residual"]}.get(options.get("encoder_type"), [])
         up = {"skip": ["aux_up"]}.get(options.get("decoder_type"), [])
@@ -122,25 +122,25 @@ class KarrasUNet(Configured):
     def __call__(self, x, sigma, *, class_labels=None, augment_labels=None, features: bool = False):
         """D(x; sigma) for x [b, h, w, c] = clean data in [-1, 1] plus noise of standard deviation sigma [b], float32.
 
-        class_labels [b] are integers below label_dim, or label_dim for no class; augment_labels [b, augment_dim],
-        zero if absent, belong to augmented training images. With features, (D, what the encoder gives to the middle
-        [b, h / factor, w / factor, width], every DecoderLevel, coarsest first), float32: under jit, what is not used of
-        the three is not computed. Raises ValueError for sizes, channels and labels that this network does not take.
+        class_labels [b] are integers below label_dim, or label_dim for no class. augment_labels [b, augment_dim]
+        describe the augmentation of training images; None means zeros. With features, the result is (D, bottleneck
+        [b, h / factor, w / factor, c], DecoderLevels, coarsest first), all float32; jit drops what is not used. Raises
+        ValueError for sizes, channels and labels that do not fit this network.
         """
-        h, *seen = self.trunk(x, sigma, class_labels=class_labels, augment_labels=augment_labels)
+        h, *hidden = self.trunk(x, sigma, class_labels=class_labels, augment_labels=augment_labels)
         c_skip, c_out, *_ = (like(c, x) for c in self.coefficients(sigma))
-        out = c_skip * x + c_out * self.leave(h).astype(jnp.float32)
-        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), seen)) if features else out
+        out = c_skip * x + c_out * self.head(h).astype(jnp.float32)
+        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), hidden)) if features else out
 
-    def trunk(self, x, sigma, *, class_labels=None, augment_labels=None, enter=None):
-        """All but layers behind the decoder: (what the decoder gives, what the middle sees, every DecoderLevel).
+    def trunk(self, x, sigma, *, class_labels=None, augment_labels=None, level_input=None):
+        """Everything before the output layer: (decoder output, bottleneck, DecoderLevels, coarsest first).
 
-        enter(i, feature), if given, is what level i of the encoder begins with, and its skip, instead of the feature.
+        level_input(i, feature), if given, replaces the feature that level i of the encoder starts with, also as skip.
         """
         self.check_inputs(x, class_labels, augment_labels)
         *_, c_in, c_noise = self.coefficients(sigma)
         emb = self.embedding(c_noise, class_labels, augment_labels)
-        skips = self.encoder()((like(c_in, x) * x).astype(self.dtype), emb, enter)
+        skips = self.encoder()((like(c_in, x) * x).astype(self.dtype), emb, level_input)
         h, levels = self.decoder()(skips, emb)
         return h, skips[-1], levels
 
@@ -149,7 +149,7 @@ class KarrasUNet(Configured):
         return PRECONDITIONING[self.precond](jnp.asarray(sigma, jnp.float32), self.sigma_data)
 
     def check_inputs(self, x, class_labels, augment_labels):
-        """One sentence for what would otherwise be a shape error deep inside."""
+        """Raise ValueError for inputs that do not fit this network."""
         _, h, w, c = x.shape
         if h % self.factor or w % self.factor:
             raise ValueError(f"height {h} and width {w} must be divisible by {self.factor}: this network halves them")
@@ -166,24 +166,24 @@ class KarrasUNet(Configured):
             raise ValueError(f"augment_labels have shape {shape}, this network takes [b, {self.augment_dim}]")
 
     def one_hot(self, class_labels):
-        """[b] -> [b, label_dim]; zero for the null label, which lies beyond the classes."""
+        """[b] -> [b, label_dim]; the null label, label_dim, becomes zeros."""
         return jax.nn.one_hot(class_labels, self.label_dim)
 
     def augment(self, emb, augment_labels):
-        """The embedding with what is known about augmentation added to it."""
-        if augment_labels is None:  # stands for zeros
+        """The embedding plus a projection of the augmentation labels."""
+        if augment_labels is None:  # the same as zeros
             return emb
         return emb + nn.Dense(emb.shape[-1], use_bias=False, name="map_augment")(augment_labels)
 
 
 class DhariwalUNet(KarrasUNet):
-    """ADM as Karras et al. train it for ImageNet-64."""
+    """ADM as trained by Karras et al. for ImageNet-64."""
 
     channels_per_head: int = 64
-    last = "out_conv"  # the layer that gives F
+    output_layer = "out_conv"  # its output is F
 
     def style(self) -> Style:
-        """ADM's blocks."""
+        """Options of ADM's blocks."""
         return Style(
             adaptive_scale=True, skip_scale=1.0, head_width=self.channels_per_head, project_resampled=False, eps=1e-5,
             taps=(1, 1), dtype=self.dtype, remat=self.remat, flash=self.flash,
@@ -195,12 +195,12 @@ class DhariwalUNet(KarrasUNet):
     def decoder(self):
         return Decoder(self.style(), self.levels(), self.num_blocks, attends_once=False, name="dec")
 
-    def leave(self, h):
-        """From the decoder's last feature to F."""
+    def head(self, h):
+        """F from the decoder's last feature."""
         return conv(self.img_channels, 3, self.dtype, "out_conv")(nn.silu(self.style().norm(h, "out_norm")))
 
     def embedding(self, c_noise, class_labels, augment_labels):
-        """The vector that every block receives; a class is added behind the perceptron."""
+        """The embedding [b, c] of noise level and class for every block; the class is added after the MLP."""
         width = self.model_channels * self.channel_mult_emb
         emb = self.augment(sinusoid(c_noise, self.model_channels, True, 0), augment_labels)
         emb = nn.Dense(width, name="map_layer1")(nn.silu(nn.Dense(width, name="map_layer0")(emb)))
@@ -210,7 +210,7 @@ class DhariwalUNet(KarrasUNet):
 
 
 class Fourier(nn.Module):
-    """Random Fourier features [b, dim] of a time [b]; the frequencies are stored but never learned."""
+    """Random Fourier features [b, dim] of a noise level [b]; the frequencies are stored but not trained."""
 
     dim: int
 
@@ -239,10 +239,10 @@ class SongUNet(KarrasUNet):
     encoder_type: str = "standard"
     decoder_type: str = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
-    last = "aux_conv"  # the end of the names of the layers, one or one per level, whose sum is F
+    output_layer = "aux_conv"  # suffix of the output layers; F is their sum over levels, one of them or one per level
 
     def style(self) -> Style:
-        """The blocks of DDPM++ and NCSN++."""
+        """Options of the blocks of DDPM++ and NCSN++."""
         return Style(
             adaptive_scale=False, skip_scale=ROOT_HALF, head_width=None, project_resampled=True, eps=1e-6,
             taps=self.resample_filter, dtype=self.dtype, remat=self.remat, flash=self.flash,
@@ -257,18 +257,18 @@ class SongUNet(KarrasUNet):
             kind=self.decoder_type, name="dec",
         )  # fmt: skip
 
-    def leave(self, h):
-        """The decoder gives F itself."""
+    def head(self, h):
+        """The decoder's output is F."""
         return h
 
     def embedding(self, c_noise, class_labels, augment_labels):
-        """The vector that every block receives; a class is added before the perceptron."""
+        """The embedding [b, c] of noise level and class for every block; the class is added before the MLP."""
         features = self.model_channels * self.channel_mult_noise
         if self.embedding_type == "fourier":
             emb = Fourier(features, name="map_noise")(c_noise)
         else:
             emb = sinusoid(c_noise, features, False, 1)
-        if self.label_dim:  # scaled so that an entry has unit variance over the classes
+        if self.label_dim:  # scaled so that each entry has unit variance over classes
             emb = emb + nn.Dense(features, name="map_label")(self.one_hot(class_labels) * self.label_dim**0.5)
         emb = self.augment(emb, augment_labels)
         for name in ("map_layer0", "map_layer1"):
@@ -281,7 +281,7 @@ NCSNPP = DDPMPP | {
     "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1],
 }  # fmt: skip
 CIFAR10 = {"img_resolution": 32, "channel_mult": [2, 2, 2]}
-# The published checkpoints; vp and ve are what their files call DDPM++ and NCSN++, all preconditioned as "edm".
+# The published checkpoints. Their files call DDPM++ vp and NCSN++ ve; all have the preconditioning "edm".
 PRESETS = {
     "edm-imagenet-64x64-cond-adm": {"_class_name": "DhariwalUNet", "label_dim": 1000},
     "edm-cifar10-32x32-cond-vp": DDPMPP | CIFAR10 | {"label_dim": 10},

@@ -1,7 +1,7 @@
-"""The pieces of the pixel U-Nets of Karras et al. 2022 (EDM), NHWC: resampling, residual block, encoder, decoder.
+"""Blocks of the pixel U-Nets of Karras et al. 2022 (EDM), channels-last: resampling, residual block, encoder, decoder.
 
-One block serves both families of networks, ADM (Dhariwal & Nichol 2021) and DDPM++/NCSN++ (Song et al. 2021); `Style`
-holds what differs. Parameter names are those of the published checkpoints; statistics and softmax are float32.
+One block serves both families, ADM (Dhariwal & Nichol 2021) and DDPM++/NCSN++ (Song et al. 2021); `Style` holds the
+differences. Parameter names are those of the published checkpoints; norms and softmax are float32.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from cddistill.models.attention import attention
 from cddistill.models.blocks import DecoderLevel, GroupNorm, conv
 
-ROOT_HALF = 0.5**0.5  # keeps the variance of a sum of two
+ROOT_HALF = 0.5**0.5  # preserves the variance in a sum of two
 
 
 class Level(NamedTuple):
     """One resolution of a U-Net."""
 
-    size: int  # of the training images there; only names depend on it
+    size: int  # of training images at this level; only parameter names depend on it
     width: int
     attends: bool
 
@@ -31,12 +31,12 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What distinguishes the blocks of one family from those of the other."""
+    """Options in which the blocks of the two families differ."""
 
-    adaptive_scale: bool  # the embedding scales and shifts behind the second norm, or is added before it
-    skip_scale: float  # of every residual sum
-    head_width: int | None  # channels of an attention head; None is one head
-    project_resampled: bool  # a 1x1 convolution on the skip path of every resampling block
+    adaptive_scale: bool  # the embedding scales and shifts after the second norm; else it is added before
+    skip_scale: float  # factor of every residual sum
+    head_width: int | None  # channels per attention head; None is a single head
+    project_resampled: bool  # 1x1 convolution on the skip path of resampling blocks
     eps: float
     taps: tuple[int, ...]  # the resampling filter along one axis
     dtype: Any
@@ -44,23 +44,23 @@ class Style:
     flash: bool
 
     def block(self, width: int, name: str, attends: bool = False, resample: str = ""):
-        """A residual block, rematerialised on request."""
+        """A residual block, rematerialised if remat is set."""
         return (nn.remat(UNetBlock) if self.remat else UNetBlock)(self, width, attends, resample, name=name)
 
     def norm(self, x, name: str):
-        """Group normalisation in groups of at least four channels; call inside a compact module."""
+        """Group normalisation, groups of at least four channels. Call inside a compact module."""
         return GroupNorm(min(32, x.shape[-1] // 4), self.eps, self.dtype, name=name)(x)
 
 
 def resample(x, taps, up: bool, edge: int | None = None):
-    """Double or halve height and width of x [b, h, w, c] under a separable symmetric filter of an even number of taps.
+    """Upsample or downsample x [b, h, w, c] by 2 with a separable symmetric filter that has an even number of taps.
 
-    The filter has unit gain and sees zeros, `edge` of them, beyond the border; by default as many as give 2 h or h / 2.
+    The filter has unit gain. `edge` zeros are padded on each side; the default gives height 2 h or h / 2.
     """
     k, stride, gain = len(taps), 1 if up else 2, (2 if up else 1) / sum(taps)
     edge = (k // 2 if up else k // 2 - 1) if edge is None else edge
     for axis in (1, 2):
-        padding = [(edge, edge, int(up)) if a == axis else (0, 0, 0) for a in range(4)]  # up: zeros in between, too
+        padding = [(edge, edge, int(up)) if a == axis else (0, 0, 0) for a in range(4)]  # up: also zeros in between
         padded = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
         last = (padded.shape[axis] - k) // stride * stride
         shifted = [jax.lax.slice_in_dim(padded, i, i + last + 1, stride, axis) for i in range(k)]
@@ -69,19 +69,19 @@ def resample(x, taps, up: bool, edge: int | None = None):
 
 
 class UNetBlock(nn.Module):
-    """Two convolutions with the embedding in between, resampled before the first, then self-attention if any."""
+    """Optional resampling, two convolutions with the embedding in between, optional self-attention."""
 
     style: Style
     width: int
     attends: bool = False
-    resample: str = ""  # "up", "down" or not at all
+    resample: str = ""  # "up", "down" or "" for neither
 
     @nn.compact
     def __call__(self, x, emb):
         style, dtype = self.style, self.style.dtype
         h = self.resampled(nn.silu(style.norm(x, "norm0")))
         h = conv(self.width, 3, dtype, "conv0")(h)
-        affine = nn.Dense(self.width * (2 if style.adaptive_scale else 1), name="affine")  # float32, as emb is
+        affine = nn.Dense(self.width * (2 if style.adaptive_scale else 1), name="affine")  # float32, like emb
         emb = affine(emb)[:, None, None].astype(dtype)
         if style.adaptive_scale:
             scale, shift = jnp.split(emb, 2, -1)
@@ -100,7 +100,7 @@ class UNetBlock(nn.Module):
         return resample(x, self.style.taps, self.resample == "up") if self.resample else x
 
     def attention(self, x):
-        """Self-attention over pixels; q, k and v are interleaved in the published weights, channel by channel."""
+        """Self-attention over pixels; q, k and v are interleaved per channel in the published weights."""
         (b, h, w, c), head = x.shape, self.style.head_width or x.shape[-1]
         if c % head:
             raise ValueError(f"{c} channels cannot be split into attention heads of channels_per_head = {head}")
@@ -111,19 +111,19 @@ class UNetBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From the image to all skips; the last of them is what the middle sees.
+    """From the image to all skips; the last one is the bottleneck.
 
-    enter(i, feature), if given, is what level i begins with, and its skip, instead of the feature.
+    level_input(i, feature), if given, replaces the feature that level i starts with, also as skip.
     """
 
     style: Style
     levels: tuple[Level, ...]
     num_blocks: int
-    stem: int  # width of the first convolution
-    kind: str = "standard"  # or the image also enters every level: "skip", "residual"
+    stem: int  # channels of the first convolution
+    kind: str = "standard"  # or "skip", "residual": the image is also an input of every level
 
     @nn.compact
-    def __call__(self, x, emb, enter=None):
+    def __call__(self, x, emb, level_input=None):
         skips, image = [], x
         for i, level in enumerate(self.levels):
             if not skips:
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
             else:
                 h = self.style.block(h.shape[-1], f"{level.name}_down", resample="down")(h, emb)
                 h, image = self.add_image(h, image, level.name)
-            h = enter(i, h) if enter else h
+            h = level_input(i, h) if level_input else h
             skips.append(h)
             for k in range(self.num_blocks):
                 h = self.style.block(level.width, f"{level.name}_block{k}", level.attends)(h, emb)
@@ -139,12 +139,12 @@ class Encoder(nn.Module):
         return tuple(skips)
 
     def add_image(self, h, image, name):
-        """Progressive input (Song et al. 2021, appendix H.1): (h with the halved image in it, the image for below)."""
+        """Progressive input (Song et al. 2021, appendix H.1): (h plus downsampled image, image for the next level)."""
         taps, dtype = self.style.taps, self.style.dtype
         if self.kind == "skip":
             image = resample(image, taps, up=False)
             h = h + conv(h.shape[-1], 1, dtype, f"{name}_aux_skip")(image)
-        if self.kind == "residual":  # convolved as if there were zeros beyond the border, then filtered and halved
+        if self.kind == "residual":  # convolved with zero padding, then filtered and downsampled
             edge = len(taps) // 2 - 1
             image = conv(h.shape[-1], 3, dtype, f"{name}_aux_residual", padding=1 + edge)(image)
             h = image = (h + resample(image, taps, up=False, edge=0)) * ROOT_HALF
@@ -152,21 +152,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the skips back to an image, or to the feature that an output layer outside takes (kind "none").
+    """From the skips to (output, DecoderLevels, coarsest first).
 
-    The result is (that, every DecoderLevel, coarsest first).
+    The output is an image or, for kind "none", the last feature.
     """
 
     style: Style
     levels: tuple[Level, ...]
     num_blocks: int
-    attends_once: bool  # behind the last block of a level instead of each
+    attends_once: bool  # attention only after a level's last block, not after each
     out_channels: int = 0
-    kind: str = "none"  # or "standard", or "skip": the sum of an image from every level
+    kind: str = "none"  # or "standard", or "skip": the sum of one image per level
 
     @nn.compact
     def __call__(self, skips, emb):
-        skips, image, seen = list(skips), None, ()
+        skips, image, levels = list(skips), None, ()
         h, coarsest = skips[-1], self.levels[-1]
         for level in reversed(self.levels):
             if level == coarsest:
@@ -179,13 +179,13 @@ class Decoder(nn.Module):
                 attends = level.attends and (i == self.num_blocks or not self.attends_once)
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = self.style.block(level.width, f"{level.name}_block{i}", attends)(h, emb)
-            seen += (DecoderLevel(before, skip, h),)
+            levels += (DecoderLevel(before, skip, h),)
             if self.kind == "skip" or (self.kind == "standard" and level == self.levels[0]):
                 image = self.add_image(h, image, level.name)
-        return (h if image is None else image), seen
+        return (h if image is None else image), levels
 
     def add_image(self, h, image, name):
-        """This level's image, on top of the doubled one from below (Song et al. 2021, appendix H.1)."""
+        """This level's image plus the upsampled one of the coarser level (Song et al. 2021, appendix H.1)."""
         h = nn.silu(self.style.norm(h, f"{name}_aux_norm"))
         new = conv(self.out_channels, 3, self.style.dtype, f"{name}_aux_conv")(h)
         return new if image is None else new + resample(image, self.style.taps, up=True)

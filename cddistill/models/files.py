@@ -1,8 +1,8 @@
-"""Weight files as tensors that still lie on disk, under PyTorch's names: safetensors, PyTorch's own files, msgpack.
+"""Lazy reading of weight files, by PyTorch's names: safetensors, PyTorch state dicts, Flax msgpack.
 
-Only headers are read until a tensor is asked for, and then its bytes alone, so that a network can be loaded in hardly
-more memory than it has weights. Nothing that a file says is executed: pickles are read by an unpickler that knows
-tensors and nothing else.
+Opening a file reads headers only; the bytes of a tensor are read when it is converted to an array. Loading a network
+therefore needs hardly more memory than its weights. No code in a file is executed: the unpickler knows tensors and
+nothing else.
 """
 
 import collections
@@ -37,7 +37,7 @@ DTYPES = (  # numpy's, safetensors', PyTorch's
 SAFETENSORS = {name: np.dtype(x) for x, name, _ in DTYPES}
 STORAGES = {f"torch.{name}": np.dtype(x) for x, _, name in DTYPES}
 FLAX = {np.dtype(x).name: np.dtype(x) for x, _, _ in DTYPES}
-# Names in a folder, best first: diffusers', transformers', those of their former Flax classes, and PyTorch's.
+# File names in a folder, preferred first: safetensors of diffusers and transformers, former Flax classes, PyTorch.
 NAMES = (
     ("diffusion_pytorch_model", ".safetensors"),
     ("model", ".safetensors"),
@@ -46,7 +46,7 @@ NAMES = (
     ("diffusion_pytorch_model", ".bin"),
     ("pytorch_model", ".bin"),
 )
-PATTERNS = [  # the same for downloads, in the order in which to try them: a file or its shards, then its variants
+PATTERNS = [  # patterns for downloads, preferred first: a file or its shards, then its variants such as fp16
     patterns
     for stem, suffix in NAMES
     for patterns in (
@@ -55,14 +55,14 @@ PATTERNS = [  # the same for downloads, in the order in which to try them: a fil
     )
 ]
 SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
-LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: bytes that hold a length
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in a file of torch.save before PyTorch 1.6
+LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: {tag: bytes of length}
 REMEDY = "save the network's state_dict() with torch.save, or better as safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor on disk: shape and layout are known, np.asarray(tensor, dtype) reads the numbers."""
+    """A tensor on disk with known shape and strides; np.asarray(tensor, dtype) reads its values."""
 
     file: Path
     start: int  # bytes
@@ -83,11 +83,11 @@ class Tensor:
         return dataclasses.replace(self, shape=shape, strides=strides)
 
     def squeeze(self, axes):
-        """Without these axes, which have length 1."""
+        """Drop these axes, which must have length 1."""
         return self.transpose(*(i for i in range(self.ndim) if i not in axes))
 
     def __array__(self, dtype=None, copy=None):
-        """The numbers, in C order and at an address that JAX on a CPU takes over without a copy."""
+        """The values in C order, aligned so that JAX on a CPU uses the memory without a copy."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         n = extent(self.shape, self.strides)
         if self.file.stat().st_size < self.start + n * self.dtype.itemsize:
@@ -98,18 +98,18 @@ class Tensor:
         return out
 
 
-def packed(shape) -> tuple[int, ...]:
-    """Strides, in elements, of an array in C order."""
+def contiguous_strides(shape) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def extent(shape, strides) -> int:
-    """How many elements lie between the first and the end of the last."""
+    """Number of storage elements that an array with these strides spans."""
     return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
 
 
 def aligned(shape, dtype):
-    """An uninitialised array at a multiple of 64 bytes."""
+    """An uninitialised array whose address is a multiple of 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -117,18 +117,18 @@ def aligned(shape, dtype):
 
 
 class Weights(NamedTuple):
-    """What a folder or file holds."""
+    """Contents of a weight folder or file."""
 
-    tensors: dict[str, Tensor]  # by PyTorch's name or, from msgpack, by path
-    file: Path  # or the index of the shards
+    tensors: dict[str, Tensor]  # by PyTorch's name; from msgpack by path, a/b/c
+    file: Path  # the weight file, or the index of its shards
 
 
 def choose(names) -> str | None:
-    """The best weight file, or index of shards, among the names in a folder; full precision before variants (fp16)."""
+    """The preferred weight file or shard index among file names, or None; full precision before variants (fp16)."""
     names = sorted(names)
     for stem, suffix in NAMES:
-        whole = rf"{stem}\{suffix}"
-        for pattern in (whole, rf"{whole}\.index\.json", rf"{whole}\.index\.\w+\.json", rf"{stem}\.\w+\{suffix}"):
+        full = rf"{stem}\{suffix}"
+        for pattern in (full, rf"{full}\.index\.json", rf"{full}\.index\.\w+\.json", rf"{stem}\.\w+\{suffix}"):
             if found := [name for name in names if re.fullmatch(pattern, name)]:
                 return found[0]
     loose = [name for name in names if Path(name).suffix in SUFFIXES]
@@ -136,10 +136,10 @@ def choose(names) -> str | None:
 
 
 def read(path: Path) -> Weights:
-    """The tensors of a weight file, of the shards in an index, or of the best file in a folder, still on disk.
+    """The tensors, not yet read, of a weight file, of the shards in an index, or of a folder's preferred file.
 
-    Reads float16, bfloat16, float32, float64, integers and booleans. Raises ValueError, naming the file, if there is
-    none, and for files that are truncated, lack what the index lists or hold anything but named tensors.
+    Supports float16, bfloat16, float32, float64, integers and booleans. Raises ValueError naming the file if it is
+    missing or truncated, lacks tensors that the index lists, or holds anything but named tensors.
     """
     file = path
     if path.is_dir():
@@ -153,7 +153,7 @@ def read(path: Path) -> Weights:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors that an index lists."""
+    """The tensors of all shards in an index."""
     try:
         places = json.loads(index.read_text())["weight_map"]
         files = {name: index.parent / name for name in sorted({*places.values()})}
@@ -173,7 +173,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     try:
-        with safetensors.safe_open(file, "numpy"):  # checks the header, and that the file is as long as it says
+        with safetensors.safe_open(file, "numpy"):  # checks the header and the file's length
             pass
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
@@ -181,16 +181,17 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
     header.pop("__metadata__", None)
-    if odd := {x["dtype"] for x in header.values()} - {*SAFETENSORS}:
-        raise ValueError(f"{file} holds {', '.join(sorted(odd))}, only {', '.join(SAFETENSORS)} can be read")
-    return {
-        name: Tensor(file, 8 + size + x["data_offsets"][0], SAFETENSORS[x["dtype"]], (*x["shape"],), packed(x["shape"]))
-        for name, x in header.items()
-    }
+    if unknown := {x["dtype"] for x in header.values()} - {*SAFETENSORS}:
+        raise ValueError(f"{file} holds {', '.join(sorted(unknown))}, only {', '.join(SAFETENSORS)} can be read")
+    tensors = {}
+    for name, entry in header.items():
+        start, shape = 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
+        tensors[name] = Tensor(file, start, SAFETENSORS[entry["dtype"]], shape, contiguous_strides(shape))
+    return tensors
 
 
 class View(NamedTuple):
-    """A tensor as PyTorch pickles it: part of a storage, in elements."""
+    """A tensor as PyTorch pickles it: a strided view of a storage, in elements."""
 
     storage: str
     dtype: np.dtype
@@ -200,29 +201,29 @@ class View(NamedTuple):
 
 
 class Refused(ValueError):
-    """A weight file that is sound, but not what it should be."""
+    """A weight file that is intact but not supported."""
 
 
 class TensorsOnly(pickle.Unpickler):
     """Unpickles tensors as views of storages and refuses every other name, so that a weight file cannot run code.
 
-    It hands out bound methods and a C type, whose attributes, unlike a function's, a pickle cannot set.
+    find_class returns bound methods and a C type: unlike a function's, their attributes cannot be set by a pickle.
     """
 
     def __init__(self, stream, file: Path):
         super().__init__(stream)
         self.file = file
-        self.sizes = {}  # bytes of each storage
+        self.sizes = {}  # bytes per storage
 
     def find_class(self, module, name):
         known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
         known |= {"collections.OrderedDict": collections.OrderedDict}
-        called = f"{module}.{name}"
-        if called in STORAGES:
-            return called
-        if called not in known:
-            raise Refused(f"{self.file} asks for {called}, but weights need no code, so it was not loaded: {REMEDY}")
-        return known[called]
+        path = f"{module}.{name}"
+        if path in STORAGES:
+            return path
+        if path not in known:
+            raise Refused(f"{self.file} asks for {path}, but weights need no code, so it was not loaded: {REMEDY}")
+        return known[path]
 
     def persistent_load(self, saved):
         kind, storage, key, _, size, *_ = saved
@@ -243,7 +244,7 @@ class TensorsOnly(pickle.Unpickler):
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by torch.save: a zip archive or, before version 1.6, pickles and raw numbers."""
+    """The tensors of a PyTorch state dict: a zip archive or, before PyTorch 1.6, pickles followed by raw storages."""
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
         stream.seek(0)
@@ -251,13 +252,13 @@ def read_torch(file: Path) -> dict[str, Tensor]:
             state, starts = (read_zipped if zipped else read_pickled)(stream, file)
         except Refused:
             raise
-        except Exception as error:  # a broken pickle can raise anything
+        except Exception as error:  # a broken pickle can raise any error
             sentence = f"{file} is truncated or not a state dict by torch.save ({error!r}): download it again, or "
             raise ValueError(sentence + REMEDY) from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds a {type(state).__name__}, not a state dict: {REMEDY}")
-    if odd := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, View))]:
-        sentence = f"{file} is not a plain state dict: its {odd[0]!r} is of type {type(state[odd[0]]).__name__}"
+    if other := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, View))]:
+        sentence = f"{file} is not a plain state dict: its {other[0]!r} is of type {type(state[other[0]]).__name__}"
         raise ValueError(f"{sentence}, not a tensor; {REMEDY}")
     return {
         name: Tensor(file, starts[x.storage] + x.start * x.dtype.itemsize, x.dtype, x.shape, x.strides)
@@ -266,7 +267,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
 
 
 def read_zipped(stream, file: Path):
-    """(what is pickled, where each storage begins) of a zip archive by torch.save."""
+    """(pickled object, {storage: first byte}) of a zip archive of torch.save."""
     with zipfile.ZipFile(stream) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
         if len(pickles) != 1:
@@ -282,13 +283,13 @@ def read_zipped(stream, file: Path):
             record = archive.getinfo(f"{folder}data/{key}")
             if record.compress_type != zipfile.ZIP_STORED or record.file_size < size:
                 raise pickle.UnpicklingError(f"{record.filename} is compressed or too short")
-            stream.seek(record.header_offset + 26)  # zip's local header: 30 bytes, a name, an extra field
+            stream.seek(record.header_offset + 26)  # zip's local header: 30 bytes, file name, extra field
             starts[key] = record.header_offset + 30 + sum(np.frombuffer(stream.read(4), "<u2").tolist())
     return state, starts
 
 
 def read_pickled(stream, file: Path):
-    """The same of the older format: a magic number, the protocol, the machine, the state dict, keys, raw storages."""
+    """The same for the older format: magic number, protocol, machine, state dict, storage keys, raw storages."""
     if TensorsOnly(stream, file).load() != TORCH_MAGIC:
         raise pickle.UnpicklingError("wrong first number")
     for _ in range(2):
@@ -296,7 +297,7 @@ def read_pickled(stream, file: Path):
     reader, starts = TensorsOnly(stream, file), {}
     state, keys = reader.load(), TensorsOnly(stream, file).load()
     for key in keys:
-        starts[key] = stream.tell() + 8  # behind the number of elements
+        starts[key] = stream.tell() + 8  # after the number of elements
         stream.seek(starts[key] + reader.sizes[key])
     if {*keys} != {*reader.sizes} or stream.tell() > file.stat().st_size:
         raise pickle.UnpicklingError("storages are missing")
@@ -304,7 +305,7 @@ def read_pickled(stream, file: Path):
 
 
 def read_msgpack(file: Path) -> dict[str, Tensor]:
-    """The tensors of a former Flax file, by path "a/b/c"."""
+    """The tensors of a Flax msgpack file, by path "a/b/c"."""
     tensors = {}
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -315,14 +316,14 @@ def read_msgpack(file: Path) -> dict[str, Tensor]:
 
 
 def walk(data, at: int, path: tuple[str, ...], file: Path, tensors: dict) -> int:
-    """Add the arrays of the msgpack object at a byte to tensors; returns where it ends."""
-    tag, count, at = head(data, at)
+    """Add the arrays of the msgpack object at byte `at` to tensors; returns the byte after it."""
+    tag, count, at = read_tag(data, at)
     if 0x80 <= tag <= 0x8F or tag in (0xDE, 0xDF):  # a map
         for _ in range(count):
-            _, size, at = head(data, at)
+            _, size, at = read_tag(data, at)
             at = walk(data, at + size, (*path, data[at : at + size].decode()), file, tensors)
         return at
-    end = at + 1 + count  # an extension: its type, 1 for arrays, then shape, dtype and bytes as msgpack
+    end = at + 1 + count  # an extension: its type (1 is an array), then shape, dtype and data as msgpack
     content = msgpack.Unpacker()
     content.feed(data[at + 1 : at + 1 + 256])
     if data[at] != 1 or content.read_array_header() != 3 or end > len(data):
@@ -331,12 +332,12 @@ def walk(data, at: int, path: tuple[str, ...], file: Path, tensors: dict) -> int
     start = end - math.prod(shape) * dtype.itemsize
     if start <= at + 1 + content.tell():
         raise ValueError(f"{'/'.join(path)} is shorter than its shape")
-    tensors["/".join(path)] = Tensor(file, start, dtype, shape, packed(shape))
+    tensors["/".join(path)] = Tensor(file, start, dtype, shape, contiguous_strides(shape))
     return end
 
 
-def head(data, at: int) -> tuple[int, int, int]:
-    """(tag, length, where its content begins) of a msgpack map, string or extension."""
+def read_tag(data, at: int) -> tuple[int, int, int]:
+    """(tag, length, first byte of the content) of a msgpack map, string or extension."""
     tag, at = data[at], at + 1
     if 0x80 <= tag <= 0x8F or 0xA0 <= tag <= 0xBF:  # short maps and strings
         return tag, tag & (0x0F if tag <= 0x8F else 0x1F), at

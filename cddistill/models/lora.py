@@ -1,15 +1,15 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) as nets of their own: W + alpha / r * down @ up for chosen kernels W.
+"""Low-rank adapters (LoRA, Hu et al. 2021) as separate nets: W + alpha / r * down @ up for selected kernels W.
 
-A LoRA's weights mirror the tree that they adapt: {"down": [..., in, r], "up": [..., r, out]} where a layer has its
-kernel. As a function it takes weights to weights, so in a loss a student is `adapt(n.teacher, n.student)`, an ordinary
-Denoiser whose gradients end in down and up. Teacher, fake score and student are then one base and two LoRAs. The same
-function on stored weights, lora(params), is the merge for export.
+A LoRA's parameters mirror the tree of the base network, with {"down": [..., in, r], "up": [..., r, out]} in place of a
+kernel. A LoRA is a function from base weights to adapted weights. In a loss the student is adapt(n.teacher, n.student),
+an ordinary Denoiser whose gradients go to down and up; teacher, fake score and student are one base and two LoRAs.
+Applied to stored weights, lora(params) is the merge for export.
 
-The sum W + update is formed inside the program. The other way, x @ W + (x @ down) @ up in every layer, would save the
-gradient of W as a whole (a third of the FLOPs of forward and backward) and the sum, of which the compiler keeps one
-copy for the backward pass (1.07 times the adapted kernels; 0.2 times in a forward pass alone): 5.1 GB in bfloat16 if
-all of SDXL's blocks are adapted, 1.9 GB for its attention. It would cost two thin products in every layer and a second
-kind of network. A net of SDXL's size that trains whole has 41 GB of weights, gradients and moments; the sum will do.
+W + update is computed inside the program. The alternative, x @ W + (x @ down) @ up in every layer, would save the
+gradient of W (a third of the FLOPs of forward and backward pass) and the memory of the sum. The compiler keeps one copy
+of it for the backward pass, 1.07 times the adapted kernels (0.2 times in a forward pass alone): 5.1 GB in bfloat16 with
+all of SDXL's blocks adapted, 1.9 GB with its attention. The alternative would also need two thin products per layer and
+a second kind of network. Fully trained, SDXL has 41 GB of weights, gradients and moments, so the sum is affordable.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ import safetensors
 import safetensors.numpy
 
 from cddistill.models import files
-from cddistill.models.convert import few, from_torch, to_torch, torch_name, unflatten
+from cddistill.models.convert import abbreviate, from_torch, to_torch, torch_name, unflatten
 from cddistill.net import Net
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-BLOCKS = (  # every layer inside the blocks, as LCM-LoRA and DMD2 have it
+BLOCKS = (  # every layer in the blocks, as in LCM-LoRA and DMD2
     *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
-PREFIXES = {  # of a network's layers in files: diffusers' first, then those of kohya's trainer
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers expects
+PREFIXES = {  # of layer names in files: diffusers' first, then kohya's trainer's
     "unet": ("unet.", "lora_unet_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
 }
 KEY = re.compile(r"(.+?)(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight|\.(alpha))")
-OTHER_KINDS = {  # by what their keys contain
+OTHER_KINDS = {  # {part of a key: kind of adapter}
     "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon with a Tucker core", ".diff": "full difference",
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
 }  # fmt: skip
 BLOCK = r"(down_blocks\.\d|mid_block|up_blocks\.\d)\.(\w+)\.(\d+)\.(.+)"
-LDM_LAYERS = {  # where the original UNet's names differ from diffusers'
+LDM_LAYERS = {  # layer names of the original UNet where they differ from diffusers'
     "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection", "conv_in": "input_blocks.0.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -57,78 +57,82 @@ LDM_LAYERS = {  # where the original UNet's names differ from diffusers'
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What a LoRA does to weights. Equal when alpha is: LoRAs made alike have one pytree structure."""
+    """A LoRA as a function of base weights. Equal when alpha is, so equal LoRAs have one pytree structure."""
 
-    alpha: float | None = None  # None is the rank: the update is down @ up
+    alpha: float | None = None  # None is the rank r: the update is down @ up
 
-    def gain(self, rank: int) -> float:
+    def scale_of_rank(self, rank: int) -> float:
+        """alpha / r."""
         return 1.0 if self.alpha is None else self.alpha / rank
 
     def __call__(self, params, base, scale=1.0):
-        """The base's tree with scale * alpha / r * down @ up added to each adapted kernel, in the kernel's dtype."""
+        """The base weights plus scale * alpha / r * down @ up in each adapted kernel, in the kernel's dtype.
+
+        Raises ValueError if the base lacks an adapted kernel or has another shape there.
+        """
         weights = flax.traverse_util.flatten_dict(base)
         for layer, (down, up) in factors(params).items():
             path, shape = (*layer, "kernel"), (*down.shape[:-1], up.shape[-1])
             if path not in weights or weights[path].shape != shape:
-                theirs = f"{weights[path].shape} there" if path in weights else "missing there"
+                theirs = f"the network's is {weights[path].shape}" if path in weights else "the network has none"
                 raise ValueError(f"this LoRA is for another network: its {layer_name(layer)} is {shape}, {theirs}")
-            # in float32, and rounded as a sum: what a whole network with float32 weights computes in bfloat16
-            update = scale * self.gain(up.shape[-2]) * jnp.matmul(down, up, precision="highest")
+            # in float32 and rounded once: as a merged network with float32 weights computes in bfloat16
+            update = scale * self.scale_of_rank(up.shape[-2]) * jnp.matmul(down, up, precision="highest")
             weights[path] = (weights[path] + update).astype(weights[path].dtype)
         return flax.traverse_util.unflatten_dict(weights)
 
 
 def adapt(net, lora: Net, scale=1.0):
-    """The net with a LoRA's update in its weights; a Denoiser stays one.
+    """The net with a LoRA's update added to its weights; a Denoiser remains a Denoiser.
 
-    Inside jit the sum lives as long as the program needs it and is formed once, however often the result is called;
-    outside it is a second network in memory.
+    Inside jit the sum is computed once, however often the result is called, and freed when no longer needed. Outside
+    jit it is a second network in memory.
     """
     return net.replace(params=lora(net.params, scale))
 
 
-def whole(base, net):
-    """A net as it is, or the base with the LoRA that the net is."""
+def merge_if_lora(base, net):
+    """adapt(base, net) if the net is a LoRA, else the net."""
     return adapt(base, net) if isinstance(net.apply, Update) else net
 
 
 def make_lora(net, key, rank: int, alpha: float | None = None, targets: tuple[str, ...] = ATTENTION) -> Net:
-    """A LoRA for a net (a Denoiser, a branch, a text encoder) that changes nothing yet: lora(net.params) = net.params.
+    """A new LoRA for a net (Denoiser, branch, text encoder) without effect yet: lora(net.params) = net.params.
 
-    As in PEFT, down starts as PyTorch's layers do, U(+-1/sqrt(fan_in)), up at zero; alpha None is the rank. targets
-    are ends of layer names, PyTorch's ("to_out.0") or ours ("to_out_0"). A k x k convolution gets a k x k down and a
-    1 x 1 up. Raises ValueError for a target that no layer has and for a rank that exceeds a layer's.
+    As in PEFT, down is initialised to U(+-1/sqrt(fan_in)) and up to zero; alpha None is the rank. targets are ends of
+    layer names, PyTorch's ("to_out.0") or ours ("to_out_0"). A k x k convolution gets a k x k down and a 1 x 1 up.
+    Raises ValueError for a target that matches no layer and for a rank above a layer's full rank.
     """
-    kernels = {layer: x.shape for layer, x in adaptable(net.params).items()}
-    layers = sorted(chosen(kernels, targets))
+    kernels = {layer: x.shape for layer, x in adaptable_kernels(net.params).items()}
+    layers = sorted(matching_layers(kernels, targets))
     full = {layer: min(np.prod(kernels[layer][:-1]), kernels[layer][-1]) for layer in layers}
     if low := [f"{layer_name(layer)} ({full[layer]})" for layer in layers if not 0 < rank <= full[layer]]:
-        raise ValueError(f"rank {rank} is not between 1 and the full rank of {few(low)}")
+        raise ValueError(f"rank {rank} is not between 1 and the full rank of {abbreviate(low)}")
     shapes = [(*kernels[layer][:-1], rank) for layer in layers]
     ends = np.cumsum([np.prod(shape) for shape in shapes])
-    draws = jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1.0), ends[:-1])  # one program, not hundreds
+    uniform = jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1.0), ends[:-1])  # one program, not hundreds
     params = {}
-    for layer, shape, draw in zip(layers, shapes, draws, strict=True):
-        params[*layer, "down"] = draw.reshape(shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+    for layer, shape, x in zip(layers, shapes, uniform, strict=True):
+        params[*layer, "down"] = x.reshape(shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
         params[*layer, "up"] = jnp.zeros((*(1,) * (len(shape) - 2), rank, kernels[layer][-1]))
     return Net(flax.traverse_util.unflatten_dict(params), Update(alpha))
 
 
 def factors(params) -> dict:
-    """{layer: (down, up)} of a LoRA's weights."""
+    """{layer: (down, up)} of a LoRA's parameters."""
     flat = flax.traverse_util.flatten_dict(params)
     return {path[:-1]: (flat[path], flat[*path[:-1], "up"]) for path in flat if path[-1] == "down"}
 
 
-def adaptable(params) -> dict:
-    """{layer: kernel} of the linear layers and convolutions of a network."""
+def adaptable_kernels(params) -> dict:
+    """{layer: kernel} of a network's linear layers and convolutions."""
     flat = flax.traverse_util.flatten_dict(params)
     return {path[:-1]: x for path, x in flat.items() if path[-1] == "kernel" and x.ndim in (2, 4)}
 
 
-def present(net, targets) -> tuple[str, ...]:
-    """Those of the targets that some layer's name ends in; ValueError if there is none."""
-    names = [f".{layer_name(layer)}" for layer in adaptable(net.params)]
+def present_targets(net, targets) -> tuple[str, ...]:
+    """The targets that match some layer's name; ValueError if none does."""
+    names = [f".{layer_name(layer)}" for layer in adaptable_kernels(net.params)]
     found = tuple(t for t in targets if any(name.endswith(f".{t}") for name in names))
     if not found:
         raise ValueError(f"this network has no layers for a LoRA of {', '.join(targets)}")
@@ -136,12 +140,12 @@ def present(net, targets) -> tuple[str, ...]:
 
 
 def layer_name(layer: tuple[str, ...]) -> str:
-    """PyTorch's name of the layer at our path."""
+    """PyTorch's name of the layer at a Flax path."""
     return torch_name((*layer, "kernel")).removesuffix(".weight")
 
 
-def chosen(layers, targets) -> set:
-    """The layers whose names end in a target, as PEFT matches them: whole words between dots."""
+def matching_layers(layers, targets) -> set:
+    """Layers whose names end in a target, matched at dots as in PEFT; ValueError for a target without a match."""
     names, found = {layer: layer_name(layer) for layer in layers}, set()
     if not targets:
         raise ValueError("no targets: name the layers that a LoRA is for, such as to_q")
@@ -156,13 +160,13 @@ def chosen(layers, targets) -> set:
 
 
 def read_lora(path, bases: dict) -> dict[str, Net]:
-    """The LoRAs of a safetensors file (or of the diffusers folder that it lies in), one per network: {"unet": Net}.
+    """Load the LoRAs of a safetensors file, or of the diffusers folder that holds it, per network: {"unet": Net}.
 
-    bases maps "unet", "text_encoder", "text_encoder_2" to the weights (or their shapes) that the LoRA is for, or to
-    None to leave that network's part of the file out. Reads the names of diffusers and PEFT (lora_A, lora.down,
-    processor.to_q_lora) and of kohya's trainer (lora_unet_..., with the block names of diffusers or of LDM, as for
-    SDXL). alpha / r, from the file's alpha tensors or metadata, is multiplied into up: alpha is None, ranks may differ.
-    Raises ValueError naming every key that has no place, a wrong shape or another kind of adapter (LoHa, DoRA ...).
+    bases maps "unet", "text_encoder", "text_encoder_2" to the weights (or shapes) of the base network, or to None to
+    skip that network's part of the file. Supports the names of diffusers and PEFT (lora_A, lora.down,
+    processor.to_q_lora) and of kohya's trainer (lora_unet_..., with block names of diffusers or of LDM, as for SDXL).
+    up is multiplied by alpha / r, from the file's alpha tensors or metadata, so alpha is None; ranks may differ. Raises
+    ValueError naming the keys that match no layer, have a wrong shape or belong to another adapter (LoHa, DoRA ...).
     """
     file = lora_file(path)
     arrays = files.read_safetensors(file)
@@ -171,33 +175,34 @@ def read_lora(path, bases: dict) -> dict[str, Net]:
     if missing := sorted({part for part, base in bases.items() if base is not None} - held):
         raise ValueError(f"{file} holds nothing for {', '.join(missing)}, only for {', '.join(sorted(held))}")
     if extra := sorted(held - {*bases}):
-        raise ValueError(f"{file} also adapts {', '.join(extra)}: give its weights too, or None to leave that part out")
+        raise ValueError(f"{file} also adapts {', '.join(extra)}: pass its weights too, or None to skip it")
     loras = {}
     for part, base in bases.items():
         if base is not None:
             own = {key: x for key, x in arrays.items() if part_of(key) == part}
-            loras[part] = Net(read_part(own, part, adaptable(base), adapter_metadata(file, part), file), Update())
+            params = read_part(own, part, adaptable_kernels(base), adapter_metadata(file, part), file)
+            loras[part] = Net(params, Update())
     return loras
 
 
-def read_for(path, nets: dict) -> dict[str, Net]:
-    """`read_lora` of those of the nets of a pipeline that the file has a part for."""
+def read_lora_for(path, nets: dict) -> dict[str, Net]:
+    """`read_lora` for those of a pipeline's nets, by subfolder name, that the file adapts."""
     held = {part_of(key) for key in files.read_safetensors(lora_file(path))}
     return read_lora(path, {part: nets[part].params if part in nets else None for part in held})
 
 
 def merge(path, nets: dict, scale: float = 1.0) -> dict:
-    """The nets of a pipeline, by "unet", "text_encoder", "text_encoder_2", with a LoRA file added where it has a part.
+    """A pipeline's nets, keys "unet", "text_encoder", "text_encoder_2", with scale times a LoRA file merged in.
 
-    Raises ValueError as `read_lora` does.
+    Nets that the file does not adapt are unchanged. Raises ValueError as `read_lora` does.
     """
-    loras = read_for(path, nets)
+    loras = read_lora_for(path, nets)
     add = jax.jit(lambda net, lora: adapt(net, lora, scale))
     return nets | {part: add(nets[part], lora) for part, lora in loras.items()}
 
 
 def lora_file(path) -> Path:
-    """The safetensors file that a path is or holds."""
+    """The safetensors file at a path or in the folder there; ValueError if it is missing."""
     file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"{file} is missing: expected a LoRA as a safetensors file")
@@ -205,20 +210,20 @@ def lora_file(path) -> Path:
 
 
 def refuse_other_kinds(arrays, file) -> None:
-    """Raises ValueError for adapters that are not down @ up."""
+    """Raise ValueError for adapters that are not a plain down @ up."""
     for key in arrays:
-        for mark, kind in OTHER_KINDS.items():
-            if mark in key:
+        for part, kind in OTHER_KINDS.items():
+            if part in key:
                 raise ValueError(f"{file} is a {kind} ({key}), not a plain LoRA: merge it into its model and load that")
 
 
 def part_of(key: str) -> str:
-    """The network that a key of a file belongs to; diffusers' oldest files have the UNet's names alone."""
+    """The network that a file's key belongs to; the oldest diffusers files have UNet keys without prefix."""
     return next((part for part, prefixes in PREFIXES.items() if key.startswith(prefixes)), "unet")
 
 
 def read_part(arrays, part, kernels, metadata, file) -> dict:
-    """One network's LoRA as a tree, after comparing every name and shape with its kernels."""
+    """One network's LoRA as a nested dict; ValueError for any name or shape that does not match its kernels."""
     names, found, unknown = file_names(part, kernels), {}, []
     for key, x in arrays.items():
         match = KEY.fullmatch(key)
@@ -226,22 +231,22 @@ def read_part(arrays, part, kernels, metadata, file) -> dict:
         if layer is None:
             unknown.append(key)
             continue
-        half = {"A": "down", "B": "up"}.get(match[2], match[2] or match[3])
-        if half in found.setdefault(layer, {}):
-            raise ValueError(f"{file} holds {half} of {layer_name(layer)} twice, once as {key}")
-        found[layer][half] = x
+        factor = {"A": "down", "B": "up"}.get(match[2], match[2] or match[3])
+        if factor in found.setdefault(layer, {}):
+            raise ValueError(f"{file} holds {factor} of {layer_name(layer)} twice, once as {key}")
+        found[layer][factor] = x
     if unknown:
-        raise ValueError(f"{file} has {few(sorted(unknown))}, which this {part} has no place for")
+        raise ValueError(f"{file} has {abbreviate(sorted(unknown))}, which this {part} has no place for")
     flat = {}
     for layer, given in found.items():
         if not {"down", "up"} <= {*given}:
             raise ValueError(f"{file} has only {' and '.join(sorted(given))} of {layer_name(layer)}: it is incomplete")
-        down, up = (from_torch(("kernel",), np.asarray(given[half], np.float32)) for half in ("down", "up"))
+        down, up = (from_torch(("kernel",), np.asarray(given[name], np.float32)) for name in ("down", "up"))
         shape, rank = kernels[layer].shape, down.shape[-1]
         if (down.shape, up.shape) != ((*shape[:-1], rank), (*(1,) * (len(shape) - 2), rank, shape[-1])):
             raise ValueError(
                 f"{file} is for another network: {layer_name(layer)} has down {down.shape} and up {up.shape} "
-                f"(channels last), its kernel is {shape}"
+                f"(channels-last), its kernel is {shape}"
             )
         alpha = metadata_alpha(metadata, layer_name(layer), rank)
         alpha = np.asarray(given["alpha"]).item() if "alpha" in given else alpha
@@ -250,14 +255,14 @@ def read_part(arrays, part, kernels, metadata, file) -> dict:
 
 
 def adapter_metadata(file, part: str) -> dict:
-    """PEFT's options of one network, which diffusers writes into a file's header."""
+    """PEFT's options for one network, which diffusers stores in the file's header."""
     with safetensors.safe_open(file, "numpy") as opened:
         options = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     return {key.removeprefix(f"{part}."): x for key, x in options.items() if key.startswith(f"{part}.")}
 
 
 def metadata_alpha(metadata, name: str, rank: int) -> float:
-    """A layer's alpha; the rank where nothing is said. alpha_pattern holds the ends of names, as patterns."""
+    """A layer's alpha, by default the rank. alpha_pattern maps regular expressions for ends of names to alphas."""
     patterns = metadata.get("alpha_pattern") or {}
     special = (x for end, x in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
     alpha = next(special, metadata.get("lora_alpha", rank))
@@ -265,7 +270,7 @@ def metadata_alpha(metadata, name: str, rank: int) -> float:
 
 
 def file_names(part: str, layers) -> dict:
-    """{name: layer} for every name that a file may have for a layer: written from ours, so that none is guessed at."""
+    """{name: layer} for every spelling of a layer in files, generated from our names so that none is ambiguous."""
     dotted, *kohya = PREFIXES[part]
     ours = {layer_name(layer): layer for layer in layers}
     ldm, names = ldm_names(ours), {}
@@ -278,45 +283,45 @@ def file_names(part: str, layers) -> dict:
 
 
 def ldm_names(names) -> dict:
-    """{name: the same layer's name in the original UNet (LDM)}; there each resnet, with its attention, is a block."""
+    """{name: name in the original UNet (LDM)}; there a block is one resnet with its attention."""
     resnets = sorted({m[0] for name in names if (m := re.match(r"(down|up)_blocks\.\d\.resnets\.\d", name))})
     ups = [name for name in resnets if name.startswith("up")]
     number = {name: i for i, name in enumerate(ups)}
     for i, name in enumerate(name for name in resnets if name not in number):
-        number[name] = 1 + i + int(name.split(".")[1])  # behind conv_in and one downsampler per earlier block
+        number[name] = 1 + i + int(name.split(".")[1])  # after conv_in and one downsampler per earlier block
 
     def convert(name):
         if not (match := re.fullmatch(BLOCK, name)):
             return LDM_LAYERS.get(name, name)
         block, kind, j, layer = match.groups()
-        layer, behind = LDM_LAYERS.get(layer, layer), int(kind == "attentions")
+        layer, is_attention = LDM_LAYERS.get(layer, layer), int(kind == "attentions")
         if block == "mid_block":
-            return f"middle_block.{2 * int(j) + behind}.{layer}"
+            return f"middle_block.{2 * int(j) + is_attention}.{layer}"
         last = max(i for resnet, i in number.items() if resnet.startswith(f"{block}."))
         if kind == "downsamplers":
             return f"input_blocks.{last + 1}.0.op"
-        if kind == "upsamplers":  # in its block behind the resnet and, if any, the attention
+        if kind == "upsamplers":  # in its block, after the resnet and, if any, the attention
             return f"output_blocks.{last}.{1 + any(n.startswith(f'{block}.attentions.') for n in names)}.{layer}"
         side = "output_blocks" if block.startswith("up") else "input_blocks"
-        return f"{side}.{number[f'{block}.resnets.{j}']}.{behind}.{layer}"
+        return f"{side}.{number[f'{block}.resnets.{j}']}.{is_attention}.{layer}"
 
     return {name: convert(name) for name in names}
 
 
 def save_lora(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
-    """Write LoRAs as diffusers' pipelines read them with load_lora_weights(folder); returns the file.
+    """Write LoRAs for load_lora_weights(folder) of diffusers' pipelines; returns the file.
 
-    loras are {"unet": lora} and the like, as `read_lora` returns. The file has no alpha: alpha / r goes into lora_B.
+    loras are {"unet": lora} and so on, as from `read_lora`. The file has no alpha: lora_B is multiplied by alpha / r.
     """
     tensors = {}
     for part, lora in loras.items():
         for layer, (down, up) in factors(jax.device_get(lora.params)).items():
-            halves = {"lora_A": down, "lora_B": np.asarray(up, np.float32) * lora.apply.gain(up.shape[-2])}
-            for half, x in halves.items():
-                name = f"{PREFIXES[part][0]}{layer_name(layer)}.{half}.weight"
+            pair = {"lora_A": down, "lora_B": np.asarray(up, np.float32) * lora.apply.scale_of_rank(up.shape[-2])}
+            for key, x in pair.items():
+                name = f"{PREFIXES[part][0]}{layer_name(layer)}.{key}.weight"
                 tensors[name] = np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
     file = Path(folder) / LORA_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes files that only their owner can read
+    file.chmod(0o644)  # safetensors creates files that only their owner can read
     return file

@@ -1,6 +1,7 @@
-"""Prompts as Stable Diffusion's UNets take them: token features, and for SDXL a pooled feature and image sizes too."""
+"""Prompt embeddings for Stable Diffusion's UNets: token features and, for SDXL, pooled feature and image sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,52 +9,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cddistill import io
 from cddistill.models import lora
+from cddistill.models.families import FAMILIES, Family, family_of
 from cddistill.net import Net
-
-ENCODERS = (["text_encoder"], ["text_encoder", "text_encoder_2"])  # Stable Diffusion 1.x and 2.x; SDXL
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Texts to the `text` of a UNet: prompts(["a cat"]), and prompts.null(1) for guidance.
+    """Prompts to a UNet's `text`: prompts(["a cat"]), and prompts.null(1) as the negative of guidance.
 
-    One tokenizer (as transformers' are called) and one CLIP text encoder for Stable Diffusion 1.x and 2.x, two of each
-    for SDXL. Texts of more tokens than an encoder has positions (77) are cut, as in diffusers.
+    One tokenizer (called like transformers') and one CLIP text encoder for Stable Diffusion 1.x and 2.x, two of each
+    for SDXL. Prompts longer than an encoder's positions (77 tokens) are truncated, as in diffusers.
     """
 
     tokenizers: tuple[Callable, ...]
     nets: tuple[Net, ...]
-    zero_null: bool = False  # SDXL: the null text is zeros, not the empty prompt; force_zeros_for_empty_prompt
+    zero_null: bool = False  # SDXL's force_zeros_for_empty_prompt: the null text is zeros, not the empty prompt
+    family: Family = FAMILIES["sd"]
 
     def __call__(self, texts, **sizes) -> dict:
         """{"encoder_hidden_states": float32 [b, 77, d]}; SDXL also has added_cond_kwargs: text_embeds and time_ids.
 
-        sizes are keywords of `time_ids`; Stable Diffusion 1.x and 2.x do not look at them. Raises ValueError for
-        anything but a list of strings, and for a tokenizer that does not belong to its encoder.
+        sizes are keywords of `time_ids`; Stable Diffusion 1.x and 2.x ignore them. Raises ValueError for anything but a
+        list of strings, and for a tokenizer that does not match its encoder.
         """
-        return with_sizes(embed(self.nets, self.tokenize(texts)), **sizes)
+        return with_sizes(embed(self.family, self.nets, self.tokenize(texts)), **sizes)
 
     def null(self, n: int, **sizes) -> dict:
-        """The text of n images without a prompt, with the sizes of those with one."""
-        one = embed(self.nets, self.tokenize([""]))
+        """The text of n images for the empty prompt, with the same sizes as the prompt's."""
+        one = embed(self.family, self.nets, self.tokenize([""]))
         one = jax.tree.map(jnp.zeros_like, one) if self.zero_null else one
         return with_sizes(jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), one), **sizes)
 
-    def adapted(self, path, scale: float = 1.0) -> "Prompts":
-        """The same, with what a LoRA file holds for text encoders (nothing, if it is for UNets alone) merged in."""
-        names = ENCODERS[len(self.nets) - 1]
+    def with_lora(self, path, scale: float = 1.0) -> "Prompts":
+        """A copy with a LoRA file's text encoder part, if it has one, merged in at this scale."""
+        names = self.family.text_encoders
         nets = lora.merge(path, dict(zip(names, self.nets, strict=True)), scale)
         return dataclasses.replace(self, nets=tuple(nets[name] for name in names))
 
     def tokenize(self, texts) -> tuple[np.ndarray, ...]:
-        """What `embed` takes: int32 [b, 77] for each encoder."""
+        """Token ids for `embed`: int32 [b, 77] per encoder."""
         if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts are a list of at least one string, not {texts!r}")
         return tuple(map(self.token_ids, self.tokenizers, self.nets, [list(texts)] * len(self.nets)))
 
     def token_ids(self, tokenizer, net, texts):
-        """One tokenizer's ids: as many as its encoder has positions."""
+        """One tokenizer's ids, int32 [b, l], padded or truncated to the positions of its encoder."""
         clip = net.module
         length = min(tokenizer.model_max_length, clip.max_position_embeddings)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
@@ -61,23 +63,19 @@ class Prompts:
         if ids.max() >= clip.vocab_size:
             raise ValueError(
                 f"the tokenizer gives id {ids.max()} but the text encoder has vocab_size = {clip.vocab_size}: "
-                "they do not belong together"
+                "load the tokenizer and the encoder of one pipeline"
             )
         return ids
 
 
-@jax.jit
-def embed(nets: tuple[Net, ...], ids: tuple[jax.Array, ...]) -> dict:
-    """Token ids, one [b, l] per text encoder, to all of a UNet's `text` but SDXL's time_ids."""
-    features = [net(i) for net, i in zip(nets, ids, strict=True)]
-    if len(features) == 1:
-        return {"encoder_hidden_states": features[0].last_hidden_state}
-    hidden = jnp.concatenate([f.penultimate for f in features], -1)
-    return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": features[-1].pooled}}
+@functools.partial(jax.jit, static_argnums=0)
+def embed(family: Family, nets: tuple[Net, ...], ids: tuple[jax.Array, ...]) -> dict:
+    """Token ids, [b, l] per text encoder, to a UNet's `text` without SDXL's time_ids."""
+    return family.combine([net(i) for net, i in zip(nets, ids, strict=True)])
 
 
 def with_sizes(text: dict, **sizes) -> dict:
-    """The text with SDXL's time_ids where it has a pooled feature."""
+    """The text plus time_ids if it has a pooled feature (SDXL)."""
     if "added_cond_kwargs" not in text:
         return text
     ids = time_ids(len(text["encoder_hidden_states"]), **sizes)
@@ -87,8 +85,8 @@ def with_sizes(text: dict, **sizes) -> dict:
 def time_ids(n: int, target_size=(1024, 1024), original_size=None, crop=(0, 0)) -> np.ndarray:
     """SDXL's size conditions, float32 [n, 6] (Podell et al. 2023, sec. 2.2).
 
-    target_size is the (height, width) of the image, original_size what it had before it was scaled (target_size if
-    not given), crop the (top, left) corner it was cut at: each one pair, or a pair per image [n, 2].
+    target_size is the (height, width) of the image, original_size its size before scaling (default target_size), crop
+    the (top, left) corner of its crop, all in pixels: one pair for all images, or [n, 2].
     """
     parts = {"original_size": target_size if original_size is None else original_size}
     parts |= {"crop": crop, "target_size": target_size}
@@ -99,29 +97,27 @@ def time_ids(n: int, target_size=(1024, 1024), original_size=None, crop=(0, 0)) 
 
 
 def load_prompts(folder, dtype=jnp.float32) -> Prompts:
-    """The tokenizers and text encoders of a diffusers pipeline: Stable Diffusion 1.x, 2.x or XL.
+    """Load the tokenizers and text encoders of a diffusers pipeline: Stable Diffusion 1.x, 2.x or XL.
 
-    folder is a path or a Hub id with model_index.json, tokenizer(_2)/ and text_encoder(_2)/; dtype is what the
-    encoders' layers compute in. Needs transformers (extra "text"). Raises ValueError naming what is missing or
-    unsupported.
+    folder is a path or a Hub id with model_index.json, tokenizer(_2)/ and text_encoder(_2)/; dtype is the compute type
+    of the encoders' layers. Needs transformers (extra "text"). Raises ValueError naming what is missing or unsupported.
     """
     from cddistill import models
-    from cddistill.models.convert import read_json
 
     root = models.resolve(folder, "text_encoder")
-    index = read_json(root / "model_index.json")
+    index = io.read_json(root / "model_index.json")
     encoders = sorted(k for k, v in index.items() if k.startswith("text_encoder") and v and v[-1])  # or [null, null]
-    if encoders not in ENCODERS:
-        raise ValueError(f"{root} has the text encoders {encoders}; supported are {' and '.join(map(str, ENCODERS))}")
+    family = family_of(tuple(encoders), root)
     tokenizers = tuple(load_tokenizer(root / name.replace("text_encoder", "tokenizer")) for name in encoders)
     nets = tuple(models.load(folder, name, dtype=dtype) for name in encoders)
-    return Prompts(tokenizers, nets, len(nets) == 2 and index.get("force_zeros_for_empty_prompt", True))
+    zero_null = family.zero_null and index.get("force_zeros_for_empty_prompt", True)
+    return Prompts(tokenizers, nets, zero_null, family)
 
 
 def load_tokenizer(path: Path):
-    """The CLIP tokenizer in a folder."""
+    """The CLIP tokenizer in a folder; ValueError if its files or transformers are missing."""
     files = {file.name for file in path.glob("*.*")}
-    if not ({"vocab.json", "merges.txt"} <= files or "tokenizer.json" in files):  # transformers would make an empty one
+    if not ({"vocab.json", "merges.txt"} <= files or "tokenizer.json" in files):  # else it would be empty
         raise ValueError(f"{path} holds neither vocab.json with merges.txt nor tokenizer.json")
     try:
         from transformers import CLIPTokenizer

@@ -1,7 +1,7 @@
 """diffusers' AutoencoderTiny in Flax: TAESD, TAESDXL, TAESD3 and TAEF1 of Ollin Boer Bohan.
 
-Distilled from the large autoencoders: their latents, already scaled, at a fraction of the work, without sampling.
-Used as a net like AutoencoderKL, with the same `Encode` and `Decode`.
+Distilled from the large autoencoders: the same latents, already scaled, much cheaper, without a posterior. Used like
+AutoencoderKL, with the same `Encode` and `Decode`.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from cddistill.models.blocks import conv
 from cddistill.models.configured import Configured
 from cddistill.models.vae import check_images, check_latents
 
-# Options of diffusers that are no fields below, and their only values.
+# Options of diffusers without a field below: their supported values.
 SUPPORTED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
-NO_EFFECT = {"block_out_channels"}  # diffusers writes it and never reads it
+NO_EFFECT = {"block_out_channels"}  # written by diffusers but not used
 
 
 class AutoencoderTinyBlock(nn.Module):
-    """Three convolutions beside the identity."""
+    """Three convolutions with a residual connection."""
 
     dtype: Any
 
@@ -31,23 +31,23 @@ class AutoencoderTinyBlock(nn.Module):
 
 
 class Layers(nn.Module):
-    """PyTorch's Sequential of stages: what lies between two of them, and before the first, halves or doubles."""
+    """PyTorch's Sequential of stages with resampling in between; parameter names count its entries."""
 
     num_blocks: tuple[int, ...]
     width: int
-    features: int  # channels of the result
+    features: int  # output channels
     dtype: Any
     remat: bool
 
     def stage(self, h, first: int, num_blocks: int):
-        """Blocks, the first of which is the Sequential's number `first`."""
+        """Blocks at the Sequential's positions from `first`: (feature, next position)."""
         block = nn.remat(AutoencoderTinyBlock) if self.remat else AutoencoderTinyBlock
         for i in range(first, first + num_blocks):
             h = block(self.dtype, name=f"layers_{i}")(h)
         return h, first + num_blocks
 
     def resample(self, i: int, stride: int):
-        """The convolution after doubling, or that halves."""
+        """The convolution at position i: of stride 2 to downsample, or of stride 1 after upsampling."""
         return nn.Conv(self.width, (3, 3), stride, 1, use_bias=False, dtype=self.dtype, name=f"layers_{i}")
 
 
@@ -69,14 +69,14 @@ class DecoderTiny(Layers):
     def __call__(self, z):
         h = nn.relu(conv(self.width, 3, self.dtype, "layers_0")(z))
         h, i = self.stage(h, 2, self.num_blocks[0])  # layers_1 is the ReLU
-        for num_blocks in self.num_blocks[1:]:  # layers_i is the doubling
+        for num_blocks in self.num_blocks[1:]:  # layers_i is the upsampling
             h = self.resample(i + 1, stride=1)(jnp.repeat(jnp.repeat(h, 2, 1), 2, 2))
             h, i = self.stage(h, i + 2, num_blocks)
         return conv(self.features, 3, self.dtype, f"layers_{i}")(h)
 
 
 class AutoencoderTiny(Configured):
-    """The networks, with the methods of AutoencoderKL."""
+    """Encoder and decoder, with the methods of AutoencoderKL."""
 
     supported = SUPPORTED
     no_effect = NO_EFFECT
@@ -90,12 +90,12 @@ class AutoencoderTiny(Configured):
     latent_channels: int = 4
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    latent_magnitude: float = 3  # with latent_shift the range of latents that are stored as bytes;
+    latent_magnitude: float = 3  # with latent_shift the range of latents stored as bytes;
     latent_shift: float = 0.5  # only written to configs
     force_upcast: bool = False  # only written to configs
 
     def check(self):
-        """Options that must agree with each other."""
+        """Raise ValueError for options that contradict each other."""
         for half in ("encoder", "decoder"):
             widths, num_blocks = getattr(self, f"{half}_block_out_channels"), getattr(self, f"num_{half}_blocks")
             if len(widths) != len(num_blocks) or len({*widths}) != 1:
@@ -106,12 +106,12 @@ class AutoencoderTiny(Configured):
             raise ValueError("num_encoder_blocks and num_decoder_blocks must have the same number of entries")
 
     def example(self):
-        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        """Smallest inputs that use every weight, as (args, kwargs)."""
         return (jnp.zeros((1, self.factor, self.factor, self.in_channels)),), {}
 
     @property
     def factor(self) -> int:
-        """How many times larger an image is than its latent, in each direction."""
+        """Height of an image divided by that of its latent."""
         return 2 ** (len(self.num_encoder_blocks) - 1)
 
     def setup(self):
@@ -122,7 +122,7 @@ class AutoencoderTiny(Configured):
         self.decoder = half(DecoderTiny, self.num_decoder_blocks, self.decoder_block_out_channels, self.out_channels)
 
     def __call__(self, x):
-        """Reconstruction of x."""
+        """Reconstruction float32 [b, f h, f w, c] of x [b, f h, f w, c] in [-1, 1]."""
         return self.decode(self.encode(x))
 
     def encode(self, x):
@@ -131,14 +131,17 @@ class AutoencoderTiny(Configured):
         return self.encoder((x + 1) / 2).astype(jnp.float32)
 
     def decode(self, z):
-        """Image of a latent, float32. Latents beyond +-3 are squashed, as in training."""
+        """Images float32 [b, f h, f w, c], about in [-1, 1], of z [b, h, w, latent_channels].
+
+        z is squashed to +-3, as in training.
+        """
         check_latents(self, z)
         return 2 * self.decoder(3 * jnp.tanh(z / 3)).astype(jnp.float32) - 1
 
     def to_latent(self, z, key):
-        """The diffusion's z; there is no posterior, so a key changes nothing."""
+        """The diffusion model's z from `encode`'s output; key is ignored, since there is no posterior."""
         return (z - self.shift_factor) * self.scaling_factor
 
     def from_latent(self, z):
-        """What `decode` takes."""
+        """`decode`'s input from the diffusion model's z."""
         return z / self.scaling_factor + self.shift_factor

@@ -1,7 +1,7 @@
 """diffusers' UNet2DConditionModel in Flax: Stable Diffusion 1.x, 2.x, XL, their editing variants, small pixel models.
 
 Parameter paths are diffusers' names with ".3" written "_3", so `convert` is a rule and not a table. Fields are the keys
-of a diffusers config.json. Weights are float32; `dtype` is what the layers compute in; norms and softmax are float32.
+of diffusers' config.json. Weights are float32, `dtype` is the layers' compute type, norms and softmax are float32.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ UP_BLOCKS = {"UpBlock2D": "none", "CrossAttnUpBlock2D": "cross", "AttnUpBlock2D"
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 CLASS_EMBEDS = (None, "timestep", "projection", "simple_projection")
 
-# Options of diffusers of which only these values are supported: the choices, and for the rest what changes nothing.
+# Options of diffusers and their supported values: choices first, then options supported only at neutral values.
 SUPPORTED = {
     "act_fn": ("silu", "swish"),
     "mid_block_type": MID_BLOCKS,
@@ -55,7 +55,7 @@ SUPPORTED = {
     "global_pool_conditions": (False,),
     "controlnet_conditioning_channel_order": ("rgb",),
 }
-# Options of diffusers that change no number in the networks above.
+# Options of diffusers without effect on these networks.
 NO_EFFECT = {
     "upcast_attention",
     "use_memory_efficient_attention",
@@ -66,7 +66,7 @@ NO_EFFECT = {
 
 
 class Residuals(NamedTuple):
-    """What a condition branch does to a UNet: every skip and the mid feature h becomes keep * h + r."""
+    """Output of a conditioning branch: every skip and the mid feature h of the UNet become keep * h + r."""
 
     down: tuple[jax.Array, ...]
     mid: jax.Array
@@ -75,7 +75,7 @@ class Residuals(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """A module as a pure function. Equal when the modules are: nets that are built alike have one pytree structure."""
+    """A module as a pure function. Equal when the modules are, so equal nets have one pytree structure."""
 
     module: nn.Module
 
@@ -84,14 +84,14 @@ class Apply:
 
 
 def conditioning(text) -> dict:
-    """Keyword arguments for a UNet: a dict is taken as it is, a bare array is encoder_hidden_states."""
+    """`text` as keyword arguments of a UNet: a dict is copied, an array becomes encoder_hidden_states."""
     if text is None or isinstance(text, dict):
         return dict(text or {})
     return {"encoder_hidden_states": text}
 
 
 class DownBlock2D(nn.Module):
-    """Resnets, each with its attention if any, then a downsampler if any; every result is a skip."""
+    """Resnets, each with optional attention, then an optional downsampler: (output, all outputs as skips)."""
 
     num_layers: int
     resnet: Any  # constructors, to be called with a name
@@ -112,7 +112,7 @@ class DownBlock2D(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """A resnet, and with attention one more behind it."""
+    """A resnet, or two with attention in between."""
 
     resnet: Any
     attention: Any
@@ -127,7 +127,7 @@ class MidBlock2D(nn.Module):
 
 
 class UpBlock2D(nn.Module):
-    """Resnets, each fed one more skip, with attention if any, then an upsampler if any: (output, its input)."""
+    """Resnets, each with one skip and optional attention, then an optional upsampler: (output, its input)."""
 
     resnet: Any
     attention: Any
@@ -138,12 +138,12 @@ class UpBlock2D(nn.Module):
         for i, skip in enumerate(reversed(skips)):
             h = self.resnet(name=f"resnets_{i}")(jnp.concatenate([h, skip], -1), emb)
             h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
-        doubled = self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
-        return doubled, h
+        upsampled = self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
+        return upsampled, h
 
 
 class Encoder(Configured):
-    """What a UNet and its ControlNet share: the options, the embeddings, the way down and the middle."""
+    """Base of a UNet and its ControlNet: options, embeddings, down blocks and mid block."""
 
     supported = SUPPORTED
     no_effect = NO_EFFECT
@@ -176,7 +176,7 @@ class Encoder(Configured):
     conv_in_kernel: int = 3
 
     def check(self):
-        """Lengths of the per-block options and names of the blocks."""
+        """Raise ValueError for per-block options of the wrong length and for unknown blocks."""
         n, up_block_types = len(self.block_out_channels), getattr(self, "up_block_types", ())
         for name, value in self.options().items():
             per_block = name in Encoder.__dataclass_fields__ or name == "up_block_types"
@@ -187,7 +187,7 @@ class Encoder(Configured):
             raise ValueError(f"block types {', '.join(unknown)} are not supported, only {known} are")
 
     def example(self):
-        """The smallest inputs that touch every weight, as (args, kwargs)."""
+        """Smallest inputs that use every weight, as (args, kwargs)."""
         size = 2 ** (len(self.block_out_channels) - 1)
         args = jnp.zeros((1, size, size, self.in_channels)), jnp.zeros((1,), jnp.int32)
         kwargs = {"encoder_hidden_states": jnp.zeros((1, 1, self.per_block(self.cross_attention_dim)[-1]))}
@@ -202,12 +202,12 @@ class Encoder(Configured):
 
     @property
     def conditional(self) -> bool:
-        """Whether classes or text change what the network computes."""
+        """Whether the output depends on classes or text."""
         cross = "cross" in map(DOWN_BLOCKS.get, self.down_block_types) or self.mid_block_type == MID_BLOCKS[0]
         return cross or bool(self.class_embed_type or self.num_class_embeds or self.addition_embed_type)
 
     def per_block(self, value):
-        """An option as one value per block."""
+        """An option as a tuple of one value per block."""
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     def resnet(self, i):
@@ -218,7 +218,7 @@ class Encoder(Configured):
         )  # fmt: skip
 
     def attention(self, kind, i, head_dim_of=None):
-        """Constructor of the attentions of block i, or None."""
+        """Constructor of the attention layers of block i, or None."""
         heads = self.per_block(self.num_attention_heads or self.attention_head_dim)[i]
         head_dim = self.per_block(self.attention_head_dim)[i if head_dim_of is None else head_dim_of]
         depth = self.per_block(self.transformer_layers_per_block)[i]
@@ -235,11 +235,11 @@ class Encoder(Configured):
         }[kind]
 
     def block(self, cls):
-        """The block's class, rematerialised on request."""
+        """The block's class, rematerialised if remat is set."""
         return nn.remat(cls) if self.remat else cls
 
     def check_inputs(self, z_t, context):
-        """One sentence for what would otherwise be a shape error deep inside."""
+        """Raise ValueError for inputs whose shapes do not fit this network."""
         factor, (_, h, w, c) = 2 ** (len(self.block_out_channels) - 1), z_t.shape
         if h % factor or w % factor:
             raise ValueError(f"height {h} and width {w} must be divisible by {factor}: this network halves them")
@@ -254,7 +254,7 @@ class Encoder(Configured):
             raise ValueError(f"encoder_hidden_states have width {context.shape[-1]}, cross_attention_dim is {dims[0]}")
 
     def embedding(self, t, class_labels, added_cond_kwargs, timestep_cond):
-        """The vector that every resnet receives: time, plus class and SDXL's pooled text and sizes where configured."""
+        """The embedding [b, c] for every resnet: timestep and, if configured, class and SDXL's text and sizes."""
         wave = partial(sinusoid, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
         features = self.time_embedding_dim or 4 * self.block_out_channels[0]
         mlp = partial(TimestepEmbedding, features, dtype=self.dtype)
@@ -283,8 +283,8 @@ class Encoder(Configured):
             emb = emb + mlp(name="add_embedding")(added)
         return emb
 
-    def encode(self, h, emb, context, enter=None):
-        """From conv_in's output to all skips and the mid feature; block i receives enter(i, feature) instead."""
+    def encode(self, h, emb, context, level_input=None):
+        """conv_in's output to (skips, mid feature); level_input(i, feature), if given, replaces block i's input."""
         skips = ()
         for i, kind in enumerate(self.down_block_types):
             last = i == len(self.block_out_channels) - 1
@@ -293,62 +293,65 @@ class Encoder(Configured):
                 self.per_block(self.layers_per_block)[i], self.resnet(i), self.attention(DOWN_BLOCKS[kind], i),
                 None if last else down, name=f"down_blocks_{i}",
             )  # fmt: skip
-            h = enter(i, h) if enter else h
+            h = level_input(i, h) if level_input else h
             skips += (h,)
             h, new = block(h, emb, context)
-            skips += new if last else new[:-1]  # what is halved may still change: it enters the next block
+            skips += new if last else new[:-1]  # the downsampled feature is added as skip by the next block
         if self.mid_block_type is not None:
             attention = self.attention("mid" if self.mid_block_type == "UNetMidBlock2DCrossAttn" else "none", -1)
             h = self.block(MidBlock2D)(self.resnet(-1), attention, name="mid_block")(h, emb, context)
         return skips, h
 
     def start(self, z_t, concat, context):
-        """conv_in on z_t and, for editing and inpainting models, the channels concatenated to it."""
+        """conv_in on z_t and, for editing and inpainting models, the channels of concat."""
         z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
         self.check_inputs(z_t, context)
         return conv(self.block_out_channels[0], self.conv_in_kernel, self.dtype, "conv_in")(z_t)
 
 
 class UNet2DConditionModel(Encoder):
-    """The denoiser. `encoder_hidden_states` etc. are diffusers' names; `concat` is appended to z_t's channels."""
+    """The denoiser, with diffusers' argument names; `concat` is concatenated to z_t's channels."""
 
     out_channels: int = 4
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     center_input_sample: bool = False
     conv_out_kernel: int = 3
     sample_size: int | tuple[int, ...] | None = None  # only written to configs
-    last = "conv_out"  # the layer that gives the output
+    output_layer = "conv_out"  # the network's last layer
 
     @nn.compact
     def __call__(self, z_t, t, residuals: Residuals | None = None, *, features: bool = False, **conditions):
-        """Raw output for z_t [b, h, w, c] at times t [b], float32 [b, h, w, out_channels]; `trunk` has the conditions.
+        """Raw output float32 [b, h, w, out_channels] for z_t [b, h, w, c] at timesteps t [b], integers or fractional.
 
-        With features, (output, what comes out of the middle block, every DecoderLevel, coarsest first), float32.
+        conditions: encoder_hidden_states [b, l, d]; class_labels [b] (or vectors [b, d], by class_embed_type);
+        added_cond_kwargs with text_embeds [b, d] and time_ids [b, 6]; timestep_cond [b, time_cond_proj_dim]; concat
+        [b, h, w, n], where n channels complete in_channels. With features, the result is (output, output of the mid
+        block, DecoderLevels, coarsest first), all float32. Raises ValueError for inputs that do not fit the config.
         """
-        h, *seen = self.trunk(z_t, t, residuals, **conditions)
+        h, *hidden = self.trunk(z_t, t, residuals, **conditions)
         h = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(h))
         out = conv(self.out_channels, self.conv_out_kernel, self.dtype, "conv_out")(h).astype(jnp.float32)
-        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), seen)) if features else out
+        return (out, *jax.tree.map(lambda h: h.astype(jnp.float32), hidden)) if features else out
 
     def trunk(
         self, z_t, t, residuals: Residuals | None = None, *, encoder_hidden_states=None, class_labels=None,
-        added_cond_kwargs=None, timestep_cond=None, concat=None, enter=None,
+        added_cond_kwargs=None, timestep_cond=None, concat=None, level_input=None,
     ):  # fmt: skip
-        """All but the output's layers: (last feature, what comes out of the middle block, every DecoderLevel).
+        """Everything before the output layers: (last feature, output of the mid block, DecoderLevels, coarsest first).
 
-        enter(i, feature), if given, is what block i of the encoder receives, and its skip, instead of the feature.
+        level_input(i, feature), if given, replaces the input of block i of the encoder, also as skip.
         """
         context = None if encoder_hidden_states is None else encoder_hidden_states.astype(self.dtype)
         z_t = 2.0 * z_t - 1.0 if self.center_input_sample else z_t
         emb = self.embedding(t, class_labels, added_cond_kwargs, timestep_cond)
-        skips, h = self.encode(self.start(z_t, concat, context), emb, context, enter)
+        skips, h = self.encode(self.start(z_t, concat, context), emb, context, level_input)
         if residuals is not None:
             skips, h = adjust(residuals, skips, h)
         last, levels = self.decode(h, skips, emb, context)
         return last, h, levels
 
     def decode(self, h, skips, emb, context):
-        """The way up and its levels; block j has the widths and options of down block n-1-j."""
+        """The up blocks: (last feature, DecoderLevels). Up block j has the widths and options of down block n-1-j."""
         n, levels = len(self.block_out_channels), ()
         for j, kind in enumerate(self.up_block_types):
             i = n - 1 - j
@@ -357,14 +360,14 @@ class UNet2DConditionModel(Encoder):
             # diffusers does not reverse attention_head_dim for AttnUpBlock2D, hence j
             attention = self.attention(UP_BLOCKS[kind], i, head_dim_of=j)
             block = self.block(UpBlock2D)(self.resnet(i), attention, up, name=f"up_blocks_{j}")
-            doubled, after = block(h, skips[-num:], emb, context)
+            upsampled, after = block(h, skips[-num:], emb, context)
             levels += (DecoderLevel(h, skips[-1], after),)
-            h, skips = doubled, skips[:-num]
+            h, skips = upsampled, skips[:-num]
         return h, levels
 
 
 def adjust(residuals: Residuals, skips, mid):
-    """keep * h + r on every skip and on the mid feature."""
+    """(skips, mid), each as keep * h + r; ValueError for residuals of another number or shape."""
     if len(residuals.down) != len(skips):
         raise ValueError(f"the UNet has {len(skips)} skips but the branch gives {len(residuals.down)} residuals")
     for h, r in zip((*skips, mid), (*residuals.down, residuals.mid), strict=True):

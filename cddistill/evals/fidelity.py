@@ -1,4 +1,4 @@
-"""How far an image is from its target: PSNR in decibel, and SSIM."""
+"""Distances of an image from its target: PSNR in decibels, and SSIM."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ SMALLEST = 11  # px, the width of SSIM's window
 
 
 def psnr(a: Images, b: Images) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio of images in [0, 1]; equal images get 100 dB, so that means stay finite."""
+    """Peak signal-to-noise ratio of images in [0, 1]. Equal images get 100 dB, so that the mean is finite."""
     return -10.0 * jnp.log10(jnp.maximum(((a - b) ** 2).mean((1, 2, 3)), 1e-10))
 
 
 def ssim(a: Images, b: Images) -> Float[Array, " n"]:
-    """Structural similarity of images in [0, 1] (Wang et al. 2004, eq. 13), mean over channels and whole windows.
+    """Structural similarity of images in [0, 1] (Wang et al. 2004, eq. 13), averaged over channels and whole windows.
 
     Windows are Gaussian, 11 x 11 with sigma 1.5; C1 = 0.01^2, C2 = 0.03^2. Raises ValueError below 11 px.
     """
@@ -29,7 +29,7 @@ def ssim(a: Images, b: Images) -> Float[Array, " n"]:
 
 
 def _blur(x):
-    """Gaussian window means, where the window fits in the image."""
+    """Gaussian window means, at the positions where the window fits in the image."""
     taps = np.exp(-0.5 * (np.arange(SMALLEST) - SMALLEST // 2) ** 2 / 1.5**2)
     taps = (taps / taps.sum()).tolist()
     for axis in (1, 2):

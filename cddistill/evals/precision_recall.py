@@ -1,14 +1,14 @@
-"""Improved precision and recall (Kynkaanniemi et al. 2019): how many images are realistic, how much of the real is
-covered. Features are float [n, d]."""
+"""Improved precision and recall (Kynkaanniemi et al. 2019): the share of generated images that are realistic, and the
+share of real images that are covered. Features are float [n, d]."""
 
 import numpy as np
 
 NEIGHBOURS = 3  # as in the paper
-BLOCK = 1024  # rows of a distance matrix held at a time
+BLOCK = 1024  # rows of a distance matrix in memory at a time
 
 
 def precision(x, real, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of `x` [m, d] within the k-th neighbour's distance of some row of `real` [n, d], and its binomial error.
+    """Share of `x` [m, d] within the k-th neighbour distance of a row of `real` [n, d], with binomial standard error.
 
     Raises ValueError if a set has no more than k rows.
     """
@@ -21,12 +21,12 @@ def precision(x, real, k: int = NEIGHBOURS) -> tuple[float, float]:
 
 
 def recall(x, real, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of `real` within the k-th neighbour's distance of some row of `x`: precision with the roles swapped."""
+    """Share of `real` within the k-th neighbour distance of a row of `x`: precision with the sets swapped."""
     return precision(real, x, k)
 
 
 def distances(x, y):
-    """Squared Euclidean distances, some rows of x at a time: blocks [<= BLOCK, n]."""
+    """Squared Euclidean distances between rows of x and y, in blocks [<= BLOCK, n]."""
     squares = (y**2).sum(1)
     for i in range(0, len(x), BLOCK):
         part = x[i : i + BLOCK]

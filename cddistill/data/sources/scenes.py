@@ -1,10 +1,12 @@
-"""Procedural scenes: one to three solids on a chequered floor, with exact depth, caption and edit by instruction."""
+"""Procedural scenes: one to three solids on a chequered floor, with exact depth, a caption and an instructed edit."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import numpy as np
 
+from cddistill.data.contracts import Source
 from cddistill.data.splits import SPLITS
 
 COLOURS = {
@@ -12,15 +14,15 @@ COLOURS = {
     "purple": (0.55, 0.20, 0.70), "cyan": (0.10, 0.75, 0.80), "white": (0.92, 0.92, 0.92), "orange": (0.95, 0.50, 0.10),
 }  # fmt: skip
 SHAPES = ("ball", "cube", "cylinder")
-SIZES = {"small": 0.40, "big": 0.62}  # radius or half an edge, metres
+SIZES = {"small": 0.40, "big": 0.62}  # radius or half edge length, metres
 COUNTS = {"train": 10_000, "validation": 1_000, "test": 1_000}
 EYE = np.array([0.0, 2.1, -4.6])  # metres; x right, y up, z into the scene
-FAR = 25.0  # metres: where the floor ends and the depth of the sky
+FAR = 25.0  # metres: distance where the floor ends, and the depth of the sky
 SUPERSAMPLING = 2  # rays per pixel and axis
 
 
 class Solid(NamedTuple):
-    """A thing standing on the floor."""
+    """A solid standing on the floor."""
 
     shape: str
     size: str
@@ -35,16 +37,24 @@ class Solid(NamedTuple):
 
 
 class World(NamedTuple):
-    """What is seen besides the solids."""
+    """Everything but the solids."""
 
-    light: np.ndarray  # unit vector towards it
-    tiles: float  # of the floor, per metre
-    floor: tuple[np.ndarray, np.ndarray]  # its two colours
+    light: np.ndarray  # unit vector towards the light
+    tiles: float  # floor tiles per metre
+    floor: tuple[np.ndarray, np.ndarray]  # the two tile colours
     sky: np.ndarray
 
 
-class Scenes:
-    """Element i of a split is a pure function of both; the label, 0 .. 23, is shape and colour of the nearest solid."""
+@dataclasses.dataclass(frozen=True)
+class Scenes(Source):
+    """The procedural scenes. No options."""
+
+    def open(self, config, split):
+        return SceneImages(config, split)
+
+
+class SceneImages:
+    """Scenes generated from (split, i) only. The label, 0 .. 23, is the shape and colour of the nearest solid."""
 
     num_labels = len(SHAPES) * len(COLOURS)
 
@@ -61,14 +71,14 @@ class Scenes:
 
 @functools.lru_cache(maxsize=sum(COUNTS.values()))  # a scene takes about 10 ms at 32 px
 def scene(seed, size):
-    """image and edited uint8 [size,size,3], depth float32 [size,size] in metres, caption, instruction, label."""
+    """image and edited uint8 [size,size,3], depth float32 [size,size] in metres, caption, instruction and label."""
     rng = np.random.default_rng(seed)
     world, solids = random_world(rng), random_solids(rng)
     instruction, changed = random_edit(rng, solids)
     (image, depth), (edited, _) = render(world, solids, size), render(world, changed, size)
     nearest = min(solids, key=lambda s: s.z)
     for array in (image, depth, edited):
-        array.flags.writeable = False  # they are cached
+        array.flags.writeable = False  # cached
     return {
         "image": image,
         "depth": depth,
@@ -80,14 +90,14 @@ def scene(seed, size):
 
 
 def random_world(rng):
-    """Light, floor and sky."""
+    """Random light, floor and sky."""
     light = np.array([rng.uniform(-0.8, 0.8), 1.1, rng.uniform(-0.9, -0.2)])
     floor = (rng.uniform(0.35, 0.75, 3), rng.uniform(0.35, 0.75, 3))
     return World(light / np.linalg.norm(light), rng.choice([0.8, 1.2, 2.0]), floor, rng.uniform(0.45, 0.85, 3))
 
 
 def random_solids(rng):
-    """One to three solids, each of another colour and in another place."""
+    """One to three solids with different colours and places."""
     n = rng.integers(1, 4)
     places = rng.permutation([-1.3, 0.0, 1.3])[:n]
     colours = rng.choice(list(COLOURS), n, replace=False)
@@ -106,7 +116,7 @@ def random_solids(rng):
 
 
 def random_edit(rng, solids):
-    """An instruction about the first solid, which its colour identifies, and the solids after it was followed."""
+    """An instruction about the first solid, identified by its colour, and the solids after the edit."""
     first, *others = solids
     kind = rng.choice(["colour", "shape", "remove"] if others else ["colour", "shape"])
     if kind == "colour":
@@ -144,8 +154,8 @@ def render(world, solids, size):
 
 
 def shade(world, solids, rays, points, normal, albedo, shiny):
-    """Blinn-Phong shading with hard shadows; only what is shiny has a highlight."""
-    start = points + 1e-2 * normal  # off the surface, so that it does not shadow itself
+    """Blinn-Phong shading with hard shadows; only shiny points have a highlight."""
+    start = points + 1e-2 * normal  # above the surface, which would otherwise shadow itself
     light = np.broadcast_to(world.light, rays.shape)
     bright = ~np.any([np.isfinite(intersect(solid, start, light)[0]) for solid in solids], axis=0)
     diffuse = np.clip(normal @ world.light, 0, 1) * bright
@@ -156,7 +166,7 @@ def shade(world, solids, rays, points, normal, albedo, shiny):
 
 
 def camera(size):
-    """Unit directions [size,size,3] of the rays through the pixels' centres."""
+    """Unit directions [size,size,3] of the rays through the pixel centres."""
     v, u = 1 - (np.mgrid[:size, :size] + 0.5) / size * 2
     forward, right = np.array([0, -0.34, 1.0]) / np.hypot(0.34, 1.0), np.array([1.0, 0, 0])
     up = np.cross(forward, right)
@@ -165,7 +175,7 @@ def camera(size):
 
 
 def intersect(solid, origin, rays):
-    """Distance along each ray to a solid (inf = missed) and the outward normal there."""
+    """Distance along each ray to a solid (inf: missed) and the outward normal at the hit."""
     radius = SIZES[solid.size]
     return {"ball": ball, "cube": cube, "cylinder": cylinder}[solid.shape](
         origin - np.array([solid.x, radius, solid.z]), rays, radius, solid.yaw
@@ -173,14 +183,14 @@ def intersect(solid, origin, rays):
 
 
 def ball(origin, rays, radius, yaw):
-    """A sphere round 0: |origin + t ray| = radius."""
+    """A sphere at 0: |origin + t ray| = radius."""
     b = (origin * rays).sum(-1)
     t = first_root(1.0, b, (origin * origin).sum(-1) - radius**2)
     return t, (origin + finite(t)[..., None] * rays) / radius
 
 
 def cube(origin, rays, radius, yaw):
-    """A cube round 0, turned by yaw: the ray is inside where it is between all three pairs of planes."""
+    """A cube at 0, rotated by yaw: the ray is inside where it is between all three pairs of planes."""
     turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
     origin, rays = origin @ turn, rays @ turn
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -193,7 +203,7 @@ def cube(origin, rays, radius, yaw):
 
 
 def cylinder(origin, rays, radius, yaw):
-    """An upright cylinder round 0, as high as wide: its side, or its lid if that is nearer."""
+    """An upright cylinder at 0, as high as wide: its side, or its top if that is nearer."""
     (ox, oy, oz), (dx, dy, dz) = np.moveaxis(origin, -1, 0), np.moveaxis(rays, -1, 0)
     side = first_root(dx**2 + dz**2, ox * dx + oz * dz, ox**2 + oz**2 - radius**2)
     side = np.where(np.abs(oy + finite(side) * dy) <= radius, side, np.inf)
@@ -206,18 +216,18 @@ def cylinder(origin, rays, radius, yaw):
 
 
 def first_root(a, b, c):
-    """The smaller root of a t^2 + 2 b t + c, if it is real and in front, else inf."""
+    """The smaller root of a t^2 + 2 b t + c if it is real and positive, else inf."""
     discriminant = b * b - a * c
     t = (-b - np.sqrt(np.maximum(discriminant, 0))) / np.maximum(a, 1e-9)
     return np.where((discriminant > 0) & (t > 1e-3), t, np.inf)
 
 
 def finite(t):
-    """Distances with 0 for a miss, to compute on."""
+    """Distances with inf replaced by 0."""
     return np.where(np.isfinite(t), t, 0)
 
 
 def pool(image):
-    """Mean over the rays of a pixel."""
+    """Mean over the rays of each pixel."""
     n = len(image) // SUPERSAMPLING
     return image.reshape(n, SUPERSAMPLING, n, SUPERSAMPLING, *image.shape[2:]).mean((1, 3))

@@ -1,0 +1,90 @@
+"""The interfaces of data sources and tasks. A run has one of each.
+
+Both are frozen dataclasses. Their fields are options with defaults: config.data.<field>.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+Element = dict[str, Any]
+"""One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
+float32 [h, w], "edited" uint8 [h, w, 3] and "instruction" str."""
+
+
+@runtime_checkable
+class Images(Protocol):
+    """One split of a source of images."""
+
+    num_labels: int  # 0 if there are no labels
+
+    def __len__(self) -> int: ...
+
+    def element(self, i: int, rng: np.random.Generator | None) -> Element:
+        """Example i, resized to config.data.size. rng makes random choices; without it the first option is taken."""
+
+
+@runtime_checkable
+class Items(Protocol):
+    """One split of precomputed examples. They are used as stored: no task processes them."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """Example i, with the keys of `loader.Pixels.item`."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set format. To add one, write `cddistill/data/sources/<name>.py` and list it in its `__init__`."""
+
+    precomputed: ClassVar[bool] = False  # `open` returns Items (for example latents) instead of Images
+    note: ClassVar[str] = ""  # a sentence for the notes of the report, or ""
+
+    def open(self, config, split: str) -> Images | Items:
+        """The split "train", "validation" or "test". Raises ValueError, in one sentence, for unreadable data."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """The condition and the target of a student. To add one, write `cddistill/data/tasks/<name>.py` and list it in its
+    `__init__`."""
+
+    conditional: ClassVar[bool] = True  # False: no conditioning image
+    best_metric: ClassVar[str | None] = "val/psnr"  # preview metric that selects the best checkpoint (highest)
+
+    def check(self, size: int) -> None:
+        """Raise ValueError if this task cannot use data.size (pixels)."""
+
+    def target(self, element: Element) -> np.ndarray:
+        """The image to generate, float32 [h, w, 3] in [0, 1]."""
+        return np.float32(element["image"]) / np.float32(255)
+
+    def text(self, element: Element) -> str:
+        """The prompt that describes the target."""
+        return element["caption"]
+
+    def condition(self, element: Element, rng: np.random.Generator) -> np.ndarray | None:
+        """The conditioning image, float32 [h, w, c] in [0, 1]. element["target"] holds the result of `target`."""
+
+    def read(self, path: Path, size: int) -> np.ndarray:
+        """The condition [size, size, c] in [0, 1] from a user's image file, for --mode=sample."""
+        raise ValueError(f"--input={path}: this task takes no input")
+
+    def input_note(self, size: int) -> str:
+        """A sentence that says how an input is processed, or ""."""
+        return ""
+
+    def picture(self, cond: np.ndarray) -> np.ndarray:
+        """Conditions [n, h, w, c] as images [n, h, w, 1 or 3] in [0, 1], for image grids."""
+        return cond[..., :3]
+
+    def references(self, cond: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Baselines without a network, as rows of the report: {"bicubic": images [n, h, w, 3]}."""
+        return {}
+
+    def encode(self, autoencoder, cond):
+        """Latents of conditions [n, h, w, c], for students that take their condition in latent space."""
+        return autoencoder.encode(cond * 2.0 - 1.0)

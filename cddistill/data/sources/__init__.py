@@ -1,0 +1,15 @@
+"""Data sources by name (data.source). To add a format, write its file and list it here."""
+
+from cddistill.data.sources.arrays import Arrays
+from cddistill.data.sources.emoji import Emoji
+from cddistill.data.sources.folder import Folder
+from cddistill.data.sources.scenes import Scenes
+from cddistill.data.sources.tfds import TensorflowDatasets
+
+SOURCES = {
+    "emoji": Emoji,
+    "scenes": Scenes,
+    "folder": Folder,
+    "tfds": TensorflowDatasets,
+    "arrays": Arrays,
+}

@@ -1,0 +1,68 @@
+"""Super-resolution: the condition is the image downsampled by `scale` and resized to its original size."""
+
+import dataclasses
+
+import numpy as np
+
+from cddistill.data import images
+from cddistill.data.contracts import Task
+from cddistill.data.degrade import realesrgan, sharpen
+from cddistill.data.resample import resample, to_uint8
+
+DEGRADATIONS = ("bicubic", "realesrgan")
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperResolution(Task):
+    """The condition is the low-resolution image, upsampled by bicubic interpolation."""
+
+    scale: int = 4  # factor from the low to the high resolution
+    degradation: str = "bicubic"  # antialiased; or "realesrgan": two stages of blur, resizing, noise and JPEG
+    sharpen: bool = False  # unsharp-mask the targets, as Real-ESRGAN does
+
+    def __post_init__(self):
+        if self.degradation not in DEGRADATIONS:
+            raise ValueError(f"data.degradation must be one of {', '.join(DEGRADATIONS)}, not {self.degradation!r}")
+        if self.scale < 1:
+            raise ValueError(f"data.scale must be at least 1, not {self.scale}")
+
+    def check(self, size):
+        if size % self.scale:
+            raise ValueError(f"data.size {size} must be divisible by data.scale {self.scale}")
+
+    def target(self, element):
+        image = super().target(element)
+        return sharpen(image) if self.sharpen else image
+
+    def condition(self, element, rng):
+        return sr(element["target"], rng, self.scale, self.degradation)
+
+    def read(self, path, size):
+        return upsample(images.fit(images.read(path), size // self.scale), size)
+
+    def input_note(self, size):
+        small = size // self.scale
+        return f"{small} x {small} px become {size} x {size}; a larger image is first downsampled to {small} x {small}"
+
+    def references(self, cond):
+        return {"bicubic": cond}
+
+
+def sr(image, rng, scale, degradation):
+    """The image [h,w,c] in [0, 1], degraded and downsampled by `scale`, then resized to [h,w,c], in [0, 1]."""
+    small = realesrgan(image, rng, scale) if degradation == "realesrgan" else downsample(image, scale)
+    return upsample(small, image.shape[:2])
+
+
+def downsample(image, scale):
+    """Image [h,w,c] in [0, 1] -> uint8 [h/scale,w/scale,c], antialiased bicubic."""
+    h, w, _ = image.shape
+    if h % scale or w % scale:
+        raise ValueError(f"an image of {h}x{w} px cannot be downsampled by {scale}: its sides must be divisible by it")
+    return to_uint8(resample(image, (h // scale, w // scale), "cubic"))
+
+
+def upsample(image, size):
+    """Small uint8 image [h,w,c] -> conditioning image float32 [H,W,c] in [0, 1], bicubic. size is H = W, or (H, W)."""
+    size = (size, size) if np.ndim(size) == 0 else tuple(size)
+    return np.clip(resample(np.float32(image) / np.float32(255), size, "cubic"), 0, 1)

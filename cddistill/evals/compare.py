@@ -1,0 +1,148 @@
+"""Evaluate a trained run on the test split: student, teacher, baseline and references, as scores and a report."""
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import cddistill
+from cddistill import data, generate, health, io, pipeline, sharding
+from cddistill.build import Parts
+from cddistill.evals import grids, report
+from cddistill.evals.scores import Row, evaluate, markdown
+from cddistill.generate import Student
+from cddistill.method import Generator
+from cddistill.step import TrainState
+
+REPEATS = 8  # random draws averaged per image, for methods that are `Scored`
+
+
+def evaluate_and_report(
+    parts: Parts, state: TrainState, workdir: Path, timings: dict[str, float], config: dict
+) -> list[Row]:
+    """Score a trained run on the test split, print the table, write scores.json and report.html."""
+    began, examples = time.monotonic(), data.examples(parts.experiment.data, "test", parts.experiment.run.eval_images)
+    score = compare if isinstance(parts.experiment.method, Generator) else measure
+    rows, figures = score(parts, state, examples, timings)
+    if not sharding.is_host0():
+        return []
+    timings |= {"evaluation, s": time.monotonic() - began}
+    print(markdown(rows), flush=True)
+    scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
+    io.write_json(workdir / "scores.json", scores)
+    report.write_report(
+        workdir / "report.html",
+        title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
+        grids=figures,
+        rows=rows,
+        metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
+        config=config,
+        timings=timings,
+        versions=versions(),
+        notes=[*notes(parts), *health_notes(workdir, parts.experiment.method.health_rules())],
+    )
+    print(f"report: {workdir / 'report.html'}", flush=True)
+    return rows
+
+
+def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
+    """(rows, figures) of the student and what it is compared with; empty on all hosts but host 0."""
+    run, task = parts.experiment.run, parts.experiment.data.task
+    batch = generate.batch_of(parts, examples)
+    truth = None if "imageless" in examples else generate.decode(parts.frozen["autoencoder"], examples["x0"])
+    paired, sets, nfe = "cond" in batch, {}, {}
+    if paired:
+        sets |= {name: np.asarray(x) for name, x in task.references(batch["cond"]).items()}
+    for name, student, steps in contenders(parts, state):
+        label, start = row_name(name, steps), time.monotonic()
+        sets[label] = generate.sample(student, batch, steps, run.seed)
+        nfe[label] = student.method.nfe(steps)
+        timings |= {f"sampling: {label}, s": time.monotonic() - start}
+    if not sharding.is_host0():
+        return [], []
+    best = row_name("teacher", max(run.teacher_steps)) if run.teacher_steps and not paired else ""
+    rows = evaluate(sets, truth, nfe=nfe, paired=paired, teacher=best)
+    shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
+    caption = f"The first images of the held-out test split ({len(batch['index'])} in total)."
+    return rows, [(caption, grids.side_by_side(shown))]
+
+
+def contenders(parts: Parts, state: TrainState) -> list[tuple[str, Student, int]]:
+    """(name, network, steps) of every row that a network generates, in the order of the table."""
+    run, student = parts.experiment.run, generate.student_of(parts, state)
+    rows = []
+    if run.baseline:
+        baseline = load_baseline(parts)
+        rows += [("fine-tuned, not distilled", baseline(steps), steps) for steps in run.baseline_steps]
+    rows += [("teacher", generate.teacher_as_student(run, student), steps) for steps in run.teacher_steps]
+    return rows + [("student", student, steps) for steps in run.sample_steps]
+
+
+def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
+    """(rows, figures) of a `Scored` method: mean and standard error over images, each averaged over REPEATS draws."""
+    batch, seed = generate.arrays(examples), parts.experiment.run.seed
+    student, n = generate.student_of(parts, state), len(examples["x0"])
+    repeats = [generate.score(student, batch, seed + i) for i in range(REPEATS)]
+    each = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *repeats)
+    means = {name: (x.mean(), x.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, x in each.items()}
+    return [Row("metric", means, n)], []
+
+
+def row_name(name: str, steps: int) -> str:
+    """ "student, 4 steps"."""
+    return f"{name}, {steps} step{'s' * (steps > 1)}"
+
+
+def load_baseline(parts: Parts):
+    """baseline(steps) -> Student: config.baseline, the network fine-tuned without distillation.
+
+    For a number of steps in sample_steps it uses the student's timesteps, else evenly spaced ones. Raises ValueError if
+    the folder does not hold a UNet and a ControlNet.
+    """
+    run, method = parts.experiment.run, parts.experiment.method
+    if not parts.experiment.data.task.conditional:
+        raise ValueError("config.baseline needs a conditioning image: set data.task, or baseline=''")
+    folder = pipeline.Pipeline(run.baseline)
+    unet, controlnet = folder.denoiser, folder.controlnet(run.baseline)
+    student = Student(method, parts.mesh, parts.frozen, {}, {})
+
+    def baseline(steps):
+        sampling = method.sampling(unet.schedule, steps) if steps in run.sample_steps else None
+        return generate.baseline_as_student(student, unet, controlnet, (sampling and sampling.timesteps) or ())
+
+    return baseline
+
+
+def notes(parts: Parts) -> list[str]:
+    """Notes for the readers of the report."""
+    run = parts.experiment.run
+    if not isinstance(parts.experiment.method, Generator):
+        return [f"Random draws use seed {run.seed}; standard errors are over images, not over training seeds."]
+    lines = [
+        f"All rows use the same initial noise (seed {run.seed}); standard errors are over images, not training seeds."
+    ]
+    if run.baseline:
+        lines.append(
+            f"The fine-tuned network ({run.baseline}) has the same architecture and was trained as a conditional "
+            "diffusion model, for its own number of updates; for the student's numbers of steps it uses the student's "
+            "timesteps."
+        )
+    return lines + [parts.experiment.data.source.note] * bool(parts.experiment.data.source.note)
+
+
+def health_notes(workdir: Path, rules: health.Rules) -> list[str]:
+    """The alarms of the health rules in the run's metrics."""
+    alarms = health.diagnose(records := health.read(workdir / "metrics.jsonl"), rules)
+    lines = [f"Health: {alarm.name} from step {alarm.step} on: {alarm.words}." for alarm in alarms]
+    return lines or ["Health: no sign of a failing run in its metrics."] * bool(records)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages and the devices that produced the scores."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    packages = {"cddistill": cddistill.__version__} | {name: importlib.metadata.version(name) for name in names}
+    return packages | {"python": platform.python_version(), "devices": f"{jax.device_count()} x {device.device_kind}"}

@@ -1,0 +1,263 @@
+"""Scores of sets of images against one set of targets, by named protocols, with standard errors."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cddistill.evals import fidelity, kid, precision_recall
+from cddistill.perceptual import efficientnet, lpips
+
+Scores = dict[str, tuple[float, float] | None]  # metric -> (mean, standard error), or None if not computed
+
+
+class Metric(NamedTuple):
+    """Display and requirements of a metric, and a description for the report."""
+
+    higher: bool | None  # True: higher is better; None: no better direction
+    digits: int = 3  # decimals
+    pixels: int = 1  # smallest image side
+    images: int = 1  # smallest set
+    how: str = ""  # how it is computed
+
+
+KID = """1000 × the unbiased squared MMD, kernel (a·b/d + 1)³, of EfficientNet-Lite0's 1280 ImageNet features at {} px \
+(bicubic, antialiased), standardised by the targets' statistics. No output is compared with its own target. Standard \
+error by jackknife. Other real images score about 0. Not comparable with KID or FID on Inception features."""
+FD = """Frechet distance of the KID features on the targets' first 64 principal axes. Biased upwards: compare only at \
+equal numbers of images. Not comparable with FID."""
+PRECISION = """Improved precision (k = 3) on the KID features: share of the images within the targets' manifold, i.e. \
+realism. Compare only at equal numbers of images."""
+RECALL = """Improved recall (k = 3) on the KID features: share of the targets within the images' manifold, i.e. \
+coverage. A repetitive set has low recall."""
+METRICS = {
+    "PSNR": Metric(True, 2, how="Peak signal-to-noise ratio in dB: pixel accuracy; rewards blur."),
+    "SSIM": Metric(
+        True, 4, fidelity.SMALLEST, how="Structural similarity in 11 px Gaussian windows, mean over channels."
+    ),
+    "LPIPS-VGG": Metric(False, 4, lpips.SMALLEST["vgg"], how="Perceptual distance, LPIPS v0.1 on VGG16."),
+    "LPIPS-Alex": Metric(False, 4, lpips.SMALLEST["alex"], how="Perceptual distance, LPIPS v0.1 on AlexNet."),
+    "KID-EffLite0@64": Metric(False, 1, images=3, how=KID.format(64)),
+    "KID-EffLite0@224": Metric(False, 1, images=3, how=KID.format(224)),
+    "FD-EffLite0-PCA64": Metric(False, 1, images=2 * kid.PCA, how=FD),
+    "Precision-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=PRECISION),
+    "Recall-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=RECALL),
+}
+TO_TEACHER = " to the teacher"  # suffix of a metric whose targets are the teacher's samples from the same noise
+
+
+def metric_of(column: str) -> Metric:
+    """The metric of a column of the table, with or without the suffix."""
+    return METRICS.get(column.removesuffix(TO_TEACHER), Metric(None))
+
+
+class NotComputed(ValueError):
+    """A metric cannot be computed for these images; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table: a set of images and its scores."""
+
+    name: str
+    metrics: Scores
+    n: int  # images
+    nfe: int | None = None  # network evaluations per image; None without a network, as for bicubic upscaling
+    missing: tuple[str, ...] = ()  # metrics that were not computed, with reasons
+
+
+class PairMetric(NamedTuple):
+    """A metric of image pairs: features, computed once per image, and a function of two images' features."""
+
+    features: Callable[[jax.Array], Any]  # of images [b,h,w,3] in [0, 1]
+    compare: Callable[[Any, Any], jax.Array]  # (output features, target features) -> [b]
+
+
+def evaluate(
+    sets: Mapping[str, Any], targets, *, nfe: Mapping[str, int] | None = None, paired: bool = True, teacher: str = ""
+) -> list[Row]:
+    """One row per set of images, float [n,h,w,c] in [0, 1] with c = 1 or 3, against targets of the same shape.
+
+    `paired` means that target i is the ground truth of output i. Otherwise only distances between sets are computed,
+    and the numbers of images may differ. `nfe` has the network evaluations per image of each generated set. `teacher`
+    names a set, sampled from the same noise, that the others are also compared with, as sets and image by image. If
+    targets are None, it is the only comparison. A metric that cannot be computed (weights not installed, too few or too
+    small images) is None; `Row.missing` has the reason. Raises ValueError for images of other ranges or shapes.
+    """
+    sets = {name: as_rgb(name, images) for name, images in sets.items()}
+    all_sets = sets if targets is None else {None: as_rgb("targets", targets), **sets}
+    shape = next(iter(all_sets.values())).shape
+    for name, images in sets.items():
+        if images.shape[1:] != shape[1:] or (paired and len(images) != shape[0]):
+            raise ValueError(f"{name!r} has images of shape {images.shape}, their targets {shape}")
+    size = 64 if max(shape[1:3]) <= 64 else 224
+    of_sets = [f"KID-EffLite0@{size}", "FD-EffLite0-PCA64"]
+    of_sets += [] if paired else ["Precision-EffLite0", "Recall-EffLite0"]  # trivial for outputs near their targets
+    features = functools.cache(lambda: extract(size, all_sets))
+    columns = comparisons(sets, all_sets.get(None), of_sets, paired, teacher)
+    scores, missing = {name: {} for name in sets}, []
+    for column, (reference, truth, compared) in columns.items():
+        metric = column.removesuffix(TO_TEACHER)
+        try:
+            require(metric, [truth, *compared.values()])
+            if metric in PAIR_METRICS:
+                values = pair_scores(PAIR_METRICS[metric](), compared, truth)
+            else:
+                values = set_scores(metric, features(), reference, compared)
+        except (NotComputed, lpips.WeightsMissing) as error:
+            values = dict.fromkeys(compared)
+            missing.append(f"{column}: not computed ({error})")
+        for name in compared:
+            scores[name][column] = values[name]
+    return [Row(name, scores[name], len(x), (nfe or {}).get(name), missing=tuple(missing)) for name, x in sets.items()]
+
+
+def comparisons(sets, targets, of_sets, paired: bool, teacher: str) -> dict[str, tuple[str | None, Any, Mapping]]:
+    """{column: (name of the reference set, its images, the sets compared with it)}. The targets have the name None."""
+    columns = {}
+    if targets is not None:
+        columns = {metric: (None, targets, sets) for metric in (*(PAIR_METRICS if paired else ()), *of_sets)}
+    if teacher:
+        others = {name: images for name, images in sets.items() if name != teacher}
+        same_noise = (*of_sets, "PSNR", "LPIPS-VGG")
+        columns |= {metric + TO_TEACHER: (teacher, sets[teacher], others) for metric in same_noise if others}
+    return columns
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table in Markdown, aligned to be read as plain text."""
+    rows = list(rows)
+    names = columns_of(rows)
+    head = ["", "network calls", "images", *(f"{m} {arrow(m)}".strip() for m in names)]
+    body = [[r.name, str(r.nfe or "–"), str(r.n), *(cell(m, r.metrics.get(m)) for m in names)] for r in rows]
+    width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, width, strict=True)) + " |" for line in [head, *body]]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def columns_of(rows) -> list[str]:
+    """Metrics with a value in at least one row: those of METRICS first, in their order."""
+    present = dict.fromkeys(m for row in rows for m, value in row.metrics.items() if value is not None)
+    return [m for m in METRICS if m in present] + [m for m in present if m not in METRICS]
+
+
+def arrow(metric: str) -> str:
+    """An arrow in the better direction, or ""."""
+    return {True: "↑", False: "↓", None: ""}[metric_of(metric).higher]
+
+
+def cell(metric: str, value) -> str:
+    """'0.1234 ± 0.0012', or a dash without a value."""
+    if value is None:
+        return "–"
+    digits = metric_of(metric).digits
+    mean, error = value
+    if not np.isfinite(error):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± " + (f"{error:.0e}" if 0 < error < 0.5 * 10**-digits else f"{error:.{digits}f}")
+
+
+def as_rgb(name, images) -> np.ndarray:
+    """Images as float32 [n,h,w,3]. Raises ValueError for other shapes, types or ranges than `evaluate` takes."""
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
+        raise ValueError(f"{name!r} has shape {images.shape}, not [n, h, w, 1 or 3] with n > 0")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{name!r} is {images.dtype}: divide by 255 for floats in [0, 1]")
+    low, high = images.min(), images.max()
+    if not (low >= -1e-4 and high <= 1.0001):  # also False for nan
+        raise ValueError(f"{name!r} has values from {low} to {high}, not in [0, 1]")
+    return np.repeat(images, 3 // images.shape[3], 3).astype(np.float32)
+
+
+def require(metric, sets):
+    """Raise NotComputed if the images are too small or too few for a metric."""
+    need = METRICS[metric]
+    if min(sets[0].shape[1:3]) < need.pixels:
+        raise NotComputed(f"needs images of at least {need.pixels} px")
+    if min(map(len, sets)) < need.images:
+        raise NotComputed(f"needs at least {need.images} images")
+
+
+def pair_scores(metric: PairMetric, sets, targets) -> dict[str, tuple[float, float]]:
+    """Mean and standard error of a metric of image pairs, by set."""
+    values = {name: [] for name in sets}
+    for rows in batches(targets):
+        target = metric.features(padded(targets, rows))
+        for name, images in sets.items():
+            values[name].append(np.asarray(metric.compare(metric.features(padded(images, rows)), target)))
+    n = len(targets)
+    values = {name: np.concatenate(v)[:n].astype(np.float64) for name, v in values.items()}
+    return {name: (v.mean(), v.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, v in values.items()}
+
+
+def set_scores(metric, features, reference, names) -> dict[str, tuple[float, float]]:
+    """A metric between sets, by set, on features standardised by the reference set."""
+    real = kid.standardized(features[reference], features[reference])
+    return {name: SET_METRICS[metric](kid.standardized(features[name], features[reference]), real) for name in names}
+
+
+def extract(size, sets) -> dict[str | None, np.ndarray]:
+    """EfficientNet-Lite0 features [n, 1280] by set."""
+    net = feature_extractor(size)
+    features = lambda images: np.concatenate([net(padded(images, rows)) for rows in batches(images)])[: len(images)]
+    return {name: features(images) for name, images in sets.items()}
+
+
+def batches(images) -> list[slice]:
+    """Slices of equal size: up to 64 images, fewer for images above 128 px. The last may exceed the images."""
+    size = max(1, min(64, len(images), 2**20 // (images.shape[1] * images.shape[2])))
+    return [slice(i, i + size) for i in range(0, len(images), size)]
+
+
+def padded(images, rows: slice):
+    """images[rows], padded with zero images, so that a network is compiled only once."""
+    part = images[rows]
+    return np.pad(part, ((0, rows.stop - rows.start - len(part)), (0, 0), (0, 0), (0, 0)))
+
+
+def accurate(f):
+    """jit(f) with full float32 matrix products, which accelerators round by default."""
+
+    def call(*args):
+        with jax.default_matmul_precision("highest"):
+            return jitted(*args)
+
+    jitted = jax.jit(f)
+    return call
+
+
+@functools.cache
+def feature_extractor(size: int):
+    """Images [b,h,w,3] in [0, 1] -> EfficientNet-Lite0 features [b,1280] at size x size px."""
+    net = efficientnet.load()
+    resize = lambda x: jnp.clip(jax.image.resize(x, (len(x), size, size, 3), "cubic", antialias=True), 0.0, 1.0)
+    return functools.partial(accurate(lambda net, x: net(resize(x))), jax.device_put(net))
+
+
+@functools.cache
+def lpips_metric(trunk: str) -> PairMetric:
+    """LPIPS with its network loaded and compiled only once."""
+    params = jax.device_put(lpips.load(trunk).params)
+    trunk_features = {"vgg": lpips.vgg_features, "alex": lpips.alex_features}[trunk]
+    features = accurate(lambda params, x: trunk_features(params, x * 2.0 - 1.0))
+    return PairMetric(functools.partial(features, params), functools.partial(accurate(lpips.distance), params))
+
+
+PAIR_METRICS = {  # functions that load them
+    "PSNR": functools.cache(lambda: PairMetric(np.asarray, accurate(fidelity.psnr))),
+    "SSIM": functools.cache(lambda: PairMetric(np.asarray, accurate(fidelity.ssim))),
+    "LPIPS-VGG": functools.partial(lpips_metric, "vgg"),
+    "LPIPS-Alex": functools.partial(lpips_metric, "alex"),
+}
+SET_METRICS = {
+    "KID-EffLite0@64": kid.kid,
+    "KID-EffLite0@224": kid.kid,
+    "FD-EffLite0-PCA64": kid.frechet,
+    "Precision-EffLite0": precision_recall.precision,
+    "Recall-EffLite0": precision_recall.recall,
+}

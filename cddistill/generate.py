@@ -1,0 +1,195 @@
+"""From trained nets to images: the only place that samples, decodes, and runs over more rows than fit at once."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cddistill import data, sharding
+from cddistill.build import Parts
+from cddistill.data.contracts import Task
+from cddistill.method import Method, normal, step_noise
+from cddistill.methods import UNTRAINED
+from cddistill.net import Autoencoder
+from cddistill.pipeline import Pipeline
+from cddistill.step import namespace
+
+INPUTS = ("x0", "text", "null", "cond", "cond_latent")  # what a student may take of an example
+
+
+class Student(NamedTuple):
+    """All that generates: a method, the nets that it calls, and the devices they are on."""
+
+    method: Method
+    mesh: jax.sharding.Mesh
+    frozen: dict[str, Any]
+    nets: dict[str, Any]
+    ema: dict[str, Any]
+
+    def n(self):
+        """The nets by role, as losses see them."""
+        return namespace(SimpleNamespace(step=0, ema=self.ema), self.frozen, self.nets)
+
+
+def student_of(parts: Parts, state) -> Student:
+    """The student of a run."""
+    return Student(parts.experiment.method, parts.mesh, parts.frozen, state.nets, state.ema)
+
+
+def teacher_as_student(run, student: Student) -> Student:
+    """The frozen teacher in the student's place, sampled as config.teacher_sampler and teacher_guidance say."""
+    method = UNTRAINED(guidance=run.teacher_guidance, sampler=run.teacher_sampler)
+    return student._replace(method=method, nets={}, ema={})
+
+
+def baseline_as_student(student: Student, unet, controlnet, timesteps=()) -> Student:
+    """Networks that were fine-tuned without distillation in the student's place, sampled by DDIM.
+
+    timesteps, if any, are used where as many steps are asked for; else they are even.
+    """
+    frozen = student.frozen | {"teacher": unet, "controlnet": controlnet}
+    return student._replace(method=UNTRAINED(timesteps=timesteps), frozen=frozen, nets={}, ema={})
+
+
+# ---- noise
+
+
+def noises(seed: int, index, shape: tuple[int, ...], count: int) -> jax.Array:
+    """[b, count, h, w, c]: the initial noise of rows `index` [b] and the noise that is added after each step.
+
+    What `sample` uses for this seed, for exported programs, which take all noise as an input.
+    """
+    first, after = seeded(seed, jnp.asarray(index), shape)
+    return jnp.stack([first, *(after(i) for i in range(count - 1))], 1)
+
+
+def seeded(seed, index, shape):
+    """(initial noise [b, *shape], step_noise) of rows `index`, functions of the seed and the row alone."""
+    key = jax.random.key(seed)
+    return normal(key, index, shape), step_noise(jax.random.fold_in(key, 1), index, shape)
+
+
+def noise_count(student: Student, batch, steps: int) -> int:
+    """How many noise arrays a sampler uses: 1, or `steps` if it adds noise between steps."""
+    calls = []
+    noise = batch["x0"]
+
+    def after(i):
+        calls.append(i)
+        return jnp.zeros(noise.shape)
+
+    jax.eval_shape(lambda n, noise, b: student.method.sample(SimpleNamespace(**n), noise, b, after, steps),
+                   vars(student.n()), noise, batch)  # fmt: skip
+    return steps if calls else 1
+
+
+# ---- programs
+
+
+def images(student: Student, batch, noise, after, steps: int, decode: bool = True) -> jax.Array:
+    """Images [b, h, w, c] in [0, 1], or x0, from noise: a pure function, for tracing."""
+    n = student.n()
+    x0 = student.method.sample(n, noise, batch, after, steps)
+    return n.autoencoder.images(x0) if decode else x0
+
+
+def sample(student: Student, batch, steps: int, seed: int = 0, chunk: int = 64, decode: bool = True) -> np.ndarray:
+    """Images [n, h, w, c] in [0, 1], or x0 with decode=False.
+
+    batch has INPUTS (of x0 only the shape counts) and "index": noise follows batch["index"] and the seed.
+    """
+    program, nets = sampling_program(student.method, student.mesh, decode), student[2:]
+    return map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)
+
+
+@functools.lru_cache(maxsize=16)
+def sampling_program(method: Method, mesh, decode: bool):
+    """The compiled part of `sample`, one program for each number of steps and shape."""
+
+    @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.inside, mesh)
+    def program(nets, batch, steps, seed):
+        noise, after = seeded(seed, batch["index"], batch["x0"].shape[1:])
+        return images(Student(method, mesh, *nets), batch, noise, after, steps, decode)
+
+    return program
+
+
+def score(student: Student, batch, seed: int = 0, chunk: int = 64) -> dict[str, np.ndarray]:
+    """{name: [n] numbers, one per image} of a method that is `Scored`."""
+    program, nets = scoring_program(student.method, student.mesh), student[2:]
+    return map_batched(student.mesh, lambda rows: program(nets, rows, seed), batch, chunk)
+
+
+@functools.lru_cache(maxsize=4)
+def scoring_program(method: Method, mesh):
+    """The compiled part of `score`."""
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.inside, mesh)
+    def program(nets, batch, seed):
+        return method.scores(Student(method, mesh, *nets).n(), batch, jax.random.key(seed))
+
+    return program
+
+
+def decode(autoencoder: Autoencoder, x0) -> np.ndarray:
+    """Images [n, h, w, c] in [0, 1] of pixels or latents x0."""
+    chunk = len(x0) if autoencoder.params is None else 8  # decoding takes memory
+    return np.concatenate([to_images(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
+
+
+to_images = jax.jit(Autoencoder.images)
+
+
+# ---- batches
+
+
+def batch_of(parts: Parts, examples) -> dict[str, Any]:
+    """`data.examples` as the run's student takes them."""
+    student = Student(parts.experiment.method, parts.mesh, parts.frozen, {}, {})
+    return with_latent_condition(student, parts.pipeline, parts.experiment.data.task, arrays(examples))
+
+
+def arrays(examples) -> dict[str, Any]:
+    """The numeric part of `data.examples`, with the row numbers that noise follows."""
+    kept = {name: examples[name] for name in INPUTS if name in examples}
+    return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
+
+
+def example(config) -> dict[str, Any]:
+    """One validation example, for shapes and null texts."""
+    return arrays(data.examples(config, "validation", 1))
+
+
+def with_latent_condition(student: Student, pipeline: Pipeline, task: Task, batch):
+    """The batch with cond_latent, where the student takes its condition in latent space and the batch has pixels."""
+    autoencoder = student.frozen["autoencoder"]
+    if "cond" not in batch or "cond_latent" in batch or autoencoder.params is None:
+        return batch
+    channels = batch["x0"].shape[-1]
+    if student.method.requires().condition != "latent" and not pipeline.takes_latent_condition(channels):
+        return batch
+    encode = jax.jit(task.encode)
+    latents = [encode(autoencoder, batch["cond"][i : i + 8]) for i in range(0, len(batch["cond"]), 8)]
+    return batch | {"cond_latent": np.concatenate(latents)}
+
+
+def map_batched(mesh, f, batch, chunk: int):
+    """f of all rows of a batch, numpy, at most `chunk` at a time; padded, so that one program serves any number."""
+    total = len(batch["index"])
+    chunk = -(-min(chunk, total) // mesh.size) * mesh.size
+    made = []
+    for start in range(0, total, chunk):
+        part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
+        rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
+        made.append(jax.tree.map(np.asarray, f(rows)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *made)
+
+
+def pad(x, n):
+    """Repeat the last row up to n rows."""
+    return np.concatenate([x, np.repeat(x[-1:], n - len(x), 0)]) if len(x) < n else x

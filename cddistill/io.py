@@ -1,0 +1,57 @@
+"""Files: atomic writes, JSON, and whether a folder can be written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, never finds half of it; text is UTF-8. Makes the folder it lies in."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path, remedy: str = "download it again") -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file and the remedy, for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a diffusers folder")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:  # also for bytes that are not UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object {{...}}: {remedy}")
+    return content
+
+
+def write_json(path, content) -> None:
+    """Write an object as indented JSON, atomically."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; lists are values."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def ensure_writable(folder, flag: str = "--workdir") -> None:
+    """Make the folder that a flag names. Raises ValueError, before any work is done, if it cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); choose another with {flag}") from error

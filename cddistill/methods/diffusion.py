@@ -1,0 +1,87 @@
+"""Diffusion training, for teachers and fine-tuned baselines (Ho et al. 2020, arXiv:2006.11239).
+
+    t ~ U,  eps ~ N(0, I),  z_t = alpha_t x0 + sigma_t eps
+    loss = || out(z_t, t, text, cond) - target(x0, eps) ||^2      in the network's own parameterisation
+
+Without a condition it trains the backbone; with one (`data.task`) it trains backbone and branch together.
+"""
+
+import dataclasses
+
+import jax
+
+from cddistill import health, sampling
+from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform
+from cddistill.models import adapter
+from cddistill.models.schedulers import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion(Generator):
+    """Hyper-parameters of diffusion training; the defaults are ours."""
+
+    text_dropout: float = 0.1  # share of samples with the null text, for classifier-free guidance
+    ema_decay: float = 0.999  # per step
+    adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
+    freeze_backbone: bool = False  # train only the branch, as ControlNet does
+    sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
+    guidance: float = 1.0  # guidance scale of sampling; 1 = none
+    grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`
+
+    mutable_on_resume = ("guidance", "grid_power", "sampler")
+
+    def __post_init__(self):
+        check_choices(self, {"adapter": ("none", *adapter.ADAPTERS), "sampler": ("ddim", "heun", "dpm_solver_pp")})
+
+    def init(self, key, frozen, batch):
+        """A copy of the teacher, and a new branch if there is a condition."""
+        return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
+
+    def turns(self):
+        return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone), loss=self.loss)}
+
+    def requires(self):
+        return Requires(condition=adapter.condition_space(self.adapter))
+
+    def exports(self):
+        return adapter.exports(self.adapter, self.freeze_backbone)
+
+    def health_rules(self):
+        return super().health_rules() | health.COLLAPSE
+
+    def ema(self):
+        return dict.fromkeys(self.turns()["student"].moves, self.ema_decay)
+
+    def loss(self, n, batch, key):
+        """Denoising score matching at random timesteps; there are no metrics beside it."""
+        k_t, k_eps, k_drop = jax.random.split(key, 3)
+        x0, index = batch["x0"], batch["index"]
+        t = n.teacher.schedule.at(uniform(k_t, index))
+        eps = normal(k_eps, index, x0.shape[1:])
+        text = drop_text(k_drop, batch, self.text_dropout)
+        z_t = n.teacher.noise(x0, eps, t)
+        if self.adapter == "none":
+            return n.backbone.dsm_loss(z_t, t, x0, eps, text), {}
+        cond = adapter.condition(self.adapter, batch)
+        return adapter.student(n, self.freeze_backbone).dsm_loss(z_t, t, x0, eps, text, cond), {}
+
+    def sample(self, n, noise, batch, step_noise, steps):
+        schedule = n.teacher.schedule
+        student = adapter.student(n, self.freeze_backbone, average=True)
+        denoise = student.backbone
+        if self.adapter != "none":
+            cond = adapter.condition(self.adapter, batch)
+            denoise = lambda z, t, text: student(z, t, text, cond)
+        denoise = sampling.guided(denoise, batch["text"], batch["null"], self.guidance)
+        timesteps = sampling.timesteps(schedule, steps, self.grid_power)
+        return sampling.SAMPLERS[self.sampler](denoise, schedule, noise, timesteps)
+
+    def sampling(self, schedule, steps):
+        if self.sampler != "ddim":
+            return None
+        timesteps = tuple(map(int, sampling.timesteps(schedule, steps, self.grid_power)))
+        return Sampling(timesteps=timesteps, guidance=self.guidance)
+
+    def nfe(self, steps):
+        per_step = 1 if self.guidance == 1.0 else 2
+        return per_step * (2 * steps - 1 if self.sampler == "heun" else steps)

@@ -1,0 +1,195 @@
+"""One teacher's folder, as diffusers lays it out: the only module that opens it and writes a student's.
+
+pipeline = Pipeline("stabilityai/stable-diffusion-2-1")
+pipeline.denoiser, pipeline.autoencoder, pipeline.prompts()
+"""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cddistill import io, models
+from cddistill.diffusion import DDPM
+from cddistill.models import lora, schedulers
+from cddistill.models.families import DENOISERS, FAMILIES
+from cddistill.models.fingerprint import fingerprint
+from cddistill.models.prompt import Prompts, load_prompts
+from cddistill.models.schedulers import Sampling
+from cddistill.net import Autoencoder, Denoiser, Net
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A teacher's folder with a LoRA merged in. Parts are loaded when they are first asked for, and once."""
+
+    name: str  # a path, a Hub id or the name of an embedded teacher
+    lora: str = ""  # file or folder
+    lora_scale: float = 1.0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dtype, remat, flash of every network
+    place: Callable | None = None  # (path, array) -> array on devices, called for each weight as it is read
+    random_seed: int | None = None  # initialise the denoiser at random instead of reading its weights
+
+    @functools.cached_property
+    def stored(self) -> Denoiser:
+        """The denoiser without the LoRA."""
+        if self.random_seed is None:
+            return models.load(self.name, self.subfolder, place=self.place, expect=DENOISERS, **self.options)
+        scheduler = self.root / "scheduler" / "scheduler_config.json"
+        how = schedulers.read_scheduler(scheduler) if scheduler.is_file() else ()  # or what the network implies
+        return models.init(self.denoiser_config, self.random_seed, *how, **self.options)
+
+    @functools.cached_property
+    def denoiser(self) -> Denoiser:
+        """The teacher: schedule, parameterisation and weights, with the LoRA merged in."""
+        if "unet" not in self.loras:
+            return self.stored
+        return jax.jit(functools.partial(lora.adapt, scale=self.lora_scale))(self.stored, self.loras["unet"])
+
+    @functools.cached_property
+    def loras(self) -> dict[str, Net]:
+        """The LoRA's part for the denoiser, {"unet": ...}; {} if there is none."""
+        return lora.read_lora_for(self.lora, {"unet": self.stored}) if self.lora else {}
+
+    @functools.cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The VAE; the identity for pixel models, which have none."""
+        if not self.has("vae"):
+            return Autoencoder()
+        return models.load(self.name, "vae", place=self.place, expect=models.AUTOENCODERS, **self.options)
+
+    def prompts(self) -> Prompts | None:
+        """Tokenizers and text encoders with the LoRA merged in; None for a teacher without text."""
+        if not self.has("text_encoder"):
+            return None
+        prompts = load_prompts(self.name, jnp.dtype(self.options.get("dtype", "float32")))
+        return prompts.with_lora(self.lora, self.lora_scale) if self.lora else prompts
+
+    def controlnet(self, folder: str) -> Net:
+        """A ControlNet from a folder of its own, with this pipeline's options."""
+        return models.load(folder, "controlnet", expect=models.CONTROLNETS, place=self.place, **self.options)
+
+    def sampling(self) -> Sampling:
+        """How the folder's scheduler samples."""
+        return schedulers.read_sampling(self.root / "scheduler" / "scheduler_config.json")
+
+    @functools.cached_property
+    def denoiser_config(self) -> dict:
+        """The denoiser's config.json."""
+        return models.convert.read_config(models.convert.find_subfolder(self.root, self.subfolder))
+
+    @property
+    def x0_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of x0; ValueError if config.json does not say."""
+        module = self.denoiser.module
+        size = getattr(module, "sample_size", None) or getattr(module, "img_resolution", None)
+        if size is None:
+            raise ValueError(f'{self.name} does not say its size: add "sample_size" to the denoiser\'s config.json')
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width, module.out_channels
+
+    @property
+    def null_label(self) -> int:
+        """The class label that stands for no class; 0 where there are no classes."""
+        module = self.denoiser.module
+        return max((getattr(module, "num_class_embeds", None) or 1) - 1, getattr(module, "label_dim", 0))
+
+    def takes_latent_condition(self, channels: int) -> bool:
+        """Whether the denoiser has input channels for a condition besides the `channels` of z_t."""
+        return self.denoiser_config.get("in_channels", channels) > channels
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """Fingerprint of the denoiser and the LoRA, both as stored: merged sums differ from platform to platform."""
+        nets = {"teacher": self.stored} | self.loras
+        return fingerprint({name: net.params for name, net in nets.items()})
+
+    def has(self, part: str) -> bool:
+        """Whether the folder has a part; ValueError if its model_index.json names one that is not there."""
+        root = models.resolve(self.name, part)
+        index = read_index(root)
+        if any(index.get(part) or ()) and not (root / part).is_dir():  # may be [null, null]
+            raise ValueError(f"{root} lacks {part}/, which its model_index.json names: download that folder too")
+        return (root / part).is_dir()
+
+    @functools.cached_property
+    def root(self) -> Path:
+        """The folder, or weight file, with the denoiser; a Hub id's is downloaded."""
+        return models.resolve(self.name)
+
+    @functools.cached_property
+    def subfolder(self) -> str:
+        """The denoiser's subfolder, "unet" unless a family has another one."""
+        return next((f.denoiser for f in FAMILIES.values() if (self.root / f.denoiser).is_dir()), "unet")
+
+    # ---- writing a student's folder
+
+    def write(self, folder: Path, trained: dict[str, Net], how: Sampling | None, controlnet: str = "") -> None:
+        """A pipeline folder: the trained nets by part, the teacher's other parts, a scheduler and model_index.json.
+
+        A LoRA of the denoiser is merged, and also written by itself. `how` is the student's sampling, None if no
+        scheduler of diffusers describes it; `controlnet` is the folder of one that goes along unchanged.
+        """
+        teacher = self.denoiser
+        self.write_scheduler(folder, how)
+        trained = {self.subfolder if part == "unet" else part: net for part, net in trained.items()}
+        changed = {part: lora.merge_if_lora(teacher, net) for part, net in trained.items()}
+        if self.lora:
+            changed = {self.subfolder: teacher} | changed | self.merged_encoders()
+        kept = {p.name: p for p in self.root.glob("*/") if p.is_dir() and p.name != "scheduler"}
+        if controlnet:
+            kept["controlnet"] = models.convert.find_subfolder(models.resolve(controlnet, "controlnet"), "controlnet")
+        for part in kept.keys() - changed.keys():
+            shutil.copytree(kept[part], folder / part, dirs_exist_ok=True)
+        for part, net in changed.items():
+            models.save(folder, part, net.params, net.module.to_config())
+        for part, net in trained.items():
+            if changed[part] is not net:
+                lora.save_lora(folder, {part: net})
+        if index := read_index(self.root):
+            write_index(folder, index)
+
+    def write_scheduler(self, folder: Path, how: Sampling | None) -> None:
+        """scheduler/, for schedules that diffusers has."""
+        if isinstance(self.denoiser.schedule, DDPM):
+            own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
+            schedulers.write_scheduler(folder, self.denoiser.schedule, self.denoiser.predicts, **own)
+
+    def merged_encoders(self) -> dict[str, Net]:
+        """The text encoders that the LoRA changes."""
+        encoders = {p.name: models.load(self.root, p.name) for p in self.root.glob("text_encoder*") if p.is_dir()}
+        merged = lora.merge(self.lora, encoders, self.lora_scale)
+        return {name: net for name, net in merged.items() if net is not encoders[name]}
+
+
+def read_index(root: Path) -> dict:
+    """model_index.json of a folder; {} if there is none."""
+    path = root / "model_index.json"
+    return io.read_json(path) if path.is_file() else {}
+
+
+def write_index(folder: Path, index: dict) -> None:
+    """The teacher's model_index.json, with the student's scheduler and, if the folder has one, its ControlNet."""
+    written = io.read_json(folder / "scheduler" / "scheduler_config.json")
+    index = index | {"scheduler": ["diffusers", written["_class_name"]]}
+    if (folder / "controlnet").is_dir():
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
+        index["_class_name"] = index["_class_name"].replace("Pipeline", "ControlNetPipeline")
+    io.write_json(folder / "model_index.json", index)
+
+
+def of_run(run, place: Callable | None = None) -> Pipeline:
+    """The pipeline of config.teacher, with the LoRA and the options of a run's config."""
+    return Pipeline(
+        run.teacher,
+        lora=run.lora,
+        lora_scale=run.lora_scale,
+        options={"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash},
+        place=place,
+        random_seed=run.seed if run.random_init else None,
+    )

@@ -1,0 +1,166 @@
+"""Precompute pairs of noise and the teacher's ODE sample, in the format of data/ode_pairs.py, for `data.pairs`.
+
+The regression losses of DMD, of DMD2's warm-up and of Diffusion2GAN train on such pairs.
+"""
+
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import cddistill
+from cddistill import data, generate, io, pipeline, sharding
+from cddistill.build import check_heun, check_shapes
+from cddistill.config import Experiment
+from cddistill.data import ode_pairs
+from cddistill.data.loader import stack
+from cddistill.precompute.encode import half
+
+
+def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
+    """Write run.num_pairs rows of x0 (float16) and text to the folder `output`, in shards.
+
+    Text comes from the training split, repeated as needed. x0 is sampled from the row's noise with run.teacher_sampler,
+    run.teacher_guidance and the last of run.teacher_steps. Host h of n writes shards h, h + n ... Complete shards are
+    kept; if all are complete, a few rows are generated again and compared. Raises ValueError if teacher_steps is empty
+    or `output` was written by another command, and FloatingPointError if an x0 is not finite.
+    """
+    run = experiment.run
+    if not run.teacher_steps:
+        raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
+    dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
+    first = row(dataset, run.seed, 0)
+    manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape)
+    check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
+    prepare_folder(output, manifest, first["null"])
+    size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
+    generate_x0 = sampler(run, teacher.denoiser, size)
+    shards = range(ode_pairs.num_shards(manifest))
+    missing = [k for k in shards if not is_complete(output, manifest, k)]
+    if not missing and sharding.is_host0():
+        error, n = check_regenerated(ode_pairs.OdePairs(output), generate_x0)
+        print(f"all {run.num_pairs} rows exist; {n} of them generated again differ by at most {error:.1e}", flush=True)
+    host_shards = [k for k in missing if k % jax.process_count() == jax.process_index()]
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not (host_shards and sharding.is_host0())) as progress:
+        task = progress.add_task("", total=sum(len(ode_pairs.shard_rows(manifest, k)) for k in host_shards))
+        for k in host_shards:
+            rows = functools.partial(row, dataset, run.seed)
+            make_shard(output, manifest, k, rows, generate_x0, size, functools.partial(progress.advance, task))
+    multihost_utils.sync_global_devices("pairs are made")  # a host that exits early would stop the others
+
+
+def manifest_of(run, data_config: dict, weights: str, shape) -> dict:
+    """The manifest: everything that the rows depend on, as it reads back from JSON."""
+    manifest = {
+        "format": ode_pairs.FORMAT,
+        "made_by": f"cddistill {cddistill.__version__}, numpy {np.__version__}",
+        "teacher": run.teacher,
+        "weights": weights,
+        "lora": run.lora,
+        "lora_scale": run.lora_scale,
+        "sampler": run.teacher_sampler,
+        "steps": run.teacher_steps[-1],
+        "guidance": run.teacher_guidance,
+        "dtype": run.dtype,
+        "seed": run.seed,
+        "rows": run.num_pairs,
+        "shard": run.pairs_shard,
+        "x0": [*shape],
+        "data": {name: x for name, x in data_config.items() if name not in ("pairs", "skip_bad")},
+    }
+    return json.loads(json.dumps(manifest))
+
+
+def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> None:
+    """Write the manifest and null text, delete incomplete files. Raises ValueError if the manifest there differs."""
+    path = folder / ode_pairs.MANIFEST
+    if path.is_file():
+        old, new = io.flatten(ode_pairs.read_manifest(folder)), io.flatten(manifest)
+        names = [name for name in sorted({*old, *new} - {"made_by"}) if old.get(name) != new.get(name)]
+        if names:
+            changes = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in names)
+            raise ValueError(f"{folder} was made by another command ({changes}): undo it or choose another --output")
+    else:
+        io.write_json(path, manifest)
+    sizes = "added_cond_kwargs.time_ids"  # each row uses its own sizes with the null text
+    null = {name: x[None] for name, x in ode_pairs.flatten_text(null).items() if name != sizes}
+    if not (folder / ode_pairs.NULL).is_file():
+        save(folder / ode_pairs.NULL, null, {})
+    for draft in folder.glob(".*.safetensors.*.tmp"):
+        number = re.match(r"\.(\d+)\.", draft.name)
+        if number and int(number[1]) % jax.process_count() == jax.process_index():
+            draft.unlink()
+
+
+def row(dataset, seed: int, i: int) -> dict:
+    """Noise, text and null text of row i. Text is rounded to float16, as the file stores it."""
+    item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
+    text = {name: ode_pairs.unflatten_text(half(ode_pairs.flatten_text(item[name]))) for name in ("text", "null")}
+    return text | {"noise": ode_pairs.noise(seed, i, item["x0"].shape)}
+
+
+def sampler(run, denoiser, size: int):
+    """generate_x0(rows) -> x0 float16 [b, h, w, c] of up to `size` rows, split over this host's devices."""
+    mesh, steps = sharding.make_mesh(devices=jax.local_devices()), run.teacher_steps[-1]
+    if run.teacher_sampler == "heun":
+        check_heun(denoiser.schedule)
+    frozen = jax.device_put({"teacher": denoiser}, sharding.replicated(mesh))
+    teacher = generate.teacher_as_student(run, generate.Student(None, mesh, frozen, {}, {}))
+
+    def integrate(nets, batch):
+        student = generate.Student(teacher.method, mesh, *nets)
+        return generate.images(student, batch, batch["noise"], None, steps, decode=False).astype(jnp.float16)
+
+    integrate = jax.jit(sharding.inside(mesh, integrate), out_shardings=sharding.by_row(mesh))
+
+    def generate_x0(rows):
+        batch = stack([{name: r[name] for name in ("noise", "text", "null")} for r in rows])
+        batch = jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else np.float32(x), batch)
+        batch |= {"index": np.arange(len(rows), dtype=np.int32)}
+        batch = jax.tree.map(lambda x: generate.pad(x, size), batch)
+        x0 = np.asarray(integrate(teacher[2:], jax.device_put(batch, sharding.by_row(mesh))))[: len(rows)]
+        if not np.isfinite(x0).all():
+            raise FloatingPointError("an x0 is not finite in float16: check that the data suits the teacher")
+        return x0
+
+    return generate_x0
+
+
+def is_complete(folder: pathlib.Path, manifest: dict, k: int) -> bool:
+    """Whether shard k exists with the right length and rows. Checksums are verified when it is read."""
+    try:
+        return bool(ode_pairs.read_shard(folder, manifest, k))
+    except ValueError:
+        return False
+
+
+def make_shard(folder: pathlib.Path, manifest: dict, k: int, row, generate_x0, size: int, advance) -> None:
+    """Generate and write shard k. It depends only on the manifest and k."""
+    numbers, batches = ode_pairs.shard_rows(manifest, k), []
+    for start in range(numbers.start, numbers.stop, size):
+        rows = [row(i) for i in range(start, min(start + size, numbers.stop))]
+        batches.append(ode_pairs.flatten_text(stack([r["text"] for r in rows])) | {"x0": generate_x0(rows)})
+        advance(len(rows))
+    arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    save(ode_pairs.shard_file(folder, k), arrays, ode_pairs.describe(manifest, k))
+
+
+def save(file: pathlib.Path, arrays: dict, header: dict) -> None:
+    """Write a safetensors file atomically, with the checksum of each array. Its bytes are reproducible."""
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    header = header | {"crc32": {name: ode_pairs.checksum(x) for name, x in arrays.items()}}
+    io.write_atomic(file, safetensors.numpy.save(arrays, {"pairs": json.dumps(header, sort_keys=True)}))
+
+
+def check_regenerated(pairs: ode_pairs.OdePairs, generate_x0, count: int = 4) -> tuple[float, int]:
+    """Generate up to `count` rows again: (largest absolute difference from the stored x0, number of rows)."""
+    rows = [pairs.item(i) for i in np.unique(np.linspace(0, len(pairs) - 1, count).astype(int))]
+    return max(float(np.abs(generate_x0([r])[0] - r["x0"]).max()) for r in rows), len(rows)
