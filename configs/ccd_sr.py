@@ -1,4 +1,4 @@
-"""CoDi super-resolution: one stage from an unconditional teacher to a 1-4-step conditional student.
+"""CoDi super-resolution (ccd: conditional diffusion distillation): from an unconditional teacher to a 1-4-step student.
 
     python -m cddistill.main --config=configs/ccd_sr.py            emoji 8 px -> 32 px; 7 minutes on 2 CPU cores;
                                                                    4 steps: LPIPS-VGG 0.195 (bicubic 0.345)
@@ -20,7 +20,7 @@ def get_config(variant="emoji"):
         config.method.freeze_backbone = variant == "pe"
         config.teacher = "emoji"
         config.steps = 3000
-        config.batch_size = 4  # on a CPU, updates count for more than images
+        config.batch_size = 4  # on a CPU, the number of updates matters more than the batch
         config.optim.lr = 1e-3
         config.optim.decay = "cosine"
         config.method.ema_decay = 0.995

@@ -10,7 +10,7 @@ from cddistill.config import defaults
 
 def get_config():
     config = defaults("diffusion")
-    config.scratch = True
+    config.random_init = True
     config.steps = 8000
     config.batch_size = 32
     config.optim.lr = 1e-3

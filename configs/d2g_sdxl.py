@@ -1,0 +1,36 @@
+"""Diffusion2GAN from Stable Diffusion XL, text-to-image, one step. Not run here: needs accelerators.
+
+    python -m cddistill.main --mode=pairs --config=configs/d2g_sdxl.py    first: 8 M pairs
+    python -m cddistill.main --config=configs/d2g_sdxl.py
+
+Needs the teacher's weights, encoded captions (--mode=encode) and the released latent LPIPS. Pairs, losses and batch
+size are the paper's; learning rate, loss weights and steps are ours.
+"""
+
+from cddistill.config import defaults
+
+
+def get_config():
+    config = defaults("diffusion2gan")
+    config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.teacher_steps = (50,)
+    config.teacher_guidance = 7.0
+    config.data.source = "arrays"
+    config.data.path = "data/laion_sdxl"
+    config.data.pairs = "data/pairs_sdxl"
+    config.num_pairs = 8_000_000
+    config.pairs_batch = 1024
+    config.steps = 100_000
+    config.batch_size = 1024
+    config.dtype = "bfloat16"
+    config.remat = True
+    config.fsdp = -1
+    config.optim.lr = 1e-5
+    config.optim.clip = 1.0
+    config.method.metric = "weights/sdxl_latest_vgg16_tuned.pth"
+    config.method.warmup = 20_000
+    config.method.r1_stride = 16  # one image on each of 64 devices
+    config.sample_steps = (1,)
+    config.checkpoint_every = config.eval_every = 1000
+    config.eval_images = 10_000
+    return config
