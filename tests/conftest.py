@@ -1,11 +1,14 @@
-"""Eight fake CPU devices, strict ranks, and the tiny nets that the tests share."""
+"""Eight fake CPU devices, strict ranks, and the tiny nets and the compiled programs that the tests share."""
 
+import functools
+import gc
 import os
+import shutil
+import tempfile
 
 FLAGS = " --xla_force_host_platform_device_count=8"
-FLAGS += (
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is what tests wait for
-)
+FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # tests wait for compiling:
+FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # these two save a third
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -14,13 +17,26 @@ import pytest  # noqa: E402
 from parity import parity, pytest_addoption, pytest_terminal_summary  # noqa: E402, F401  (a fixture and hooks)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 50, 50)  # tracing makes many small objects that live: a tenth of its time went into looking
+
+
+def pytest_configure(config):
+    """Programs compiled by one process serve all others of the run, and those that tests start."""
+    if not hasattr(config, "workerinput"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs = tempfile.mkdtemp(prefix="cddistill-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, programs, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory):
-    """Programs compiled by one test serve the next."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def _keep_every_program():
+    """Also the quick ones, of which there are many; a training run alone keeps those that take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cddistill.train.cache_programs", lambda: None)
+        patch.setattr("cddistill.commands.cache_programs", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

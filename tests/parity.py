@@ -16,7 +16,9 @@ from cddistill.models import convert
 # up the roundings of its steps.
 LIMITS = {"output": 1e-5, "trajectory": 3e-5, "input gradient": 1e-4, "weight gradients": 1e-3}
 SECTIONS = {  # tests: (title, who recorded the other side, what the names mean)
-    "test_modules": ("Modules", make_modules, "UNetBlock is the block of EDM's networks, as far as diffusers has it."),
+    "test_modules": (
+        "Modules", make_modules, "UNetBlock is the block of EDM's networks, in the configurations that diffusers has.",
+    ),
     "test_models": (
         "UNets and ControlNets", make_models,
         "pixel is a class-conditional pixel model, upscaler has cross-attention only and classes, odd has options that "
@@ -27,38 +29,38 @@ SECTIONS = {  # tests: (title, who recorded the other side, what the names mean)
         "sd is the architecture of Stable Diffusion 1, 2 and XL, sd3 that of Stable Diffusion 3 and Flux, tiny that of "
         "TAESD; odd has the remaining options.",
     ),
-    "test_clip": ("Text encoders", make_clip, "The input that has a gradient is the table of tokens."),
-    "test_prompt": ("Prompts", make_clip, "What a pipeline gives to its UNet, for texts and for the null text."),
+    "test_clip": ("Text encoders", make_clip, "The input gradient is that of the token embedding table."),
+    "test_prompt": ("Prompts", make_clip, "The text inputs of the UNet, for prompts and for the null text."),
     "test_edm": (
         "EDM's networks", make_edm,
         "There is no PyTorch package of them: the other side is a second implementation in `make_edm.py`, which agrees "
         "with diffusers where that can express the same network.",
     ),
-    "test_lora": ("LoRA", make_lora, "The weights of a LoRA are its down and up."),
-    "test_schedulers": ("Samplers", make_schedulers, "Every z and x0 of whole trajectories, at the same times."),
+    "test_lora": ("LoRA", make_lora, "A LoRA's weights are its down and up matrices."),
+    "test_schedulers": ("Samplers", make_schedulers, "Every z and x0 of whole trajectories, at equal timesteps."),
 }  # fmt: skip
 TEXT = """\
 # Parity with PyTorch
 
 ```
-python -m pytest --parity docs/parity.md tests/test_{{{tests}}}.py
+python -m pytest -m "not weights and not device" --parity docs/parity.md tests/test_{{{tests}}}.py
 ```
 
-wrote this file from the errors on which these tests pass or fail; do not edit it. The other side was recorded, on tiny
-networks with random weights, by `tests/golden/make_*.py`, so that the tests need no PyTorch. This side is float32, jax
+generates this file from the errors that these tests measure; do not edit it. PyTorch's outputs were recorded by
+`tests/golden/make_*.py` on tiny networks with random weights, so the tests need no PyTorch. Ours are float32, jax
 {jax} on a {device}.
 
-An error is max |ours - theirs| / max |theirs| over an array, the largest where there are several arrays. For weights,
-the norm of each one's gradient is compared with the recorded norm, relative to it or to a thousandth of the largest
-norm, whichever is more. *Numbers* is how many were compared. Unless a row says otherwise, the tests allow at most
+An error is max |ours - theirs| / max |theirs| over an array; of several arrays, the largest. For weights, the norm of
+each gradient is compared with the recorded norm, relative to the larger of that norm and a thousandth of the largest
+norm. *Numbers* counts the compared numbers. Unless a row says otherwise, the tests allow at most
 {limits}.
 """
 SIZES = """
 ## Parameters of the published models
 
-Ours are counted by `jax.eval_shape` from the full configs; nothing is computed or allocated. The others are what the
-classes of PyTorch diffusers and transformers, as above, have for these configs. EDM's ImageNet-64 network is counted in
-the published file; of its CIFAR-10 networks the literature says 55.7 and 56.4 million.
+Ours are counted by `jax.eval_shape` from the full configs; nothing is computed or allocated. Theirs are those of the
+classes of PyTorch diffusers and transformers for these configs. EDM's ImageNet-64 network is counted in the published
+file; the literature gives 55.7 and 56.4 million for its CIFAR-10 networks.
 
 | | ours | theirs |
 |---|---:|---:|
@@ -117,6 +119,11 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = sorted(stats.get("passed", ()), key=lambda report: report.nodeid)
     stems = [(pathlib.Path(report.nodeid.split("::")[0]).stem, report) for report in reports]
     found = [(stem, kind, tuple(noted)) for stem, report in stems for kind, noted in report.user_properties]
+    if "not slow" in config.getoption("markexpr"):
+        terminalreporter.write_line(
+            f"{path} is left as it was: its numbers are of the slow tests, too; see its command"
+        )
+        return
     missing = [name for name in SECTIONS if not any(f[:2] == (name, "parity") for f in found)]
     if missing or stats.get("failed") or stats.get("error"):
         terminalreporter.write_line(f"{path} is left as it was: tests failed, or none ran of {missing}")

@@ -286,7 +286,11 @@ def test_products_are_computed_in_bfloat16(name):
     assert all(map(any, both))  # XLA's attention has float32 gradients of its weights
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("unet_self", "ncsnpp", "clip")])
+# A mu_blend is a controlnet, whose blocks are the UNet's: slow.
+@pytest.mark.parametrize(
+    "name",
+    ["unet", "adm", "vae", "tiny_vae", *(pytest.param(x, marks=pytest.mark.slow) for x in ("controlnet", "mu_blend"))],
+)
 def test_remat_changes_nothing_and_bfloat16_little(name):
     def outputs(params):
         plain, again = (jax.vjp(call(name, remat=remat), params) for remat in (False, True))

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cddistill.checkpoint import CheckpointMismatch, Checkpoints, Preemption, check_config, write_config
-from cddistill.metrics import JsonlWriter
+from cddistill.log import JsonlWriter
 from cddistill.net import Net
 from cddistill.step import TrainState, init_state
 
@@ -155,7 +154,7 @@ def test_keeps_the_newest_and_the_best(opened):
     again.save(6, run(6), metrics={"kid": 0.5})
     again.wait()
     assert steps_on_disk(again) == [6]
-    with pytest.raises(ValueError, match=r"chosen by 'kid', not among \['fid'\]"):
+    with pytest.raises(ValueError, match=r"best_metric 'kid' is not among the metrics \['fid'\]"):
         again.save(7, run(7), metrics={"fid": 1.0})
 
 
@@ -202,11 +201,12 @@ def in_bf16(state):
     [
         (
             wider,
-            r"ema.student.params.conv.kernel is float32\[64, 64\] there and float32\[64, 32\] here; .*and \d+ more",
+            r"ema.student.params.conv.kernel is float32\[64, 64\] in the checkpoint, float32\[64, 32\] here; "
+            r".*and \d+ more",
         ),
-        (without_bias, r"nets.student.params.conv.bias is bfloat16\[64\] there and absent here"),
-        (with_disc, r"nets.disc.params.kernel is absent there and float32\[3\] here"),
-        (in_bf16, r"ema.student.params.conv.kernel is float32\[64, 64\] there and bfloat16\[64, 64\] here"),
+        (without_bias, r"nets.student.params.conv.bias is bfloat16\[64\] in the checkpoint, absent here"),
+        (with_disc, r"nets.disc.params.kernel is absent in the checkpoint, float32\[3\] here"),
+        (in_bf16, r"ema.student.params.conv.kernel is float32\[64, 64\] in the checkpoint, bfloat16\[64, 64\] here"),
     ],
 )
 def test_another_model_is_refused_naming_the_difference(opened, other, sentence):
@@ -250,7 +250,7 @@ def test_an_unreadable_checkpoint_is_set_aside_and_the_one_before_is_taken(opene
     with caplog.at_level(logging.WARNING):
         assert_same(again.restore(abstract(initial())), run(2))
     assert "checkpoints/3 cannot be read" in caplog.text
-    assert "going on from" in caplog.text
+    assert "continuing from" in caplog.text
     assert steps_on_disk(again) == [1, 2]
     assert list(again.folder.glob("3.unreadable-*"))
     saved(again, 3)
@@ -260,7 +260,7 @@ def test_an_unreadable_checkpoint_is_set_aside_and_the_one_before_is_taken(opene
 def test_only_unreadable_checkpoints_are_an_error_and_stay_where_they_are(opened):
     checkpoints = saved(opened(), 1)
     headless(checkpoints.folder / "1")
-    with pytest.raises(OSError, match="no checkpoint in .* can be read .*move it away to begin anew"):
+    with pytest.raises(OSError, match="no checkpoint in .* can be read .*move it away to start again"):
         checkpoints.restore(abstract(initial()))
     assert steps_on_disk(checkpoints) == [1]
 
@@ -377,11 +377,11 @@ def test_a_restart_with_another_config_names_each_key(tmp_path):
 def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_config(tmp_path, {"seed": 0})
 
-    def half(path, text):
-        Path(path).write_text(text[: len(text) // 2])
+    def half(path, content):
+        path.write_text(content.decode()[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(KeyboardInterrupt):
         write_config(tmp_path, {"seed": 1})
     monkeypatch.undo()

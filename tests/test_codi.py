@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill.diffusion import DDPM, Prediction, like
+from cddistill import models, sampling
+from cddistill.diffusion import DDPM, Prediction, RectifiedFlow, like
 from cddistill.method import normal
-from cddistill.methods.codi import CoDi, codi_paper, codi_released
+from cddistill.methods.codi import CoDi, codi_released
 from cddistill.net import Adapted, Autoencoder, Denoiser, Net
 
 SD = DDPM()
+KEY = jax.random.key(0)
 
 
 def world(apply, predicts="v", schedule=SD, params=None, ema=None):
@@ -41,7 +43,7 @@ def batch(size=8, dim=3):
 
 def fixed(method, t, s):
     """The method with its times fixed: what is left to chance is the noise alone."""
-    object.__setattr__(method, "times", lambda schedule, key, index: (jnp.array([t]), jnp.array([s])))
+    object.__setattr__(method, "random_timesteps", lambda schedule, key, index: (jnp.array([t]), jnp.array([s])))
     return method
 
 
@@ -201,7 +203,7 @@ def test_boundary_condition_golden():
 def test_boundary_at_time_zero_gives_no_consistency():
     """I12: at k = 0 of the released grid, t = s = 0, both sides are the same z."""
     method = codi_released()
-    t, s = method.times(SD, jax.random.key(0), jnp.arange(4000))
+    t, s = method.random_timesteps(SD, jax.random.key(0), jnp.arange(4000))
     assert np.any(np.asarray(t) == 0)
     assert set(np.unique(t - s)) == {0, 20}
     loss, logs = fixed(method, 0, 0).loss(world(linear), batch(), jax.random.key(0))
@@ -210,11 +212,11 @@ def test_boundary_at_time_zero_gives_no_consistency():
 
 def test_the_released_grid_and_the_papers():
     """Times of the paper's text: t in [dt, T], s = t - dt. Of the code: multiples of 20, up to 980."""
-    t, s = CoDi(shared_t=False).times(SD, jax.random.key(0), jnp.arange(50_000))
+    t, s = CoDi(shared_t=False).random_timesteps(SD, jax.random.key(0), jnp.arange(50_000))
     assert t.min() == 1
     assert t.max() == 999
     assert np.all(np.asarray(t - s) == 1)
-    t, _ = codi_released().times(SD, jax.random.key(1), jnp.arange(20_000))
+    t, _ = codi_released().random_timesteps(SD, jax.random.key(1), jnp.arange(20_000))
     assert set(np.unique(t)) == set(range(0, 1000, 20))
 
 
@@ -251,7 +253,7 @@ def test_no_gradient_reaches_average_or_z_s():
 def test_golden_losses():
     """One number per preset, made from equations 1-11 by an independent float64 computation in numpy (below)."""
     b = batch()
-    for method in (codi_paper(), codi_paper(noise="predicted"), codi_released()):
+    for method in (CoDi(), CoDi(noise="predicted"), codi_released()):
         loss, logs = fixed(method, 500, 480).loss(
             world(linear, params={"b": jnp.ones(3)}, ema={"b": -jnp.ones(3)}), b, jax.random.key(0)
         )
@@ -305,9 +307,9 @@ def test_min_snr_weights():
 
 def test_shared_and_separate_times():
     """I16: the paper's one t for the whole global batch, or one for each sample."""
-    t, _ = CoDi().times(SD, jax.random.key(0), jnp.arange(64))
+    t, _ = CoDi().random_timesteps(SD, jax.random.key(0), jnp.arange(64))
     assert t.shape == (1,)
-    t, _ = CoDi(shared_t=False).times(SD, jax.random.key(0), jnp.arange(64))
+    t, _ = CoDi(shared_t=False).random_timesteps(SD, jax.random.key(0), jnp.arange(64))
     assert len(np.unique(t)) > 50
 
 
@@ -348,23 +350,23 @@ def test_the_four_signal_distances():
 def test_grids():
     """I20: n times, strictly decreasing, the first the largest trained, the last above 0."""
     released = codi_released()
-    np.testing.assert_array_equal(released.sample_times(SD, 4), [980, 720, 460, 200])
-    np.testing.assert_array_equal(released.sample_times(SD, 2), [980, 480])
+    np.testing.assert_array_equal(released.sampling_timesteps(SD, 4), [980, 720, 460, 200])
+    np.testing.assert_array_equal(released.sampling_timesteps(SD, 2), [980, 480])
     for steps in (1, 2, 3, 4, 5, 7, 8, 10, 17, 20, 25, 33, 48, 49):
-        times = np.asarray(released.sample_times(SD, steps))
+        times = np.asarray(released.sampling_timesteps(SD, steps))
         assert len(times) == steps
         assert np.all(np.diff(times) < 0)
         assert times[0] == 980
         assert times[-1] > 0
     with pytest.raises(ValueError, match="at most 49"):
-        released.sample_times(SD, 50)
-    np.testing.assert_array_equal(CoDi().sample_times(SD, 4), [999, 749, 499, 249])
+        released.sampling_timesteps(SD, 50)
+    np.testing.assert_array_equal(CoDi().sampling_timesteps(SD, 4), [999, 749, 499, 249])
 
 
 def test_one_step_sampling_returns_x_hat():
     """I19: one step ends exactly at x^(z_T, c, T); evaluations are counted."""
     n, b, noise = world(linear), batch(), tiny.randn(5, 8, 3)
-    got = CoDi().sample(n, noise, b, jax.random.key(0), 1)
+    got = CoDi().sample(n, noise, b, None, 1)
     want = Adapted(n.backbone_ema, n.branch_ema)(noise, 999, b["text"], b["cond"]).x0
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert CoDi().nfe(4) == 4
@@ -408,9 +410,21 @@ def test_text_can_be_the_only_condition():
     def seen(b):
         n = types.SimpleNamespace(**frozen, **nets, backbone_ema=nets["backbone"])
         key = jax.random.key(0)
-        return method.loss(n, b, key)[0], method.sample(n, b["x0"], b, key, 2)
+        return method.loss(n, b, key)[0], method.sample(n, b["x0"], b, None, 2)
 
     (loss, drawn), (without, again) = seen(b), seen({name: x for name, x in b.items() if name != "cond"})
     assert float(loss) > 0.0
     np.testing.assert_allclose(loss, without, rtol=1e-6)
     np.testing.assert_allclose(drawn, again, atol=1e-6)
+
+
+def test_the_consistency_boundary_needs_a_ddpm_schedule():
+    """c_skip and c_out are functions of DDPM's timesteps; on a flow's t in [0, 1] they would be other functions."""
+    teacher = models.init(tiny.UNET, 0, RectifiedFlow(), "flow")
+    method = CoDi(boundary="lcm", space="x0")
+    method.init(KEY, {"teacher": tiny.teacher()}, tiny.make_batch(size=2))
+    with pytest.raises(ValueError, match="is defined on a DDPM schedule's timesteps, and this is RectifiedFlow"):
+        method.init(KEY, {"teacher": teacher}, tiny.make_batch(size=2))
+    denoise = lambda z, t: teacher(z, t, {"class_labels": np.zeros(2, "i")})
+    with pytest.raises(ValueError, match="this is RectifiedFlow"):
+        sampling.lcm(denoise, RectifiedFlow(), jnp.zeros((2, 8, 8, 3)), RectifiedFlow().grid(1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import build, config, models, train
+from cddistill import build, commands, config, models
 from cddistill.methods import METHODS
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models import adapter, lora
@@ -60,7 +60,7 @@ def test_what_cannot_be_concatenated_is_said(batch):
 
 def test_an_editing_network_made_elsewhere_sees_the_condition(batch):
     n = SimpleNamespace(teacher=disturbed(adapter.widen(tiny.teacher(), batch)))
-    draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, jax.random.key(0), 1))
+    draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, None, 1))
     other = batch | {"cond": batch["cond"][::-1]}
     assert np.abs(draw(batch) - draw(other)).min() > 0
     build.check_shapes(n.teacher, batch)
@@ -73,7 +73,7 @@ def test_a_controlnet_guides_a_network_made_elsewhere(batch):
     branch = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
     n = SimpleNamespace(teacher=teacher, controlnet=branch)
     noise = tiny.randn(0, 4, 8, 8, 3)
-    got = jax.jit(lambda: Pretrained().sample(n, noise, batch, jax.random.key(0), 1))()
+    got = jax.jit(lambda: Pretrained().sample(n, noise, batch, None, 1))()
     expected = Adapted(teacher, branch)(noise, teacher.schedule.grid(1), batch["text"], batch["cond"]).x0
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_a_lora_is_merged_into_the_teacher_and_into_what_is_exported(files, tmp_
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         build.build(config.resolve(c)).frozen["teacher"].params, expected,
     )  # fmt: skip
-    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
     written = models.load(tmp_path / "out").params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), written, expected)
 
@@ -124,7 +124,7 @@ def test_a_controlnet_is_loaded_used_and_exported(files, tmp_path):
     c = settings("pretrained", teacher, controlnet=str(controlnet))
     frozen = build.build(config.resolve(c)).frozen
     assert isinstance(frozen["controlnet"].apply.module, models.CONTROLNETS)
-    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
     held = (tmp_path / "out" / "controlnet" / models.convert.TORCH_FILE).read_bytes()
     assert held == (controlnet / models.convert.TORCH_FILE).read_bytes()
     c.controlnet = str(teacher / "unet")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill.data import DataConfig, batches, emoji, examples, load, loader, scenes, splits
+from cddistill.data import batches, configure, examples, load, loader, splits
+from cddistill.data.sources import emoji, scenes
 
-SR = DataConfig(task="sr")
+SR = configure(task="sr")
 
 
 def take(n, *args, **kwargs):
@@ -65,20 +66,20 @@ def test_emoji_pack():
     assert checksum == 2097239887
 
 
-def test_emoji_draws_skin_tones_in_training_only():
-    train, test = load(DataConfig(flip=False), "train"), load(DataConfig(), "test")
+def test_skin_tones_are_random_in_training_only():
+    train, test = load(configure(flip=False), "train"), load(configure(), "test")
     santa = train.source.bases.index("1f385")
     drawn = {train.item(santa, np.random.default_rng(k))["caption"] for k in range(40)}
     assert drawn == {caption for _, _, caption in emoji.pack()["1f385"]}
-    captions = examples(DataConfig(), "train")["caption"]
+    captions = examples(configure(), "train")["caption"]
     captions += [test.item(i, np.random.default_rng(i))["caption"] for i in range(len(test))]
     assert not any("skin tone" in caption for caption in captions)
 
 
 def test_flip_mirrors_half_of_the_training_images_and_no_others():
-    dataset, still = load(DataConfig(), "train"), load(DataConfig(flip=False), "train")
+    dataset, still = load(configure(), "train"), load(configure(flip=False), "train")
     i = next(i for i, base in enumerate(dataset.source.bases) if len(emoji.pack()[base]) == 1)
-    plain = examples(DataConfig(), "train")["x0"][i]
+    plain = examples(configure(), "train")["x0"][i]
     seen = [dataset.item(i, np.random.default_rng(k))["x0"] for k in range(100)]
     mirrored = sum(np.array_equal(x, plain[:, ::-1]) for x in seen)
     assert mirrored + sum(np.array_equal(x, plain) for x in seen) == 100
@@ -87,9 +88,9 @@ def test_flip_mirrors_half_of_the_training_images_and_no_others():
 
 
 def test_smaller_emoji():
-    assert examples(DataConfig(size=16), "test", 2)["x0"].shape == (2, 16, 16, 3)
+    assert examples(configure(size=16), "test", 2)["x0"].shape == (2, 16, 16, 3)
     with pytest.raises(ValueError, match="emoji are 32 px; data.size must be at most that, not 64"):
-        load(DataConfig(size=64))
+        load(configure(size=64))
 
 
 # --- batches
@@ -121,9 +122,9 @@ def test_same_seed_same_batches_other_seed_others():
 @pytest.mark.parametrize(
     ("config", "start"),
     [
-        (DataConfig(), 400),  # 3200 images on: in the third epoch
+        (configure(), 400),  # 3200 images on: in the third epoch
         (SR, 3),
-        (DataConfig(task="sr", degradation="realesrgan"), 3),
+        (configure(task="sr", degradation="realesrgan"), 3),
     ],
 )
 def test_resuming_changes_nothing(config, start):
@@ -159,13 +160,13 @@ def test_every_epoch_has_each_element_once_in_a_new_order():
 
 
 def test_examples_are_always_the_same():
-    config = DataConfig(task="sr", degradation="realesrgan")
+    config = configure(task="sr", degradation="realesrgan")
     a, b = examples(config, "test", 5), examples(config, "test", 5)
     assert a.pop("caption") == b.pop("caption")
     assert_same(a, b)
     np.testing.assert_array_equal(a["cond"][:3], examples(config, "test", 3)["cond"])
     assert not np.array_equal(a["cond"], examples(config, "test", 5, seed=1)["cond"])
-    assert len(examples(DataConfig(), "test")["caption"]) == 192
+    assert len(examples(configure(), "test")["caption"]) == 192
 
 
 @pytest.mark.parametrize(
@@ -179,14 +180,14 @@ def test_examples_are_always_the_same():
 )
 def test_wrong_config(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        DataConfig(**changes)
+        configure(**changes)
 
 
 def test_wrong_split_or_number_of_classes():
     with pytest.raises(ValueError, match="split must be one of train, validation, test, not 'val'"):
-        load(DataConfig(), "val")
+        load(configure(), "val")
     with pytest.raises(ValueError, match="scenes has 24 labels; data.num_classes is 9"):
-        load(DataConfig(source="scenes"))
+        load(configure(source="scenes"))
 
 
 # --- scenes
@@ -196,7 +197,7 @@ def test_scenes_are_pure_and_splits_differ():
     a, b = scenes.scene.__wrapped__((0, 7), 16), scenes.scene.__wrapped__((0, 7), 16)
     assert a.pop("caption") == b.pop("caption")
     assert_same({k: np.asarray(v) for k, v in a.items()}, {k: np.asarray(v) for k, v in b.items()})
-    config = DataConfig(source="scenes", size=16, num_classes=24)
+    config = configure(source="scenes", size=16, num_classes=24)
     train, test = examples(config, "train", 12), examples(config, "test", 12)
     assert train["x0"].shape == train["edited"].shape == (12, 16, 16, 3)
     assert not set(train["caption"]) & set(test["caption"])
@@ -230,7 +231,7 @@ def test_depth_is_the_distance_along_the_ray():
 
 
 def test_flip_takes_depth_and_edit_along():
-    config = DataConfig(source="scenes", size=16, num_classes=24)
+    config = configure(source="scenes", size=16, num_classes=24)
     plain, dataset = examples(config, "train", 1), load(config, "train")
     items = [dataset.item(0, np.random.default_rng(k)) for k in range(8)]
     flipped = next(item for item in items if not np.array_equal(item["x0"], plain["x0"][0]))
@@ -255,7 +256,7 @@ def folder(tmp_path):
 
 
 def of(path, **changes):
-    return DataConfig(source="folder", path=str(path), **({"size": 16} | changes))
+    return configure(source="folder", path=str(path), **({"size": 16} | changes))
 
 
 def test_folder_splits_captions_and_labels(folder):
@@ -327,7 +328,7 @@ def test_bad_image_is_named_before_the_first_step_or_skipped(folder, kind, caplo
 
 def test_no_folder_no_images_and_bad_metadata(tmp_path, folder):
     with pytest.raises(ValueError, match="data.path '' is not a folder"):
-        load(DataConfig(source="folder"))
+        load(configure(source="folder"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no image in"):
         load(of(tmp_path / "empty"))
@@ -354,7 +355,7 @@ def arrays(tmp_path):
 
 
 def latents(path, **changes):
-    return DataConfig(source="arrays", path=str(path), **changes)
+    return configure(source="arrays", path=str(path), **changes)
 
 
 def test_arrays(arrays):
@@ -403,7 +404,7 @@ def test_arrays_with_labels_and_their_own_splits(tmp_path):
         ("x0.npy", np.zeros((40, 8, 8)), "x0.npy in .* is .* expected 4 axes"),
         ("text.npy", np.zeros((39, 5, 6)), "text.npy in .* expected 3 axes, the first of length 40 as in x0.npy"),
         ("null.npy", np.zeros((5, 7)), r"null.npy is \(5, 7\); expected \(5, 6\)"),
-        ("null.npy", None, "text.npy needs .*null.npy beside it"),
+        ("null.npy", None, "text.npy needs .*null.npy, the embedding of the empty prompt"),
         ("x0.npy", None, "there is no x0.npy in"),
         ("class_labels.npy", np.arange(40), "class_labels.npy in .* must be in 0 .. 9, the null label"),
         ("text_embeds.npy", np.zeros((40, 7)), "text_embeds.npy and time_ids.npy belong together"),
@@ -428,19 +429,19 @@ def test_task_on_arrays_needs_cond(arrays):
 def test_tfds():
     tfds = pytest.importorskip("tensorflow_datasets")
     with tfds.testing.mock_data(num_examples=6):
-        data = examples(DataConfig(source="tfds", path="mnist", num_classes=10), "test", 3)
-        batch = next(batches(DataConfig(source="tfds", path="mnist", num_classes=10, size=16), batch_size=2, seed=0))
-        faces = examples(DataConfig(source="tfds", path="celeb_a"), "validation", 2)
+        data = examples(configure(source="tfds", path="mnist", num_classes=10), "test", 3)
+        batch = next(batches(configure(source="tfds", path="mnist", num_classes=10, size=16), batch_size=2, seed=0))
+        faces = examples(configure(source="tfds", path="celeb_a"), "validation", 2)
     assert data["x0"].shape == (3, 32, 32, 3)
     assert data["label"].max() < 10
     assert batch["x0"].shape == (2, 16, 16, 3)
     assert faces["label"].tolist() == [9, 9]  # it has no labels
     with pytest.raises(ValueError, match="tensorflow-datasets has no dataset 'no_such_set'"):
-        load(DataConfig(source="tfds", path="no_such_set"))
+        load(configure(source="tfds", path="no_such_set"))
 
 
 def test_tfds_splits():
-    from cddistill.data.tfds_images import slices
+    from cddistill.data.sources.tfds import slices
 
     assert slices(["train"]) == {"test": "train[90%:100%]", "validation": "train[80%:90%]", "train": "train[:80%]"}
     assert slices(["train", "test"]) == {"test": "test", "validation": "train[90%:100%]", "train": "train[:90%]"}
@@ -450,4 +451,4 @@ def test_tfds_splits():
 def test_tfds_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
     with pytest.raises(ValueError, match=r"needs tensorflow-datasets: pip install cddistill\[tfds\]"):
-        load(DataConfig(source="tfds", path="mnist"))
+        load(configure(source="tfds", path="mnist"))

@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from cddistill import diffusion as d
-from cddistill import sampling
-from cddistill.net import Denoiser
+from cddistill import losses, sampling
+from cddistill.models import vae
+from cddistill.net import Adapted, Autoencoder, Denoiser, Net
 
 TIMES = {
     d.DDPM(): jnp.array([0, 1, 500, 998, 999]),
@@ -79,7 +80,7 @@ def test_times_between_the_entries_of_the_table():
         (a, b), (c, e) = schedule.alpha_sigma(jnp.array([41, 42]))
         np.testing.assert_allclose(sigma / alpha, [[0.75 * c / a + 0.25 * e / b]], rtol=1e-5)
         np.testing.assert_allclose(alpha**2 + sigma**2, [[1.0]], rtol=1e-6)
-    with pytest.raises(ValueError, match="infinite at zero SNR: use integer times, or a DDPM with last_alpha > 0"):
+    with pytest.raises(ValueError, match="infinite at zero SNR: use integer t, or a DDPM with last_alpha > 0"):
         d.DDPM(zero_snr=True).alpha_sigma(jnp.array([41.25]))
 
 
@@ -182,10 +183,10 @@ def test_samplers_converge_to_the_exact_ode(name, order, schedule):
 
 def test_warped_times():
     """power = 1 is the schedule's own grid; more lies closer to the data, and no time is visited twice."""
-    np.testing.assert_array_equal(sampling.times(d.DDPM(), 4), [999, 749, 499, 249])
-    np.testing.assert_array_equal(sampling.times(d.DDPM(), 4, 2.5), [999, 486, 176, 30])
+    np.testing.assert_array_equal(sampling.timesteps(d.DDPM(), 4), [999, 749, 499, 249])
+    np.testing.assert_array_equal(sampling.timesteps(d.DDPM(), 4, 2.5), [999, 486, 176, 30])
     for n in (1, 2, 8, 50, 200):
-        times = np.asarray(sampling.times(d.DDPM(), n, 2.5))
+        times = np.asarray(sampling.timesteps(d.DDPM(), n, 2.5))
         assert times[0] == 999
         assert np.all(np.diff(times) < 0)
 
@@ -229,3 +230,37 @@ def test_guided_costs_one_call_at_scale_one():
     assert calls == ["text"]
     sampling.guided(net, "text", "null", 3.0)(jnp.zeros(2), 0)
     assert calls[1:] == ["text", "null"]
+
+
+def test_shapes_and_types_are_checked_in_tests():
+    """Without the option in pyproject.toml the first calls broadcast and the last ones pass a wrong type on."""
+    x = jnp.zeros((2, 4, 4, 3))
+    with pytest.raises(TypeError, match="Type-check error"):
+        losses.mse(x, x[:1])
+    with pytest.raises(TypeError, match="Type-check error"):
+        losses.direction(x[0], x[0])
+    with pytest.raises(TypeError, match="Type-check error"):
+        d.predict("v", x, x, jnp.ones((2, 1, 1, 1)), jnp.ones((3, 1, 1, 1)))
+    with pytest.raises(TypeError, match="Type-check error"):
+        sampling.timesteps("DDPM", 4)
+    with pytest.raises(TypeError, match="Type-check error"):
+        d.DDPM(num_timesteps="1000")
+
+
+def test_nets_are_printed_without_their_weights():
+    net, branch = tiny.teacher(), Net({"w": jnp.zeros(1_230_000)}, tiny.coarse_l2)
+    size = sum(x.size for x in jax.tree.leaves(net)) / 1e3
+    printed = f"Denoiser(UNet2DConditionModel, {size:.1f} k weights, predicts v on DDPM)"
+    seen = []
+    jax.eval_shape(lambda net: seen.append(repr(net)), net)
+    assert [repr(net), repr(jax.eval_shape(lambda: net)), *seen] == [printed] * 3
+    assert repr(branch) == "Net(coarse_l2, 1.2 M weights)"
+    assert repr(Net(None, functools.partial(tiny.coarse_l2))) == "Net(coarse_l2, 0 weights)"
+    assert repr(Adapted(net, branch)) == f"Adapted({printed}, branch={branch})"
+    assert repr(Adapted(net)) == f"Adapted({printed}, branch=None)"
+    assert repr(Autoencoder()) == "Autoencoder(identity)"
+    weights, module = jax.ShapeDtypeStruct((83_653_863,), jnp.float32), vae.AutoencoderKL()
+    assert (
+        repr(Autoencoder(weights, vae.Encode(module), vae.Decode(module)))
+        == "Autoencoder(AutoencoderKL, 83.7 M weights)"
+    )

@@ -1,6 +1,5 @@
 """Diffusion2GAN's losses against closed forms; labels D1 ... are those of docs/diffusion2gan.md."""
 
-import dataclasses
 import types
 
 import jax
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import augment, losses
+from cddistill import losses
 from cddistill.diffusion import DDPM, EDM
 from cddistill.methods.diffusion2gan import Diffusion2GAN
 from cddistill.net import Denoiser, Net
+from cddistill.perceptual import ensemble
 from cddistill.step import active
 
 SD, KEY = DDPM(), jax.random.key(0)
@@ -202,8 +202,8 @@ def test_ensembles_draw_one_transform_for_both():
     m = method(augment="bg", l1_weight=0.5)
     keys = jax.random.split(KEY, B)
     found = m.distance(n, x + 1.0, x, None, keys)
-    params = augment.draw(keys, augment.POLICIES["bg"])
-    want = losses.mse(augment.apply(params, x + 1.0), augment.apply(params, x)) + 0.5
+    params = ensemble.sample_transforms(keys, ensemble.POLICIES["bg"])
+    want = losses.mse(ensemble.apply(params, x + 1.0), ensemble.apply(params, x)) + 0.5
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
@@ -222,11 +222,11 @@ def test_the_student_draws_in_one_step():
     n, batch = world()
     m = method(ema_decay=0.0)
     given = {"text": batch["pairs"]["text"]}
-    drawn = m.sample(n, batch["pairs"]["noise"], given, KEY, 1)
+    drawn = m.sample(n, batch["pairs"]["noise"], given, None, 1)
     np.testing.assert_array_equal(drawn, m.generate(n.student, batch["pairs"]["noise"], given["text"]))
     assert m.sampling(SD, 1).timesteps == (999,)
     with pytest.raises(ValueError, match="one step, not 4"):
-        m.sample(n, batch["pairs"]["noise"], given, KEY, 4)
+        m.sample(n, batch["pairs"]["noise"], given, None, 4)
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,10 @@ def test_the_student_draws_in_one_step():
     [
         ({"regression": "dreamsim"}, "not one of latent_lpips"),
         ({"augment": "xyz"}, "not one of none, b, g"),
-        ({"time": 1000}, "not a level in 0"),
-        ({"mix_share": 1.5}, "is a share"),
+        ({"time": 1000}, "not a noise level in 0"),
+        ({"mix_share": 1.5}, "not a share in 0"),
         ({"r1_every": 0}, "at least 1"),
-        ({"gan_weight": 0.0, "regression_weight": 0.0}, "nothing trains the student"),
+        ({"gan_weight": 0.0, "regression_weight": 0.0}, "the student has no loss"),
     ],
 )
 def test_bad_options_are_named(options, sentence):
@@ -246,9 +246,6 @@ def test_bad_options_are_named(options, sentence):
 
 
 def test_pairs_and_partners_are_needed():
-    batch, frozen = tiny.make_batch(), tiny.frozen()
-    m = dataclasses.replace(tiny.VARIANTS["d2g"])
-    with pytest.raises(ValueError, match="--mode=pairs"):
-        m.init(KEY, frozen, {k: v for k, v in batch.items() if k != "pairs"})
+    assert tiny.VARIANTS["d2g"].requires().pairs
     with pytest.raises(ValueError, match="raise batch_size"):
-        m.init(KEY, frozen, tiny.make_batch(size=1))
+        tiny.VARIANTS["d2g"].init(KEY, tiny.frozen(), tiny.make_batch(size=1))

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import config, data, health, models, train
+from cddistill import commands, config, data, health, models, train
 
 
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    train.make_pairs(settings(teacher, ""), folder)
+    commands.make_pairs(settings(teacher, ""), folder)
     return folder
 
 
 def settings(teacher, pairs, method=(), **changes):
     """A student of a class-conditional teacher, on 8 px emoji."""
     c = config.defaults("diffusion2gan")
-    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=2, eval_every=3, eval_images=16)
-    c.update(sample_steps=(1,), teacher_steps=(3,), teacher_guidance=1.5, pairs=24, pairs_shard=16)
+    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=1, eval_every=3, eval_images=16)
+    c.update(keep=6, sample_steps=(1,), teacher_steps=(3,), teacher_guidance=1.5, num_pairs=24, pairs_shard=16)
     options = {"regression": "teacher", "warmup": 2, "r1_every": 2, "ema_decay": 0.9}
     c.method.update(**options | dict(method))
     c.data.update(size=8, pairs=str(pairs))
@@ -41,7 +41,7 @@ def test_a_run_leaves_what_scripts_rely_on(run):
     first, *rest = health.read(run / "metrics.jsonl")
     assert not any(name.startswith("critic/") for name in first)  # the warm-up
     logged = {name for record in rest for name in record}
-    for name in ("critic/gan", "critic/r1", "critic/real_accuracy", "critic/drawn_accuracy", "student/regression",
+    for name in ("critic/gan", "critic/r1", "critic/real_accuracy", "critic/generated_accuracy", "student/regression",
                  "student/gan", "student/l2", "val/diversity"):  # fmt: skip
         assert name in logged
     scores = json.loads((run / "scores.json").read_text())
@@ -51,15 +51,15 @@ def test_a_run_leaves_what_scripts_rely_on(run):
 
 
 def test_going_on_is_as_if_never_stopped(run, teacher, pairs, tmp_path):
-    """Across the end of the warm-up: bit for bit the run of six steps."""
-    train.train(settings(teacher, pairs, steps=1, report=False), tmp_path)
-    train.train(settings(teacher, pairs, report=False), tmp_path)
-    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher, pairs))) for w in (run, tmp_path)), strict=True):
+    """Across the end of the warm-up: bit for bit the run of six steps, from what it had left after one."""
+    again = tiny.until(1, run, tmp_path / "run")
+    train.train(settings(teacher, pairs, report=False), again)
+    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher, pairs))) for w in (run, again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_student_leaves_as_a_folder(run, teacher, pairs, tmp_path, capsys):
-    train.export_run(settings(teacher, pairs), run, str(tmp_path / "out"))
+    commands.export_run(settings(teacher, pairs), run, str(tmp_path / "out"))
     assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999])

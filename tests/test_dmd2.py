@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import models
+from cddistill import build, config, models
 from cddistill.diffusion import DDPM, EDM
 from cddistill.methods import dmd2
 from cddistill.methods.dmd2 import DMD2
 from cddistill.models import discriminator, lora
 from cddistill.net import Denoiser, Net
 from cddistill.optim import OptimConfig, optimizer
-from cddistill.sampling import native
+from cddistill.sampling import level_to_time
 from cddistill.step import active
 
 SD = DDPM()
@@ -111,11 +111,11 @@ def test_guidance_is_the_teachers_alone():
 
 def test_levels_are_the_released_codes():
     """T8, T22: EDM's Karras grid, least noisy first, and Stable Diffusion's alphas."""
-    sigma = np.asarray(native(EDM(), range(1000)))
+    sigma = np.asarray(level_to_time(EDM(), range(1000)))
     want = {0: 0.002, 1: 0.0020502, 20: 0.00323159, 500: 2.5265076, 980: 72.0538712, 998: 79.5637894, 999: 79.9999847}
     np.testing.assert_allclose(sigma[[*want]], [*want.values()], rtol=2e-5)
-    np.testing.assert_array_equal(native(SD, range(1000)), np.arange(1000))
-    bar = SD.alpha_sigma(native(SD, range(1000)))[0] ** 2
+    np.testing.assert_array_equal(level_to_time(SD, range(1000)), np.arange(1000))
+    bar = SD.alpha_sigma(level_to_time(SD, range(1000)))[0] ** 2
     want = {20: 0.98131, 249: 0.67543, 399: 0.42609, 499: 0.27767, 749: 0.056623, 980: 0.0058438, 999: 0.0046601}
     np.testing.assert_allclose(np.asarray(bar)[[*want]], [*want.values()], rtol=1e-4)
 
@@ -124,7 +124,7 @@ def test_levels_are_the_released_codes():
 def test_random_times_fill_their_range(levels):
     """T9: both ends included, evenly."""
     n, batch, key = world(DMD2())
-    t = DMD2().random_times(n, key, {"index": jnp.arange(100_000)}, levels)
+    t = DMD2().random_timesteps(n, key, {"index": jnp.arange(100_000)}, levels)
     assert (int(t.min()), int(t.max())) == levels
     np.testing.assert_allclose(t.mean(), np.mean(levels), atol=4.0)
 
@@ -132,7 +132,7 @@ def test_random_times_fill_their_range(levels):
 @pytest.mark.parametrize(("levels", "golden"), [((0, 999), 39063.293), ((500, 20), 3741.2891)])
 def test_edms_critic_is_weighted(levels, golden):
     """T11, T12: mean of (sigma^-2 + 4) (critic - x)^2 with the two samples at these levels."""
-    t = native(EDM(), levels)
+    t = level_to_time(EDM(), levels)
     loss, _ = dmd2.denoising(says(FAKE, EDM()), X, jnp.zeros_like(X), t, jnp.zeros(2))
     np.testing.assert_allclose(loss, golden, rtol=1e-5)
 
@@ -162,7 +162,7 @@ def test_gan_losses(monkeypatch):
     loss, logs = method.critic_loss(n, batch, key)
     np.testing.assert_allclose(logs["gan"], 1.23142695, rtol=1e-6)
     np.testing.assert_allclose(loss - logs["denoising"], 1.23142695, rtol=1e-5)
-    assert (logs["real_accuracy"], logs["drawn_accuracy"]) == (0.5, 0.5)
+    assert (logs["real_accuracy"], logs["generated_accuracy"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def affine(p, z, t, text):
 
 @pytest.mark.parametrize("step", range(4))
 def test_backward_simulation(step, monkeypatch):
-    """T24: before its gradient the student is called at the first `step` of its times, and what it makes is noised
-    anew; with step 0 its input is the noise itself."""
-    method = DMD2(times=(999, 749, 499, 249), gan_weight=0.0)
+    """T24: the student first takes `step` steps without a gradient, each followed by new noise; with step 0 its input
+    is the noise itself."""
+    method = DMD2(student_timesteps=(999, 749, 499, 249), gan_weight=0.0)
     student = Denoiser({"w": jnp.float32(0.7)}, affine, SD, "x0")
     n, batch, key = world(method)
     monkeypatch.setattr(jax.random, "randint", lambda *a, **k: jnp.int32(step))
@@ -208,16 +208,16 @@ def test_backward_simulation(step, monkeypatch):
     noise = functools.partial(dmd2.normal, index=batch["index"], shape=X.shape[1:])
     z = noise(k_noise)
     for i in range(step):
-        x0 = student(z, method.times[i], None).x0
-        z = student.noise(x0, noise(jax.random.fold_in(k_anew, i)), method.times[i + 1])
-    np.testing.assert_allclose(made(student.params), student(z, method.times[step], None).x0, rtol=1e-5)
+        x0 = student(z, method.student_timesteps[i], None).x0
+        z = student.noise(x0, noise(jax.random.fold_in(k_anew, i)), method.student_timesteps[i + 1])
+    np.testing.assert_allclose(made(student.params), student(z, method.student_timesteps[step], None).x0, rtol=1e-5)
     grad = jax.jacfwd(made)(student.params)["w"]  # through one call only: d(w z + t) / dw = z
     np.testing.assert_allclose(grad, z, rtol=1e-5)
 
 
 def test_every_step_is_trained():
     """The number of steps taken beforehand is one for the batch, and even over steps."""
-    method = DMD2(times=(999, 749, 499, 249), gan_weight=0.0)
+    method = DMD2(student_timesteps=(999, 749, 499, 249), gan_weight=0.0)
     n, batch, _ = world(method)
     n.student = Denoiser({}, lambda p, z, t, text: 0 * z + t.reshape(-1, 1, 1, 1), SD, "x0")
     drawn = np.asarray(
@@ -231,7 +231,7 @@ def test_every_step_is_trained():
 
 def test_without_simulation_inputs_are_noised_data():
     """The ablation: t per sample, data behind that much noise, but noise alone at the first time."""
-    method = DMD2(times=(999, 499), gan_weight=0.0, backward_simulation=False)
+    method = DMD2(student_timesteps=(999, 499), gan_weight=0.0, backward_simulation=False)
     n, batch, key = world(method)
     batch = {"x0": jnp.full((1000, 1, 1, 1), 50.0), "text": jnp.zeros(1000), "index": jnp.arange(1000)}
     n.student = Denoiser({}, lambda p, z, t, text: z + 1000 * t.reshape(-1, 1, 1, 1), SD, "x0")
@@ -244,11 +244,11 @@ def test_without_simulation_inputs_are_noised_data():
 
 def test_one_step_at_an_earlier_time():
     """T25: with t = 399 the input is pure noise all the same, and x = (z - 0.757571 eps^) / 0.652753."""
-    method = DMD2(times=(399,), gan_weight=0.0)
+    method = DMD2(student_timesteps=(399,), gan_weight=0.0)
     n, batch, _ = world(method)
     n.student = says(FAKE, predicts="eps")
     z = tiny.randn(3, *X.shape)
-    got = method.sample(n, z, batch, jax.random.key(0), 1)
+    got = method.sample(n, z, batch, tiny.step_noise(z, 0), 1)
     np.testing.assert_allclose(got, (z - 0.757571 * FAKE) / 0.652753, rtol=1e-5)
 
 
@@ -260,11 +260,11 @@ def test_edms_student_starts_at_eighty():
 
 
 def test_a_four_step_student_also_samples_in_two():
-    method = DMD2(times=(999, 749, 499, 249))
-    assert method.taken(2) == (999, 499)
-    assert method.taken(1) == (999,)
+    method = DMD2(student_timesteps=(999, 749, 499, 249))
+    assert method.sampling_levels(2) == (999, 499)
+    assert method.sampling_levels(1) == (999,)
     with pytest.raises(ValueError, match="cannot be sampled in 3 steps"):
-        method.taken(3)
+        method.sampling_levels(3)
 
 
 @functools.cache
@@ -308,7 +308,7 @@ def test_who_hears_of_the_critics_loss():
 
 def test_the_gan_reaches_the_critics_encoder_alone():
     """T16: features are taken before the decoder."""
-    n = tiny.teacher()
+    n = models.init(tiny.UNET | {"layers_per_block": 1}, zero_out=False)
     batch = tiny.make_batch(size=4)
     grad = jax.jit(jax.grad(lambda n: (n.features(batch["x0"], 500, batch["text"]) ** 2).sum()))(n)
     assert {name.split("_")[0] for name in moved(grad)} == {"conv", "time", "class", "down", "mid"}
@@ -344,12 +344,12 @@ def test_three_roles_share_one_base():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"times": (249, 999)}, "must fall"),
-        ({"times": ()}, "must fall"),
-        ({"times": (1000, 499)}, "at most 999"),
-        ({"dm_range": (980, 20)}, "must rise"),
+        ({"student_timesteps": (249, 999)}, "must decrease"),
+        ({"student_timesteps": ()}, "must decrease"),
+        ({"student_timesteps": (1000, 499)}, "within 999 ... 0"),
+        ({"dm_range": (980, 20)}, "must be a range"),
         ({"ratio": 0}, "at least 1"),
-        ({"dm_weight": 0.0, "gan_weight": 0.0}, "nothing trains the student"),
+        ({"dm_weight": 0.0, "gan_weight": 0.0}, "the student has no loss"),
         ({"gan_features": "vgg"}, "not one of fake, teacher"),
     ],
 )
@@ -358,10 +358,15 @@ def test_bad_options(options, said):
         DMD2(**options)
 
 
-def test_guidance_needs_a_conditional_teacher():
-    teacher = models.init(tiny.UNET | {"num_class_embeds": None}, 0)
+def test_guidance_needs_a_conditional_teacher(tmp_path):
+    net = models.init(tiny.UNET | {"num_class_embeds": None}, 0)
+    models.save(tmp_path, "unet", net.params, net.module.to_config())
+    c = config.defaults("dmd2")
+    c.update(teacher=str(tmp_path), batch_size=8, sample_steps=(1,))
+    c.data.size = 8
+    c.method.real_guidance = 2.0
     with pytest.raises(ValueError, match="needs a teacher with classes or text"):
-        DMD2(real_guidance=2.0).init(jax.random.key(0), {"teacher": teacher}, tiny.make_batch(size=2))
+        build.build(config.resolve(c))
 
 
 def test_a_rank_too_large():

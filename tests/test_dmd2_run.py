@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import config, models, sampling, train
+from cddistill import commands, config, models, sampling, train
 from cddistill.build import build
 from cddistill.method import normal
 from cddistill.models import lora
@@ -18,9 +18,9 @@ from cddistill.models.schedulers import read_sampling
 def settings(teacher, method=(), **changes):
     """A two-step student of a class-conditional teacher, on 8 px emoji."""
     c = config.defaults("dmd2")
-    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=2, eval_every=3, eval_images=16)
+    c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=3, eval_every=3, eval_images=16)
     c.update(sample_steps=(1, 2), teacher_steps=(3,), teacher_guidance=1.5)
-    c.method.update(times=(999, 499), ratio=2, real_guidance=1.5, ema_decay=0.9, **dict(method))
+    c.method.update(student_timesteps=(999, 499), ratio=2, real_guidance=1.5, ema_decay=0.9, **dict(method))
     c.data.update(size=8)
     c.update(changes)
     return c
@@ -52,15 +52,15 @@ def test_a_run_leaves_what_scripts_rely_on(run):
 
 
 def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
-    """Both optimisers, both time scales: bit for bit the run of six steps."""
-    train.train(settings(teacher, steps=3, report=False), tmp_path)
-    train.train(settings(teacher, report=False), tmp_path)
-    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher))) for w in (run, tmp_path)), strict=True):
+    """Both optimisers, both time scales: bit for bit the run of six steps, from what it had left after three."""
+    again = tiny.until(3, run, tmp_path / "run")
+    train.train(settings(teacher, report=False), again)
+    for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher))) for w in (run, again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
-    train.export_run(settings(teacher), run, str(tmp_path / "out"))
+    commands.export_run(settings(teacher), run, str(tmp_path / "out"))
     assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999, 499])
@@ -72,14 +72,14 @@ def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
 
 def test_what_is_exported_samples_alike(run, teacher, tmp_path):
     """As `pretrained` reads it: LCM's boundary condition, which DMD2 does not have, is nothing at these times."""
-    train.export_run(settings(teacher), run, str(tmp_path / "out"))
+    commands.export_run(settings(teacher), run, str(tmp_path / "out"))
     how = read_sampling(tmp_path / "out" / "scheduler" / "scheduler_config.json")
     parts = build(config.resolve(settings(teacher)))
     student, method = tiny.newest(run, settings(teacher)).ema["student"], parts.experiment.method
     batch, noise, key = tiny.make_batch(size=4), tiny.randn(0, 4, 8, 8, 3), jax.random.key(3)
     fresh = lambda i: normal(jax.random.fold_in(key, i), batch["index"], (8, 8, 3))
     n = SimpleNamespace(teacher=parts.frozen["teacher"], student_ema=student)
-    ours = jax.jit(lambda: method.sample(n, noise, batch, key, 2))()
+    ours = jax.jit(lambda: method.sample(n, noise, batch, tiny.step_noise(noise, key), 2))()
     denoise = lambda z, t: student(z, t, batch["text"])
     np.testing.assert_allclose(
         ours, jax.jit(lambda: sampling.sample(how, denoise, student.schedule, noise, 2, fresh))(), atol=1e-4
@@ -96,9 +96,9 @@ def test_steps_that_the_student_does_not_have_are_refused_before_the_first(teach
 
 def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
     method = {"student_lora": "blocks", "fake_lora": "blocks", "lora_rank": 2, "gan_weight": 0.0}
-    c = settings(teacher, method, steps=2, report=False)
+    c = settings(teacher, method, steps=1, report=False)
     train.train(c, tmp_path / "run")
-    train.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
     student = tiny.newest(tmp_path / "run", c).ema["student"]
     assert isinstance(student.apply, lora.Update)
     merged = jax.tree.leaves(student(models.load(teacher).params))
@@ -109,7 +109,7 @@ def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    train.make_pairs(settings(teacher, pairs=20), folder)
+    commands.make_pairs(settings(teacher, num_pairs=20), folder)
     return folder
 
 
@@ -130,13 +130,13 @@ def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
     state = tiny.newest(tmp_path / "warm", warm)
     assert {*state.nets} == {"student"}
-    second = settings(teacher, steps=2, report=False, start_from=str(tmp_path / "warm"))
+    second = settings(teacher, steps=1, report=False, init_from_run=str(tmp_path / "warm"))
     second.optim.lr = 0.0
     train.train(second, tmp_path / "second")
     for part in ("nets", "ema"):
         got = getattr(tiny.newest(tmp_path / "second", second), part)["student"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, state.nets["student"])
-    second.start_from = str(tmp_path / "nowhere")
+    second.init_from_run = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no run"):
         train.train(second, tmp_path / "third")
 
@@ -145,9 +145,9 @@ def test_texts_alone_are_enough_without_a_gan(teacher, tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "texts" / split).mkdir(parents=True)
         np.save(tmp_path / "texts" / split / "class_labels.npy", np.arange(16) % 9)
-    c = settings(teacher, {"gan_weight": 0.0}, steps=2, eval_every=2)
+    c = settings(teacher, {"gan_weight": 0.0}, steps=1, eval_every=1)
     c.data.update(source="arrays", path=str(tmp_path / "texts"))
-    with pytest.raises(ValueError, match=r"texts and data\.x0_shape, as in \(64, 64, 4\)"):
+    with pytest.raises(ValueError, match=r"text and data\.x0_shape, as in \(64, 64, 4\)"):
         train.train(c, tmp_path / "run")
     c.data.x0_shape = (8, 8, 3)
     train.train(c, tmp_path / "run")
@@ -156,5 +156,5 @@ def test_texts_alone_are_enough_without_a_gan(teacher, tmp_path):
     assert metrics
     assert all(name.endswith(" to the teacher") for name in metrics)
     c.method.gan_weight = 0.1
-    with pytest.raises(ValueError, match=r"needs real images, and the data are texts alone.*gan_weight=0"):
+    with pytest.raises(ValueError, match=r"needs real images, and the data are prompts only.*gan_weight=0"):
         train.train(c, tmp_path / "gan")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from cddistill.diffusion import DDPM, like
 from cddistill.methods.dmd2 import DMD2
@@ -17,11 +18,6 @@ from cddistill.step import active, init_state, train_step
 T = 8  # noise levels; a schedule of few is matched level by level, and small networks learn each of them sooner
 SCHEDULE = DDPM(T, "squaredcos_cap_v2", zero_snr=True)
 MEAN, STD = 1.5, 0.5
-# conftest.py saves the compilers' time, for which other tests wait; these wait for programs.
-fast = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False},
-)
 
 
 def train(method, frozen, nets, real, steps, rates, seed=0, size=256, dim=1):
@@ -44,7 +40,7 @@ def train(method, frozen, nets, real, steps, rates, seed=0, size=256, dim=1):
         return state, metrics["critic/sample_mean"]
 
     start = init_state(nets, turns, optimizers, method.ema())
-    state, means = fast(lambda s: jax.lax.scan(group, s, None, steps // method.ratio))(start)
+    state, means = tiny.fast(lambda s: jax.lax.scan(group, s, None, steps // method.ratio))(start)
     return types.SimpleNamespace(**frozen, **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()}), means
 
 
@@ -57,7 +53,9 @@ def falling(method, steps, student, critic):
 def drawn(method, n, size=20_000, dim=1):
     noise, zeros = jax.random.normal(jax.random.key(7), (size, dim)), jnp.zeros(size, jnp.int32)
     batch = {"text": zeros, "null": zeros, "index": jnp.arange(size)}
-    return np.asarray(jax.jit(lambda z: method.sample(n, z, batch, jax.random.key(8), len(method.times)))(noise))
+    return np.asarray(
+        jax.jit(lambda z: method.sample(n, z, batch, tiny.step_noise(z, 8), len(method.student_timesteps)))(noise)
+    )
 
 
 # ---- a Gaussian
@@ -93,7 +91,7 @@ def in_the_gaussian_world(steps=8000, seed=0, student=2e-2, critic=5e-3, **optio
     """
     method = DMD2(gan_weight=0.0, **options)
     shared = Denoiser({"mean": jnp.zeros(()), "std": jnp.ones(())}, steady, SCHEDULE, "x0")
-    nets = {"student": shared if len(method.times) > 1 else gaussian(0.0, 1.0), "fake": gaussian(0.0, 1.0)}
+    nets = {"student": shared if len(method.student_timesteps) > 1 else gaussian(0.0, 1.0), "fake": gaussian(0.0, 1.0)}
     normal = lambda key, shape: MEAN + STD * jax.random.normal(key, shape)
     rates = falling(method, steps, student, critic)
     n, _ = train(method, {"teacher": gaussian(MEAN, STD)}, nets, normal, steps, rates, seed)
@@ -101,7 +99,13 @@ def in_the_gaussian_world(steps=8000, seed=0, student=2e-2, critic=5e-3, **optio
     return x.mean(), x.std()
 
 
-@pytest.mark.parametrize("options", [{}, {"weighting": "dmd1"}, {"weighting": "none"}, {"times": (999, 499)}])
+OTHER_WEIGHTS = [{"weighting": "dmd1"}, {"weighting": "none"}]  # they scale the same direction
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"student_timesteps": (999, 499)}, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_WEIGHTS)],
+)
 def test_the_student_becomes_the_teachers_gaussian(options):
     mean, std = in_the_gaussian_world(**options)
     assert mean == pytest.approx(MEAN, abs=0.05)
@@ -181,7 +185,7 @@ def pretrained(seed=0, steps=2000):
         updates, state = opt.update(grads, state)
         return (optax.apply_updates(net, updates), state), None
 
-    return fast(lambda c: jax.lax.scan(step, c, jnp.arange(steps)))((net, opt.init(net)))[0][0]
+    return tiny.fast(lambda c: jax.lax.scan(step, c, jnp.arange(steps)))((net, opt.init(net)))[0][0]
 
 
 def in_the_plane(steps=7500, seed=0, ratio=3, student=1e-2, critic=1e-2, size=512, **options):

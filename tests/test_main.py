@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def cddistill(*flags, cwd):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "cddistill.main", *flags], env=env, cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "cddistill.main", *flags], env=env, cwd=cwd, capture_output=True, text=True
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import config, models, sampling, train
+from cddistill import commands, config, models, sampling, train
 from cddistill.methods.pretrained import Pretrained, guidance_embedding
 
 
@@ -24,7 +24,9 @@ def folder(tmp_path, **scheduler):
 def draw(method, net, steps, key=0):
     batch = tiny.make_batch()
     n = SimpleNamespace(teacher=net)
-    return jax.jit(lambda noise: method.sample(n, noise, batch, jax.random.key(key), steps))(tiny.randn(0, 16, 8, 8, 3))
+    return jax.jit(lambda noise: method.sample(n, noise, batch, tiny.step_noise(noise, key), steps))(
+        tiny.randn(0, 16, 8, 8, 3)
+    )
 
 
 def test_the_scheduler_in_the_folder_decides(tmp_path):
@@ -64,7 +66,7 @@ def test_it_is_evaluated_without_training(tmp_path):
     settings.update(teacher=path, batch_size=8, sample_steps=(2,), eval_images=8)
     settings.method.scheduler = path
     settings.data.size = 8
-    train.evaluate_run(settings, tmp_path / "run")
+    commands.evaluate_run(settings, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "scores.json").read_text())["student, 2 steps"]["nfe"] == 2
     assert (tmp_path / "run" / "report.html").is_file()
     with pytest.raises(ValueError, match="trains nothing"):

@@ -11,6 +11,7 @@ from golden import make_clip as golden
 from test_clip import RECORDED, recorded_net
 
 from cddistill import models
+from cddistill.models.families import FAMILIES
 from cddistill.models.prompt import Prompts, load_prompts, time_ids
 
 
@@ -37,7 +38,8 @@ def recorded_prompts(name: str, zero_null: bool = False) -> Prompts:
     """The prompts of a recorded pipeline; its tokenizers know only those that were recorded."""
     encoders = golden.PIPELINES[name]
     tokenizers = tuple(Lookup(RECORDED[f"{name}/ids{suffix}"]) for suffix in ("", "_2")[: len(encoders)])
-    return Prompts(tokenizers, tuple(map(recorded_net, encoders)), zero_null)
+    family = FAMILIES["sd" if len(encoders) == 1 else "sdxl"]
+    return Prompts(tokenizers, tuple(map(recorded_net, encoders)), zero_null, family)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])

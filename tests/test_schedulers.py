@@ -189,13 +189,13 @@ def test_a_missing_file_means_stable_diffusion_and_our_defaults(tmp_path):
 
 def test_pndm_is_replaced_aloud(write, caplog):
     assert schedulers.read_sampling(write(golden.SD15)).sampler == "ddim"
-    assert "PNDM is not supported, sampling by DDIM on its times" in caplog.text
+    assert "PNDM is not supported, sampling with DDIM at its timesteps" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"_class_name": "UniPCMultistepScheduler"}, "_class_name 'UniPCMultistepScheduler' cannot sample here, only"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "_class_name 'UniPCMultistepScheduler' is not supported, only"),
         (golden.EULER | {"use_karras_sigmas": True}, "use_karras_sigmas = True is not supported, only False"),
         (golden.HEUN | {"use_exponential_sigmas": True}, "use_exponential_sigmas = True is not supported"),
         (golden.HEUN | golden.ZERO_SNR, "rescale_betas_zero_snr = True is not supported"),
@@ -215,10 +215,10 @@ def test_pndm_is_replaced_aloud(write, caplog):
         (golden.DDIM | {"timestep_spacing": "even"}, "timestep_spacing = 'even' is not supported, only leading, lin"),
         (
             golden.DDIM | {"_timesteps": [30, 999]},
-            r"timesteps \[30, 999\] are not whole numbers falling from at most 99",
+            r"timesteps \[30, 999\] are not strictly decreasing integers in \[0, 99\d",
         ),
-        (golden.DDIM | {"_timesteps": [1000]}, "timesteps .* falling"),
-        (golden.DDIM | {"_timesteps": [9.5]}, "timesteps .* are not whole numbers"),
+        (golden.DDIM | {"_timesteps": [1000]}, "timesteps .* decreasing"),
+        (golden.DDIM | {"_timesteps": [9.5]}, "timesteps .* are not strictly decreasing integers"),
     ],
 )
 def test_unsupported_sampling_is_named(write, config, sentence):
@@ -236,7 +236,7 @@ def test_unsupported_sampling_is_named(write, config, sentence):
             "trained_betas = .* is not supported, only a list of 1000 numbers",
         ),
         (golden.DDIM | {"trained_betas": "betas.npy"}, "trained_betas = betas.npy is not supported"),
-        (golden.DDIM | golden.ZERO_SNR, "with rescale_betas_zero_snr .* epsilon cannot tell x0 from it"),
+        (golden.DDIM | golden.ZERO_SNR, "with rescale_betas_zero_snr .* epsilon cannot recover x0"),
     ],
 )
 def test_unsupported_schedules_are_named(write, config, sentence):
@@ -248,19 +248,19 @@ def test_writing_what_no_folder_can_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="diffusers folders hold DDPM schedules, not EDM"):
         schedulers.write_scheduler(tmp_path, diffusion.EDM(), "x0")
     for times in ([], [1000, 3], [5, 5], [3, 7], [1.5]):
-        with pytest.raises(ValueError, match=r"timesteps .* are not whole numbers falling from at most 999 to 0"):
+        with pytest.raises(ValueError, match=r"timesteps .* are not strictly decreasing integers in \[0, 999\]"):
             schedulers.write_scheduler(tmp_path, DDPM(), "eps", timesteps=times)
 
 
 @pytest.mark.parametrize(
     ("how", "n", "sentence"),
     [
-        (Sampling(), None, "no times of its own: say how many steps"),
-        (Sampling(), 0, "0 steps do not fit this scheduler: 1 to 1000 do"),
-        (Sampling(), 1001, "1001 steps do not fit"),
-        (Sampling(sampler="lcm", spacing="lcm"), 51, "51 steps do not fit this scheduler: 1 to 50 do"),
-        (Sampling(spacing="leading", skip_last=True), 1000, "1 to 999 do"),
-        (Sampling(spacing="leading", steps_offset=1), 1000, r"times 1 to 1000 lie outside \[0, 999\]"),
+        (Sampling(), None, "no timesteps of its own: pass the number of steps"),
+        (Sampling(), 0, "this scheduler cannot sample in 0 steps, only in 1 to 1000"),
+        (Sampling(), 1001, "cannot sample in 1001 steps"),
+        (Sampling(sampler="lcm", spacing="lcm"), 51, "this scheduler cannot sample in 51 steps, only in 1 to 50"),
+        (Sampling(spacing="leading", skip_last=True), 1000, "only in 1 to 999"),
+        (Sampling(spacing="leading", steps_offset=1), 1000, r"timesteps 1 to 1000 lie outside \[0, 999\]"),
     ],
 )
 def test_impossible_numbers_of_steps_are_refused(how, n, sentence):
@@ -270,9 +270,9 @@ def test_impossible_numbers_of_steps_are_refused(how, n, sentence):
 
 def test_samplers_that_add_noise_ask_for_it():
     net = Denoiser({}, lambda p, z, t: z, DDPM(), "v")
-    with pytest.raises(ValueError, match="lcm adds noise between its steps: pass fresh"):
+    with pytest.raises(ValueError, match="lcm adds noise between its steps: pass step_noise"):
         sampling.sample(Sampling(sampler="lcm", spacing="lcm"), net, DDPM(), NOISE, 2)
-    with pytest.raises(ValueError, match="DDIM with eta = 0.5 adds noise at every step: pass fresh"):
+    with pytest.raises(ValueError, match="DDIM with eta = 0.5 adds noise at every step: pass step_noise"):
         sampling.sample(Sampling(eta=0.5), net, DDPM(), NOISE, 2)
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill.data import DataConfig, degrade, examples
+from cddistill.data import configure, degrade, examples
 from cddistill.data.resample import matrix, resample
-from cddistill.data.tasks import downsample, sr, upsample
+from cddistill.data.tasks.sr import downsample, sr, upsample
 
 
 @pytest.fixture
 def image():
-    return (examples(DataConfig(), "test", 1)["x0"][0] + 1) / 2
+    return (examples(configure(), "test", 1)["x0"][0] + 1) / 2
 
 
 # --- resampling
@@ -74,7 +74,7 @@ def test_upsampling_is_undone_by_downsampling(image):
 
 @pytest.mark.parametrize("degradation", ["bicubic", "realesrgan"])
 def test_sides_that_do_not_divide(degradation):
-    with pytest.raises(ValueError, match="30x32 px cannot be made smaller by 4: its sides must be divisible by it"):
+    with pytest.raises(ValueError, match="30x32 px cannot be downsampled by 4: its sides must be divisible by it"):
         sr(np.zeros((30, 32, 3), np.float32), np.random.default_rng(0), 4, degradation)
 
 

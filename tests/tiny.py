@@ -1,6 +1,7 @@
 """A UNet of a few thousand weights, batches for it, and every method as the contract tests run it."""
 
 import functools
+import shutil
 import types
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cddistill import build, checkpoint, config, models, sharding
+from cddistill import build, checkpoint, config, method, models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.models.schedulers import write_scheduler
@@ -16,7 +17,7 @@ from cddistill.net import Autoencoder, Net
 from cddistill.step import active, init_state, train_step
 
 UNET = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 1,
+    "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 0,  # one resnet, up
     "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
     "mid_block_type": "UNetMidBlock2D", "num_class_embeds": 4, "norm_num_groups": 4,
 }  # fmt: skip
@@ -26,9 +27,14 @@ VARIANTS = {
     "codi": METHODS["codi"](ema_decay=0.9),
     "codi_pe": METHODS["codi"](ema_decay=0.9, freeze_backbone=True),
     "codi_concat": METHODS["codi"](ema_decay=0.9, adapter="concat"),
-    "dmd2": METHODS["dmd2"](times=(999, 499), ratio=1, real_guidance=2.0, gan_weight=0.1, ema_decay=0.9),
+    "dmd2": METHODS["dmd2"](student_timesteps=(999, 499), ratio=1, real_guidance=2.0, gan_weight=0.1, ema_decay=0.9),
     "dmd2_lora": METHODS["dmd2"](
-        times=(999, 499), ratio=1, student_lora="blocks", fake_lora="blocks", lora_rank=2, gan_features="teacher"
+        student_timesteps=(999, 499),
+        ratio=1,
+        student_lora="blocks",
+        fake_lora="blocks",
+        lora_rank=2,
+        gan_features="teacher",
     ),
     "d2g": METHODS["diffusion2gan"](
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
@@ -45,6 +51,12 @@ VARIANTS = {
     ),
 }
 
+# conftest.py saves the compilers' time, for which most tests wait; worlds under lax.scan wait for programs.
+fast = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False},
+)
+
 
 @functools.cache
 def teacher(predicts="v", zero_out=False, seed=0):
@@ -53,7 +65,7 @@ def teacher(predicts="v", zero_out=False, seed=0):
 
 def save_teacher(folder, seed=0):
     """Write a teacher with random weights, for the labels of emoji, as a diffusers folder; returns (folder, net)."""
-    net = models.init(UNET | {"num_class_embeds": 10}, seed, teacher().schedule, "v", False)
+    net = models.init(UNET | {"num_class_embeds": 10, "sample_size": 8}, seed, teacher().schedule, "v", False)
     models.save(folder, "unet", net.params, net.module.to_config(), dtype=np.float32)
     write_scheduler(folder, net.schedule, net.predicts)
     return folder, net
@@ -105,7 +117,7 @@ def start(name):
     return jitter(jax.tree.map(np.asarray, jax.jit(init)(frozen(), make_batch())))
 
 
-@functools.cache
+@functools.lru_cache(20)  # a compiled step has tens of megabytes
 def driver(name, parallel="jit", devices=8, fsdp=1, accumulate=1):
     """A compiled driver, shared by all tests of one layout; weights are sharded from 64 elements on."""
     method, turns, optimizers = parts(name)
@@ -137,10 +149,26 @@ def namespace(name, state=None):
     return types.SimpleNamespace(step=0, **frozen(), **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
 
 
+def until(step, workdir, copy):
+    """A copy of a run's folder as if the run had been killed after this step, of which it keeps a checkpoint."""
+    shutil.copytree(workdir, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    assert (copy / "checkpoints" / str(step)).is_dir()
+    return copy
+
+
 def newest(workdir, experiment_settings):
     """The weights of a run's newest checkpoint."""
     parts = build.build(config.resolve(experiment_settings))
     return checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(parts.abstract)
+
+
+def step_noise(noise, seed):
+    """Noise between steps as the package draws it, for `noise` [b, ...] and a seed or key."""
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    return method.step_noise(key, jnp.arange(len(noise)), noise.shape[1:])
 
 
 def randn(seed, *shape):

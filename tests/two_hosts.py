@@ -1,17 +1,14 @@
-"""One of two processes that train together: `python two_hosts.py METHOD`; prints losses and a sum of weights."""
+"""One of two processes of four devices that train together: `python two_hosts.py METHOD`, with what test_sharding.py
+has in the environment; prints losses and a sum of weights."""
 
-import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+import numpy as np
+import tiny
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tiny  # noqa: E402
-
-from cddistill import sharding  # noqa: E402
-from cddistill.step import active  # noqa: E402
+from cddistill import sharding
+from cddistill.step import active
 
 sharding.initialize()
 assert (jax.process_count(), jax.device_count()) == (2, 8)

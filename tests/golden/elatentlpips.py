@@ -10,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cddistill import augment
-from cddistill.models import latent_lpips
+from cddistill.perceptual import ensemble, latent_lpips
 
 RECORDED = json.loads(Path(__file__).with_suffix(".json").read_text())
 AUGMENTED = [name.removeprefix("aug_") for name in RECORDED if name.startswith("aug_")]
 
 
+def shapes(family):
+    """The published weights by name, as PyTorch lays them out."""
+    return latent_lpips.torch_shapes(latent_lpips.FAMILIES[family], [stage[-1] for stage in latent_lpips.VGG])
+
+
 def state_dict(family):
     """All 101 weights by their published names."""
     state = {}
-    for name, shape in latent_lpips.shapes(family).items():
+    for name, shape in shapes(family).items():
         r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
         kind = name.split(".")[-1]
         if len(shape) == 4:
@@ -56,15 +60,15 @@ def draws(policy):
 
     if "b" in policy:
         flip, turns = used(np.floor(2 * unit(2))), used(np.floor(4 * unit(2)))
-        parts["blit"] = augment.Blit(flip, turns, used(np.float32(0.125) * around(2, 2), 2, 1))
+        parts["blit"] = ensemble.Blit(flip, turns, used(np.float32(0.125) * around(2, 2), 2, 1))
     if "g" in policy:
         scale, turn = used(octaves()), used(np.float32(np.pi) * around(2))
         stretch, tilt = used(octaves()), used(np.float32(np.pi) * around(2))
         offset = used(np.float32(0.125) * rng.standard_normal((2, 2)).astype(np.float32), 2, 1)
-        parts["geometric"] = augment.Geometric(scale, turn, stretch, tilt, offset)
+        parts["geometric"] = ensemble.Geometric(scale, turn, stretch, tilt, offset)
     if "c" in policy:
-        parts["colour"] = augment.Colour(unit(2) - np.float32(0.5), unit(2) + np.float32(0.5), 2 * unit(2))
+        parts["colour"] = ensemble.Colour(unit(2) - np.float32(0.5), unit(2) + np.float32(0.5), 2 * unit(2))
     if "o" in policy:
         unit(2)  # decides before the draw
-        parts["cutout"] = augment.Cutout(unit(2, 2), np.full(2, 0.5, np.float32))
+        parts["cutout"] = ensemble.Cutout(unit(2, 2), np.full(2, 0.5, np.float32))
     return parts

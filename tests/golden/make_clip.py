@@ -51,7 +51,7 @@ SIZES = {"original_size": (768, 512), "crop": (0, 64), "target_size": (1024, 960
 
 
 def token_ids(config: dict) -> np.ndarray:
-    """Three texts: one padded, one full, one with ids behind (and, where there are any, above) the end token."""
+    """Three texts: one padded, one full, one with ids after (and, if the vocabulary has any, above) the end token."""
     ids = np.random.default_rng(0).integers(0, len(VOCAB) - 2, (3, LENGTH))
     end = len(VOCAB) - 1
     ids[0, 5:], ids[1, -1], ids[2, 3], ids[2, 7] = end, end, end, config["vocab_size"] - 1
@@ -59,7 +59,7 @@ def token_ids(config: dict) -> np.ndarray:
 
 
 def cotangents(config: dict) -> dict:
-    """What multiplies each output in the scalar whose gradient is recorded."""
+    """Random weights of the outputs in the scalar sum whose gradient is recorded."""
     rng, d = np.random.default_rng(1), config["hidden_size"]
     pooled = config["projection_dim"] if "Projection" in config["architectures"][0] else d
     shapes = {"last_hidden_state": (3, LENGTH, d), "penultimate": (3, LENGTH, d), "pooled": (3, pooled)}
@@ -67,7 +67,7 @@ def cotangents(config: dict) -> dict:
 
 
 def write_tokenizer(folder, pad: str) -> None:
-    """A CLIP tokenizer's folder in the form of the published ones."""
+    """Write a CLIP tokenizer folder with the layout of the published ones."""
     path = Path(folder)
     path.mkdir(parents=True)
     path.joinpath("vocab.json").write_text(json.dumps({token: i for i, token in enumerate(VOCAB)}))
@@ -79,7 +79,7 @@ def write_tokenizer(folder, pad: str) -> None:
 
 
 def network(name: str):
-    """(transformers' model, its parameters by their published names)."""
+    """(transformers' model, its parameters by published name)."""
     import torch
     import transformers
 
@@ -94,7 +94,7 @@ def network(name: str):
 
 
 def record_encoder(name: str) -> dict:
-    """Outputs, and the gradient of their product with fixed numbers."""
+    """Outputs, and the gradient of their sum weighted by `cotangents`."""
     import torch
 
     net, params = network(name)
@@ -108,7 +108,7 @@ def record_encoder(name: str) -> dict:
 
 
 def record_pipeline(name: str) -> dict:
-    """Token ids and encode_prompt of diffusers, null text included."""
+    """Token ids and the output of diffusers' encode_prompt, including the null text."""
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
@@ -144,7 +144,7 @@ def record_pipeline(name: str) -> dict:
 
 
 def main():
-    """Run transformers and diffusers and write clip.npz beside this file."""
+    """Run transformers and diffusers and write clip.npz next to this file."""
     out = {}
     for name in ENCODERS:
         out |= record_encoder(name)

@@ -1,9 +1,9 @@
 """Reference outputs for tests/test_edm.py: python tests/golden/make_edm.py
 
-Recorded with torch 2.13.0 (CPU). A second implementation of Karras et al. 2022's networks, as plain as it can be: one
-function per family, NCHW, straight through, every weight asked for by name and shape where it is used, so that the
-recorded names and shapes are its own. Where diffusers 0.42.1 can express the same network, `main` checks that its
-UNet2DModel agrees. Weights and inputs come from numpy seeds, here and in the tests, so edm.npz holds only results.
+Recorded with torch 2.13.0 (CPU). An independent, minimal implementation of Karras et al. 2022's networks: one function
+per family, NCHW. Every weight is requested by name and shape where it is used, so the recorded names and shapes do not
+depend on cddistill. Where diffusers 0.42.1 can express the same network, `main` checks that its UNet2DModel agrees.
+Weights and inputs come from numpy seeds, here and in the tests, so edm.npz holds only results.
 """
 
 import json
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def weight(name: str, shape) -> np.ndarray:
-    """A random weight of the size of a trained one, by its PyTorch name."""
+    """A random weight with the magnitude of a trained one, seeded by its PyTorch name."""
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("freqs"):
         x = 4.0 * x
@@ -42,7 +42,7 @@ def weight(name: str, shape) -> np.ndarray:
 
 
 def inputs(config: dict) -> dict:
-    """A batch of two in NCHW, and the weights of the scalar whose gradient is recorded."""
+    """A batch of two in NCHW, and `of`, the weights of the outputs in the scalar sum whose gradient is recorded."""
     rng = np.random.default_rng(0)
     size, sigma = (2, 3, config["img_resolution"], config["img_resolution"]), np.array([0.03, 4.0], np.float32)
     x = rng.uniform(-1, 1, size) + sigma[:, None, None, None] * rng.standard_normal(size)
@@ -55,7 +55,7 @@ def inputs(config: dict) -> dict:
 
 
 class Weights(dict):
-    """Weights by name, drawn when first asked for."""
+    """Weights by name, generated at first use."""
 
     def __call__(self, name, *shape):
         import torch
@@ -83,7 +83,7 @@ class Weights(dict):
 
 
 def fir(x, taps, before: int, after: int):
-    """x padded with zeros and filtered, not yet resampled."""
+    """Zero-pad and filter x, without resampling."""
     import torch
 
     f = torch.tensor(taps, dtype=torch.float32)
@@ -93,12 +93,12 @@ def fir(x, taps, before: int, after: int):
 
 
 def halve(x, taps):
-    """Filter, then every second pixel (Song et al. 2021 after Zhang 2019)."""
+    """Downsample by 2: filter, then take every second pixel (Song et al. 2021 after Zhang 2019)."""
     return fir(x, taps, len(taps) // 2 - 1, len(taps) // 2)[:, :, ::2, ::2]
 
 
 def double(x, taps):
-    """Zeros between the pixels, then the filter at four times the gain."""
+    """Upsample by 2: insert zeros between pixels, then filter with four times the gain."""
     b, c, h, w = x.shape
     y = x.new_zeros(b, c, 2 * h, 2 * w)
     y[:, :, ::2, ::2] = x
@@ -106,7 +106,7 @@ def double(x, taps):
 
 
 def attend(w, name, x, heads, eps):
-    """What self-attention adds to x: softmax(q k / sqrt(d)) v per head."""
+    """The residual of self-attention: softmax(q k / sqrt(d)) v per head."""
     import torch
 
     b, c, h, _ = x.shape
@@ -117,7 +117,7 @@ def attend(w, name, x, heads, eps):
 
 
 def adm(config, w, x, c_noise, class_labels=None, augment_labels=None):
-    """F of ADM with the changes of Karras et al. 2022, appendix F."""
+    """Raw network output F of ADM with the changes of Karras et al. 2022, appendix F."""
     import torch
     from torch.nn.functional import silu
 
@@ -222,7 +222,7 @@ def song(config, w, x, c_noise, class_labels=None, augment_labels=None):
 
 
 def denoise(config, w, x, sigma, **labels):
-    """D(x; sigma) by table 1, and the encoder's last feature."""
+    """The denoiser D(x; sigma) of table 1, and the encoder's last feature."""
     import torch
 
     s, d = sigma[:, None, None, None], config.get("sigma_data", 0.5)
@@ -264,7 +264,7 @@ def diffusers_network(config):
 
 
 def diffusers_names(config) -> dict:
-    """{our layer: diffusers'} for two levels of one block."""
+    """{our layer name: diffusers' name} for two levels of one block each."""
     shared = config["_class_name"] == "SongUNet"
     down, up = ("resnet_down", "resnet_up") if shared else ("downsamplers.0", "upsamplers.0")
     blocks = {
@@ -295,7 +295,7 @@ def diffusers_names(config) -> dict:
 
 
 def check_with_diffusers(config):
-    """F here and in diffusers from the same weights; raises if they differ."""
+    """Compare F with diffusers' for the same weights; raises if they differ."""
     import torch
 
     w, x = Weights(), {k: torch.from_numpy(v) for k, v in inputs(config).items() if k not in ("of", "sigma")}
@@ -324,7 +324,7 @@ def check_with_diffusers(config):
 
 
 def main():
-    """Write edm.npz beside this file."""
+    """Write edm.npz next to this file."""
     import torch
 
     for config in SHARED.values():

@@ -1,6 +1,6 @@
-"""A state dict as PyTorch writes it, in its two formats: python tests/golden/make_files.py
+"""A state dict in both of PyTorch's file formats: python tests/golden/make_files.py
 
-Recorded with torch 2.13.0. state_dict.npz has the numbers (as float32) and dtypes, for reading without torch.
+Recorded with torch 2.13.0. state_dict.npz has the values (as float32) and dtypes, so that tests need no torch.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def state_dict():
-    """Every dtype, and every way in which a tensor can lie in a storage."""
+    """Every dtype, and every layout of a tensor in its storage."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ def state_dict():
 
 
 def main():
-    """Write the three files beside this one."""
+    """Write the three files next to this one."""
     import torch
 
     folder, state = Path(__file__).parent, state_dict()

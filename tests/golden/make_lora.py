@@ -43,13 +43,13 @@ LDM = {  # for the tiny SDXL, written down by hand from the original UNet: a blo
 
 
 def factor(name: str, shape) -> np.ndarray:
-    """Half of a LoRA's layer, of about the size of the weights: its effect is plain to see."""
+    """The down or up matrix of a LoRA layer, about as large as the weights, so that its effect is large."""
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     return (x / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
 
 
 def layers(shapes: dict, pattern: str = ".*") -> dict:
-    """{name: kernel shape} of the linear layers and convolutions among {PyTorch name: shape} whose names match."""
+    """{layer name: kernel shape} of the matching linear layers and convolutions in {PyTorch name: shape}."""
     kernels = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) > 1}
     return {k: s for k, s in kernels.items() if re.fullmatch(pattern, k) and "embeddings" not in k}
 
@@ -61,18 +61,18 @@ def halves(name: str, shape, rank: int = RANK):
 
 
 def styled(shapes: dict, pattern: str, key_of) -> dict:
-    """The tensors of a file: key_of(layer, 0) is the key of its down, key_of(layer, 1) that of its up."""
+    """The tensors of a file: key_of(layer, 0) is the key of the down matrix, key_of(layer, 1) that of the up matrix."""
     return {key_of(k, i): x for k, s in layers(shapes, pattern).items() for i, x in enumerate(halves(k, s))}
 
 
 def processor(name: str, i: int) -> str:
-    """The names of diffusers before 0.17."""
+    """Key names of diffusers before 0.17."""
     module, layer = re.fullmatch(r"(.*)\.(to_q|to_k|to_v|to_out)(?:\.0)?", name).groups()
     return f"unet.{module}.processor.{layer}_lora.{('down', 'up')[i]}.weight"
 
 
 def kohya(shapes: dict, prefix: str, names: dict, alpha: float) -> dict:
-    """kohya's names, one alpha for ranks that differ (convolutions have 2); diffusers mistakes alphas that differ."""
+    """kohya's key names; ranks differ (2 for convolutions) but alpha does not: diffusers misreads differing alphas."""
     tensors = {}
     for layer, name in names.items():
         down, up = halves(layer, layers(shapes)[layer], 2 if len(layers(shapes)[layer]) == 4 else RANK)
@@ -105,7 +105,7 @@ def lora_files(unet: dict, xl: dict, text: dict) -> dict:
 
 
 def main():
-    """Run diffusers and write lora.npz beside this file."""
+    """Run diffusers and write lora.npz next to this file."""
     import safetensors.torch
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel

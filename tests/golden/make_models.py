@@ -83,12 +83,12 @@ CONTROLNETS = {
 
 
 def controlnet_config(name):
-    """The ControlNet's config that goes with a UNet's."""
+    """The config of the ControlNet for a UNet config."""
     return {k: v for k, v in UNETS[name].items() if k not in UNET_KEYS} | CONTROLNETS[name]
 
 
 def weights(shapes: dict) -> dict:
-    """Random weights for {PyTorch name: shape}: of the size of trained ones, zero-initialised layers included."""
+    """Random weights for {PyTorch name: shape}, as large as trained ones, including zero-initialised layers."""
     out = {}
     for name, shape in shapes.items():
         x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
@@ -98,7 +98,7 @@ def weights(shapes: dict) -> dict:
 
 
 def inputs(config: dict, cond_size: int = 1, seed: int = 0) -> dict:
-    """Batch of two: z_t and cond in NCHW, and whatever the config asks for, by diffusers' names."""
+    """A batch of two: z_t and cond in NCHW, and the other inputs of the config, by diffusers' names."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     size = config.get("sample_size", 8)
@@ -121,7 +121,7 @@ def inputs(config: dict, cond_size: int = 1, seed: int = 0) -> dict:
 
 
 def main():
-    """Run diffusers and write models.npz beside this file."""
+    """Run diffusers and write models.npz next to this file."""
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 

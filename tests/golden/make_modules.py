@@ -82,7 +82,7 @@ UNET_BLOCK = {  # diffusers' names of the layers of UNetBlock
 
 
 def normal(name: str, shape):
-    """Unit Gaussian numbers of a name; a tuple of them for a tuple of shapes."""
+    """Unit Gaussian numbers seeded by a name; a tuple of arrays for a tuple of shapes."""
     if isinstance(shape[0], tuple):
         return tuple(normal(f"{name}{i}", s) for i, s in enumerate(shape))
     return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
@@ -94,12 +94,12 @@ def inputs(name: str) -> tuple:
 
 
 def cotangents(name: str, shapes) -> tuple:
-    """What multiplies each output (NCHW) in the scalar whose gradient is recorded."""
+    """Random weights of the outputs (NCHW) in the scalar sum whose gradient is recorded."""
     return normal(f"{name} out", tuple(map(tuple, shapes)))
 
 
 def build(name: str):
-    """The module, with weights of make_models.py."""
+    """The module with the weights of make_models.py."""
     import torch
     from transformers import CLIPTextConfig
 
@@ -115,7 +115,7 @@ def build(name: str):
 
 
 def leaves(tree) -> list:
-    """Tensors in order."""
+    """The tensors of nested tuples and lists, in order."""
     return [x for part in tree for x in leaves(part)] if isinstance(tree, tuple | list) else [tree]
 
 
@@ -134,7 +134,7 @@ def call(net, name, x):
 
 
 def main():
-    """Run every module and write modules.npz beside this file."""
+    """Run every module and write modules.npz next to this file."""
     import torch
 
     tensors = lambda x: tuple(map(tensors, x)) if isinstance(x, tuple) else torch.from_numpy(x).requires_grad_()

@@ -1,4 +1,4 @@
-"""What PyTorch diffusers' schedulers compute from their configs: python tests/golden/make_schedulers.py
+"""Reference outputs of PyTorch diffusers' schedulers: python tests/golden/make_schedulers.py
 
 Recorded with torch 2.13.0 (CPU), diffusers 0.42.1. The network is `network`, noise comes from a numpy seed, here and in
 the tests, so schedulers.npz holds only tables and trajectories. Neither torch nor diffusers is needed to run the tests.
@@ -70,19 +70,19 @@ ETA = 0.6  # of "ddim eta"
 
 
 def kinds(config: dict) -> tuple[str, ...]:
-    """The prediction types that a config is recorded for."""
+    """The prediction types recorded for a config."""
     if config.get("rescale_betas_zero_snr"):
         return ("v_prediction", "sample")
     return ("epsilon", "v_prediction")
 
 
 def network(z, cos_t):
-    """A network's output in any framework; cos_t is cos(t / 1000)."""
+    """The output of a toy network, in any framework; cos_t is cos(t / 1000)."""
     return 0.3 * z * cos_t + 0.1
 
 
 def run(scheduler, **options):
-    """Rows (t, z...) for every evaluation, z as the network sees it, and at last (-1, x0...)."""
+    """Rows (t, z...) for every network call, with z as the network receives it; the last row is (-1, x0...)."""
     import torch
 
     z, rows = torch.from_numpy(NOISE) * scheduler.init_noise_sigma, []
@@ -97,7 +97,7 @@ def run(scheduler, **options):
 
 
 def main():
-    """Run diffusers and write schedulers.npz beside this file."""
+    """Run diffusers and write schedulers.npz next to this file."""
     import diffusers
     import torch
     from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm

@@ -31,7 +31,6 @@ CONFIGS = {
     "tiny": {"encoder_block_out_channels": [8] * 3, "decoder_block_out_channels": [8] * 3, "latent_channels": 5,
              "num_encoder_blocks": [1, 2, 1], "num_decoder_blocks": [2, 1, 1]},
 }  # fmt: skip
-TILED = (23, 25)  # latent pixels; with tiles of 8 the last are 5 high, and 7 and then 1 wide: less than a fade is
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -39,11 +38,11 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def inputs(config: dict, size: tuple[int, int] = (4, 6)):
-    """Two images and two unscaled latents of this many latent pixels, NCHW."""
+def inputs(config: dict):
+    """Two images and two unscaled latents of 4 x 6 latent pixels, NCHW."""
     n = len(config.get("block_out_channels", config.get("num_encoder_blocks")))
-    image = (2, config.get("in_channels", 3), *(s * 2 ** (n - 1) for s in size))
-    return np.tanh(normal(0, *image)), normal(1, 2, config.get("latent_channels", 4), *size)
+    image = (2, config.get("in_channels", 3), 4 * 2 ** (n - 1), 6 * 2 ** (n - 1))
+    return np.tanh(normal(0, *image)), normal(1, 2, config.get("latent_channels", 4), 4, 6)
 
 
 def record(net, x, z):
@@ -61,21 +60,6 @@ def record(net, x, z):
     return {k: v.detach().numpy() for k, v in out.items()}
 
 
-def tiled(x, z):
-    """diffusers' tiling around maps that differ from tile to tile: resampling plus the mean of the tile."""
-    import torch
-    from diffusers import AutoencoderKL
-    from torch.nn.functional import avg_pool2d, interpolate
-
-    net = AutoencoderKL(**kl(2), use_quant_conv=False, use_post_quant_conv=False)
-    net.enable_tiling()
-    del net.encoder, net.decoder
-    net.encoder = lambda x: avg_pool2d(x, 2) + x.mean((2, 3), keepdim=True)
-    net.decoder = lambda z: interpolate(z, scale_factor=2) + z.mean((2, 3), keepdim=True)
-    x, z = torch.from_numpy(x), torch.from_numpy(z)
-    return {"encoded": net.encode(x).latent_dist.parameters.numpy(), "decoded": net.decode(z).sample.numpy()}
-
-
 def main():
     """Run diffusers and write vae.npz beside this file."""
     import torch
@@ -88,7 +72,6 @@ def main():
         net.load_state_dict({k: torch.from_numpy(v) for k, v in weights(shapes).items()})
         recorded = record(net, *inputs(config))
         out |= {f"{name}/{k}": v for k, v in recorded.items()}
-    out |= {f"tiled/{k}": v for k, v in tiled(*inputs(kl(2) | {"in_channels": 4}, TILED)).items()}
     np.savez_compressed(Path(__file__).parent / "vae.npz", **out)
     print({k: (v.shape, float(np.abs(v).mean())) for k, v in out.items()})
 

@@ -1,4 +1,4 @@
-"""Pairs of noise and what the teacher's ODE makes of it: how they are made, stored, resumed, read and refused."""
+"""Pairs of noise and the teacher's ODE sample: how they are made, stored, resumed, read and refused."""
 
 import concurrent.futures
 import itertools
@@ -14,22 +14,24 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cddistill import build, config, data, models, sampling, sharding, train
-from cddistill import pairs as making
-from cddistill.data import DataConfig, loader, odepairs
-from cddistill.data.odepairs import OdePairs
+from cddistill import build, commands, config, data, generate, models, pipeline, sampling, sharding
+from cddistill.data import configure, loader, ode_pairs
+from cddistill.data.ode_pairs import OdePairs
 from cddistill.diffusion import EDM
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models import lora
 from cddistill.models.fingerprint import fingerprint
 from cddistill.net import Denoiser
+from cddistill.precompute import pairs as making
 
 SHARDS = [f"{k:08}.safetensors" for k in range(3)]  # of 8, 8 and 4 rows
 
 
 def settings(teacher, **changes):
     c = config.defaults("dmd2")
-    c.update(teacher=str(teacher), batch_size=8, teacher_steps=(5, 3), teacher_guidance=1.5, pairs=20, pairs_shard=8)
+    c.update(
+        teacher=str(teacher), batch_size=8, teacher_steps=(5, 3), teacher_guidance=1.5, num_pairs=20, pairs_shard=8
+    )
     c.data.update(size=8)
     c.update(changes)
     return c
@@ -38,7 +40,7 @@ def settings(teacher, **changes):
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    train.make_pairs(settings(teacher), folder)
+    commands.make_pairs(settings(teacher), folder)
     return folder
 
 
@@ -61,7 +63,7 @@ def whole(folder):
 
 
 def ode(net, rows, sampler=sampling.ddim, steps=3, scale=1.5):
-    """What a sampler makes of the rows' noise."""
+    """Sample x0 from the rows' noise."""
     denoise = sampling.guided(net, jax.tree.map(jnp.asarray, rows["text"]), rows["null"], scale)
     return jax.jit(lambda z: sampler(denoise, net.schedule, z, net.schedule.grid(steps)))(rows["noise"])
 
@@ -72,38 +74,39 @@ def test_pairs_are_the_teachers_trajectories(pairs, teacher):
     assert {x.dtype for x in (rows["noise"], rows["x0"])} == {np.dtype(np.float32)}
     assert rows["noise"].shape == rows["x0"].shape == (20, 8, 8, 3)
     np.testing.assert_array_equal(rows["null"]["class_labels"], [9] * 20)
-    source = data.load(DataConfig(size=8), "train", augment=False)
+    source = data.load(configure(size=8), "train", augment=False)
     labels = [source.item(i, np.random.default_rng(0))["text"]["class_labels"] for i in range(20)]
     np.testing.assert_array_equal(rows["text"]["class_labels"], labels)
     np.testing.assert_allclose(rows["x0"], ode(models.load(teacher), rows), rtol=1e-3, atol=1e-3)  # float16
 
 
-def test_another_sampler_and_size_of_shards(pairs, teacher, tmp_path):
-    """One shard of all rows, in three batches: the same noise, and what DPM-Solver++ makes of it."""
+def test_another_sampler_and_shard_size(pairs, teacher, tmp_path):
+    """One shard of all rows, in three batches: the same noise, sampled with DPM-Solver++."""
     c = settings(teacher, pairs_shard=100, teacher_sampler="dpm_solver_pp", teacher_steps=(4,))
-    train.make_pairs(c, tmp_path)
+    commands.make_pairs(c, tmp_path)
     rows, others = whole(tmp_path), whole(pairs)
     np.testing.assert_array_equal(rows["noise"], others["noise"])
     want, ddim = (ode(models.load(teacher), rows, f, 4) for f in (sampling.dpm_solver_pp, sampling.ddim))
     np.testing.assert_allclose(rows["x0"], want, rtol=1e-3, atol=1e-3)
     assert np.abs(ddim - want).max() > 1e-2
     with pytest.raises(ValueError, match=r"heun divides by alpha.*alpha = 0: use ddim or dpm_solver_pp"):
-        train.make_pairs(settings(teacher, teacher_sampler="heun"), tmp_path / "heun")
+        commands.make_pairs(settings(teacher, teacher_sampler="heun"), tmp_path / "heun")
     with pytest.raises(ValueError, match=r"unknown teacher_sampler 'lcm': known: ddim, heun, dpm_solver_pp"):
-        train.make_pairs(settings(teacher, teacher_sampler="lcm"), tmp_path / "lcm")
+        commands.make_pairs(settings(teacher, teacher_sampler="lcm"), tmp_path / "lcm")
 
 
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("dpm_solver_pp", 2)])
 def test_the_report_and_pairs_share_edms_samplers(name, order):
     """x0 ~ N(0, 1/4) in closed form: the ODE scales noise; halving the steps' size gains what the order says."""
     net = Denoiser({}, lambda params, z, t, text: z / (1 + 4 * t.reshape(-1, 1, 1, 1) ** 2), EDM(), "x0")
-    method = build.as_method(config.Run(teacher_sampler=name), EDM())
+    student = generate.Student(None, None, {}, {}, {})
+    method = generate.teacher_as_student(config.Run(teacher_sampler=name), student).method
     assert isinstance(method, Pretrained)
     assert method.nfe(18) == (35 if name == "heun" else 18)
     noise, batch = tiny.randn(0, 2, 4, 4, 3), {"text": {}, "null": {}, "index": jnp.arange(2)}
     exact = noise * 80 * 0.5 / np.sqrt(0.25 + 80.0**2)
-    draw = lambda n: method.sample(SimpleNamespace(teacher=net), noise, batch, None, n)
-    errors = [float(jnp.abs(jax.jit(draw, static_argnums=0)(n) - exact).max()) for n in (16, 32)]
+    generated = lambda n: method.sample(SimpleNamespace(teacher=net), noise, batch, None, n)
+    errors = [float(jnp.abs(jax.jit(generated, static_argnums=0)(n) - exact).max()) for n in (16, 32)]
     assert errors[1] < errors[0] / 2 ** (order - 0.4)
 
 
@@ -112,8 +115,8 @@ def test_pairs_are_of_the_teacher_with_its_lora(teacher, tmp_path):
     made = lora.make_lora(net, jax.random.key(0), 1, targets=("conv1",))
     made = made.replace(params=jax.tree.map(lambda x: x + 0.3, made.params))
     file = lora.save_lora(tmp_path / "lora", {"unet": made}, np.float32)
-    c = settings(teacher, pairs=8, teacher_guidance=1.0, lora=str(file))
-    train.make_pairs(c, tmp_path / "pairs")
+    c = settings(teacher, num_pairs=8, teacher_guidance=1.0, lora=str(file))
+    commands.make_pairs(c, tmp_path / "pairs")
     rows = whole(tmp_path / "pairs")
     np.testing.assert_allclose(rows["x0"], ode(lora.adapt(net, made), rows, scale=1.0), rtol=5e-3, atol=5e-3)
     c.data.pairs = str(tmp_path / "pairs")
@@ -121,75 +124,75 @@ def test_pairs_are_of_the_teacher_with_its_lora(teacher, tmp_path):
         run = settings(teacher, data=c.data, lora=str(file))
         run.update(change)
         experiment = config.resolve(run)
-        weights = build.weights_of(experiment.run, net)
+        used = pipeline.of_run(experiment.run)
         if not change:
-            build.check_pairs(experiment, weights)
+            build.check_pairs(experiment, used)
             continue
         with pytest.raises(ValueError, match=r"with 1 of .*safetensors \(weights \w{16}\), and this run's teacher is"):
-            build.check_pairs(experiment, weights)
+            build.check_pairs(experiment, used)
 
 
 def test_noise_is_a_rows_own():
     """Golden: Philox with key 3 and counter [0, 0, 5, 0]. Neighbours share no number, wherever they are shifted to."""
-    np.testing.assert_allclose(odepairs.noise(3, 5, (4,)), GOLDEN, rtol=1e-6)
-    near, next_to_it = odepairs.noise(0, 0, (64, 64, 4)), odepairs.noise(0, 1, (64, 64, 4))
+    np.testing.assert_allclose(ode_pairs.noise(3, 5, (4,)), GOLDEN, rtol=1e-6)
+    near, next_to_it = ode_pairs.noise(0, 0, (64, 64, 4)), ode_pairs.noise(0, 1, (64, 64, 4))
     assert np.intersect1d(near, next_to_it).size < 20  # two sets of 16,384 float32 numbers have some in common
     assert abs(np.corrcoef(near.ravel(), next_to_it.ravel())[0, 1]) < 0.03
-    np.testing.assert_array_equal(odepairs.noise(0, 1, (2, 2, 1)).ravel(), next_to_it.ravel()[:4])
+    np.testing.assert_array_equal(ode_pairs.noise(0, 1, (2, 2, 1)).ravel(), next_to_it.ravel()[:4])
 
 
 GOLDEN = [0.2622267007827759, 0.4752792418003082, -1.1798605918884277, 0.4803639054298401]
 
 
-# --- going on, several hosts
+# --- resuming, several hosts
 
 
-def test_pairs_go_on_where_they_stopped(pairs, teacher, copy, capsys):
-    """A shard lost, one cut off and drafts of a killed process; what is whole is not written again."""
+def test_pairs_resume_where_they_stopped(pairs, teacher, copy, capsys):
+    """A missing shard, a truncated one and drafts of a killed process: complete shards are not written again."""
     kept = copy / SHARDS[0]
     before = kept.stat()
     (copy / SHARDS[1]).unlink()
     with (copy / SHARDS[2]).open("r+b") as file:
         file.truncate(1000)
     (copy / f".{SHARDS[1]}.77.tmp").write_bytes(b"half a sha")
-    train.make_pairs(settings(teacher), copy)
+    commands.make_pairs(settings(teacher), copy)
     assert contents(copy) == contents(pairs)
     assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    assert "drawn again" not in capsys.readouterr().out
+    assert "generated again" not in capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in copy.iterdir()}
-    train.make_pairs(settings(teacher), copy)
-    said = capsys.readouterr().out
-    assert "all 20 rows were there; 4 of them, drawn again" in said
-    assert float(said.split("at most ")[1].split()[0]) < 1e-3
+    commands.make_pairs(settings(teacher), copy)
+    printed = capsys.readouterr().out
+    assert "all 20 rows exist; 4 of them generated again" in printed
+    assert float(printed.split("at most ")[1].split()[0]) < 1e-3
     assert times == {path: path.stat().st_mtime_ns for path in copy.iterdir()}
 
 
 def test_a_kill_loses_one_shard_at_most(pairs, teacher, tmp_path, monkeypatch):
-    replace, written = making.grids.replace, []
+    write_atomic, written = making.io.write_atomic, []
 
     def killed(path, content):
         written.append(path.name)
-        return 1 / 0 if path.name == SHARDS[1] else replace(path, content)
+        return 1 / 0 if path.name == SHARDS[1] else write_atomic(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(making.grids, "replace", killed)
+        patch.setattr(making.io, "write_atomic", killed)
         with pytest.raises(ZeroDivisionError):
-            train.make_pairs(settings(teacher), tmp_path)
+            commands.make_pairs(settings(teacher), tmp_path)
     assert written == ["manifest.json", "null.safetensors", *SHARDS[:2]]
     assert sorted(contents(tmp_path)) == sorted([*written[:3]])
-    train.make_pairs(settings(teacher), tmp_path)
+    commands.make_pairs(settings(teacher), tmp_path)
     assert contents(tmp_path) == contents(pairs)
 
 
 def test_hosts_share_the_shards(pairs, teacher, tmp_path, monkeypatch):
-    """Two hosts, one after the other; of three that go on, each has nothing left or its own."""
+    """Two hosts, one after the other; of three hosts that resume, each writes its own missing shards."""
     monkeypatch.setattr(making.multihost_utils, "sync_global_devices", lambda name: None)
 
     def host(i, n):
         monkeypatch.setattr(jax, "process_count", lambda: n)
         monkeypatch.setattr(jax, "process_index", lambda: i)
         before = contents(tmp_path)
-        train.make_pairs(settings(teacher), tmp_path)
+        commands.make_pairs(settings(teacher), tmp_path)
         assert before.items() <= contents(tmp_path).items()
         return sorted({*contents(tmp_path)} - {*before} - {"manifest.json", "null.safetensors"})
 
@@ -206,19 +209,19 @@ def test_another_command_is_refused(teacher, copy, capsys):
     with pytest.raises(
         ValueError, match=r"made by another command \(guidance: 1.5 there, 2.0 now; seed: 0 there, 1 now"
     ):
-        train.make_pairs(settings(teacher, teacher_guidance=2.0, seed=1), copy)
+        commands.make_pairs(settings(teacher, teacher_guidance=2.0, seed=1), copy)
     other = settings(teacher)
     other.data.size = 16
     with pytest.raises(ValueError, match=r"\(data.size: 8 there, 16 now; x0: \[8, 8, 3\] there, \[16, 16, 3\] now\)"):
-        train.make_pairs(other, copy)
+        commands.make_pairs(other, copy)
     with pytest.raises(ValueError, match="teacher's number of steps"):
-        train.make_pairs(settings(teacher, teacher_steps=()), copy)
+        commands.make_pairs(settings(teacher, teacher_steps=()), copy)
     with pytest.raises(ValueError, match="pairs must be at least 1"):
-        train.make_pairs(settings(teacher, pairs=0), copy)
+        commands.make_pairs(settings(teacher, num_pairs=0), copy)
     assert contents(copy) == before
     (copy / "manifest.json").write_text(json.dumps(manifest | {"made_by": "cddistill 0.0.9"}))  # may change meanwhile
-    train.make_pairs(settings(teacher), copy)
-    assert "all 20 rows were there" in capsys.readouterr().out
+    commands.make_pairs(settings(teacher), copy)
+    assert "all 20 rows exist" in capsys.readouterr().out
 
 
 # --- reading
@@ -236,7 +239,7 @@ def test_a_row_is_read_alone_and_by_threads(pairs, monkeypatch):
 
 
 def test_batches_have_pairs(pairs):
-    c = data.DataConfig(size=8, pairs=str(pairs))
+    c = data.configure(size=8, pairs=str(pairs))
     batch = next(data.batches(c, batch_size=4, seed=0))
     assert batch["pairs"]["noise"].shape == batch["x0"].shape == (4, 8, 8, 3)
     host = next(data.batches(c, batch_size=4, seed=0, rows=slice(2, 4)))
@@ -252,13 +255,13 @@ def test_embeddings_and_sizes_are_kept(tmp_path):
     (tmp_path / "arrays" / "train").mkdir(parents=True)
     for name, x in arrays.items():
         np.save(tmp_path / "arrays" / "train" / f"{name}.npy", np.float32(x))
-    dataset = data.load(DataConfig(source="arrays", path=str(tmp_path / "arrays")), "train")
-    run = config.resolve({"method": {"name": "dmd2"}, "pairs": 8, "pairs_shard": 5, "teacher_steps": (3,)}).run
+    dataset = data.load(configure(source="arrays", path=str(tmp_path / "arrays")), "train")
+    run = config.resolve({"method": {"name": "dmd2"}, "num_pairs": 8, "pairs_shard": 5, "teacher_steps": (3,)}).run
     manifest, row = making.manifest_of(run, {}, "", (4, 4, 4)), lambda i: making.row(dataset, 0, i)
-    making.begin(tmp_path, manifest, row(0)["null"])
-    draw = lambda rows: np.stack([r["noise"] for r in rows]).astype(np.float16)
+    making.prepare_folder(tmp_path, manifest, row(0)["null"])
+    generate_x0 = lambda rows: np.stack([r["noise"] for r in rows]).astype(np.float16)
     for k in range(2):
-        making.make_shard(tmp_path, manifest, k, row, draw, 3, lambda n: None)
+        making.make_shard(tmp_path, manifest, k, row, generate_x0, 3, lambda n: None)
     opened = OdePairs(tmp_path)
     for i in (4, 5, 7):
         got, want = opened.item(i), dataset.item(i % 5, None)
@@ -275,22 +278,22 @@ def flip(file):
     file.write_bytes(content)
 
 
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1])
+def cut(file, count=1):
+    file.write_bytes(file.read_bytes()[:-count])
 
 
 SHARD_FAULTS = {
-    "lost": (lambda f: f.unlink(), r"lacks 00000001.safetensors of 4 files: the same --mode=pairs goes on"),
-    "cut off": (cut, r"00000001.safetensors is truncated or not a file of pairs: delete it, and the same --mode=pairs"),
+    "lost": (lambda f: f.unlink(), r"lacks 00000001.safetensors of 4 files: resume with the same --mode=pairs"),
+    "cut off": (cut, r"00000001.safetensors is truncated or not a file of pairs: delete it and make it again with"),
     "flipped": (flip, r"00000001.safetensors is damaged \(the checksum of its x0 is wrong\): delete it"),
     "another's": (lambda f: shutil.copy(f.with_name(SHARDS[0]), f), r"00000001.safetensors does not hold rows 8 to 15"),
 }
 FAULTS = SHARD_FAULTS | {
     "no manifest": (
         lambda f: f.with_name("manifest.json").unlink(),
-        r"there is no manifest.json in .*copy: data.pairs is a folder made by --mode=pairs",
+        r"there is no manifest.json in .*copy: data.pairs must be a folder written by --mode=pairs",
     ),
-    "half a manifest": (lambda f: cut(f.with_name("manifest.json")), r"manifest.json is damaged"),
+    "half a manifest": (lambda f: cut(f.with_name("manifest.json"), 99), r"manifest.json is damaged"),
     "no null": (lambda f: f.with_name("null.safetensors").unlink(), r"lacks null.safetensors of 4 files"),
     "flipped null": (lambda f: flip(f.with_name("null.safetensors")), r"null.safetensors is damaged"),
 }
@@ -301,51 +304,51 @@ def test_bad_folders_are_refused_in_a_sentence(copy, name):
     harm, sentence = FAULTS[name]
     harm(copy / SHARDS[1])
     with pytest.raises(ValueError, match=sentence):
-        next(data.batches(DataConfig(size=8, pairs=str(copy)), batch_size=4, seed=0))
+        next(data.batches(configure(size=8, pairs=str(copy)), batch_size=4, seed=0))
 
 
 @pytest.mark.parametrize("name", SHARD_FAULTS)
 def test_bad_shards_may_be_left_out(copy, pairs, name, capsys):
     SHARD_FAULTS[name][0](copy / SHARDS[1])
     opened, every = OdePairs(copy, skip_bad=True), OdePairs(pairs)
-    assert capsys.readouterr().out.startswith("left out: ")
+    assert capsys.readouterr().out.startswith("skipped: ")
     assert len(opened) == 12
     for i, row in ((7, 7), (8, 16), (11, 19)):
         jax.tree.map(np.testing.assert_array_equal, opened.item(i), every.item(row))
     for shard in (SHARDS[0], SHARDS[2]):
         flip(copy / shard)
-    with pytest.raises(ValueError, match="has no shard that can be used"):
+    with pytest.raises(ValueError, match="has no usable shard"):
         OdePairs(copy, skip_bad=True)
 
 
-def test_a_shard_of_another_folder_is_refused_and_made_anew(pairs, teacher, copy, tmp_path):
-    train.make_pairs(settings(teacher, teacher_steps=(2,)), tmp_path / "other")
+def test_a_shard_of_another_folder_is_refused_and_made_again(pairs, teacher, copy, tmp_path):
+    commands.make_pairs(settings(teacher, teacher_steps=(2,)), tmp_path / "other")
     shutil.copy(tmp_path / "other" / SHARDS[0], copy)
     with pytest.raises(ValueError, match="does not hold rows 0 to 7 of the pairs that manifest.json describes"):
         OdePairs(copy)
-    train.make_pairs(settings(teacher), copy)
+    commands.make_pairs(settings(teacher), copy)
     assert contents(copy) == contents(pairs)
 
 
 def test_other_versions_are_refused(copy, monkeypatch):
     path = copy / "manifest.json"
     with monkeypatch.context() as patch:
-        patch.setattr(odepairs, "noise", lambda seed, row, shape: np.zeros(shape, np.float32))
+        patch.setattr(ode_pairs, "noise", lambda seed, row, shape: np.zeros(shape, np.float32))
         with pytest.raises(
-            ValueError, match=r"numpy .* does not draw the noise that .*0.safetensors was made of \(cdd"
+            ValueError, match=r"numpy .* does not generate the noise that .*0.safetensors was made from \(cdd"
         ):
             OdePairs(copy)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(ValueError, match="holds pairs of format 2, this version reads format 1"):
+    with pytest.raises(ValueError, match="holds pairs of format 2, not 1: make them again"):
         OdePairs(copy)
 
 
 def test_the_sampler_reproduces_the_rows(pairs, teacher):
     run = config.resolve(settings(teacher)).run
-    draw = making.drawer(run, models.load(teacher), 8)
-    assert making.drawn_again(OdePairs(pairs), draw) == (pytest.approx(0.0, abs=1e-3), 4)
-    other = making.drawer(run, models.init(tiny.UNET | {"num_class_embeds": 10}, 1, tiny.teacher().schedule, "v"), 8)
-    assert making.drawn_again(OdePairs(pairs), other)[0] > 0.1
+    generate_x0 = making.sampler(run, models.load(teacher), 8)
+    assert making.check_regenerated(OdePairs(pairs), generate_x0) == (pytest.approx(0.0, abs=1e-3), 4)
+    other = making.sampler(run, models.init(tiny.UNET | {"num_class_embeds": 10}, 1, tiny.teacher().schedule, "v"), 8)
+    assert making.check_regenerated(OdePairs(pairs), other)[0] > 0.1
     with pytest.raises(FloatingPointError, match="not finite in float16"):
         other([OdePairs(pairs).item(0) | {"noise": np.full((8, 8, 3), np.inf, np.float32)}])
 

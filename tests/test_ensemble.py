@@ -8,14 +8,14 @@ from golden import elatentlpips as golden
 from test_evals import random_lpips
 from tiny import randn
 
-from cddistill import augment, losses
-from cddistill.models import lpips
+from cddistill import losses
 from cddistill.net import Net
+from cddistill.perceptual import ensemble, lpips
 
-apply = jax.jit(augment.apply)
-draw = jax.jit(augment.draw, static_argnums=1)
-ensemble = jax.jit(augment.ensemble, static_argnums=(0, 4, 5))
-POLICIES = augment.POLICIES
+apply = jax.jit(ensemble.apply)
+sample_transforms = jax.jit(ensemble.sample_transforms, static_argnums=1)
+averaged = jax.jit(ensemble.ensemble, static_argnums=(0, 4, 5))
+POLICIES = ensemble.POLICIES
 
 
 def keys(n, seed=0):
@@ -25,9 +25,9 @@ def keys(n, seed=0):
 def still(n, **changes):
     """Parameters that change nothing but what is given."""
     zeros, ones = jnp.zeros(n), jnp.ones(n)
-    values = {"scale": ones, "turn": zeros, "stretch": ones, "tilt": zeros, "offset": jnp.zeros((n, 2))}
-    values |= {"flip": zeros, "turns": zeros, "shift": jnp.zeros((n, 2))} | changes
-    parts = {"blit": augment.Blit, "geometric": augment.Geometric}
+    values = {"scale": ones, "rotation": zeros, "stretch": ones, "pre_rotation": zeros, "offset": jnp.zeros((n, 2))}
+    values |= {"flip": zeros, "quarter_turns": zeros, "shift": jnp.zeros((n, 2))} | changes
+    parts = {"blit": ensemble.Blit, "geometric": ensemble.Geometric}
     return {name: part(*(values[field] for field in part._fields)) for name, part in parts.items()}
 
 
@@ -64,22 +64,22 @@ def test_whole_pixels_shift_into_the_mirror():
 def test_turns_and_flips_go_the_way_they_should():
     """Nearly: sym6 is not symmetric."""
     x = smooth(4)
-    got = apply(still(4, turns=jnp.arange(4.0)), x)
+    got = apply(still(4, quarter_turns=jnp.arange(4.0)), x)
     for k in range(4):
         np.testing.assert_allclose(got[k], np.rot90(x[k], k), atol=0.1)
     np.testing.assert_allclose(apply(still(2, flip=jnp.array([0.0, 1.0])), x[:2])[1], x[1, :, ::-1], atol=0.1)
-    turned = apply(still(4, turn=jnp.pi / 2 * jnp.arange(4)), x)
+    turned = apply(still(4, rotation=jnp.pi / 2 * jnp.arange(4)), x)
     np.testing.assert_allclose(turned, got, atol=1e-4)
 
 
 def test_draws_follow_the_policy():
-    policy = augment.Policy(True, True, True, True, scale=0.1, offset=0.05, brightness=0.25, hole=0.3)
-    parts = draw(keys(4000), policy)
+    policy = ensemble.Policy(True, True, True, True, scale=0.1, offset=0.05, brightness=0.25, hole=0.3)
+    parts = sample_transforms(keys(4000), policy)
     blit, geometric, colour, cutout = (parts[name] for name in ("blit", "geometric", "colour", "cutout"))
     assert {*np.asarray(blit.flip)} == {0, 1}
-    assert {*np.asarray(blit.turns)} == {0, 1, 2, 3}
+    assert {*np.asarray(blit.quarter_turns)} == {0, 1, 2, 3}
     for values, low, high in (
-        (blit.shift, -0.125, 0.125), (geometric.turn, -np.pi, np.pi), (geometric.tilt, -np.pi, np.pi),
+        (blit.shift, -0.125, 0.125), (geometric.rotation, -np.pi, np.pi), (geometric.pre_rotation, -np.pi, np.pi),
         (colour.brightness, -0.25, 0.25), (colour.contrast, 0.5, 1.5), (colour.saturation, 0, 2), (cutout.centre, 0, 1),
     ):  # fmt: skip
         np.testing.assert_allclose([values.min(), values.max()], [low, high], atol=0.01 * (high - low))
@@ -94,17 +94,20 @@ def test_draws_follow_the_policy():
 
 
 def test_policies_are_their_letters():
-    on = {name: {*jax.eval_shape(lambda k, p=policy: augment.draw(k, p), keys(1))} for name, policy in POLICIES.items()}
+    on = {
+        name: {*jax.eval_shape(lambda k, p=policy: ensemble.sample_transforms(k, p), keys(1))}
+        for name, policy in POLICIES.items()
+    }
     letters = {"b": "blit", "g": "geometric", "c": "colour", "o": "cutout"}
     assert on.pop("none") == set()
     assert on == {name: {letters[letter] for letter in name} for name in on}
     x = randn(0, 1, 4, 4, 2)
-    assert (augment.apply({}, x) == x).all()
+    assert (ensemble.apply({}, x) == x).all()
 
 
 @pytest.mark.parametrize("policy", ["bg", "bgo"])
 def test_transforms_are_linear(policy):
-    x, y, parts = randn(0, 2, 8, 8, 3), randn(1, 2, 8, 8, 3), draw(keys(2), POLICIES[policy])
+    x, y, parts = randn(0, 2, 8, 8, 3), randn(1, 2, 8, 8, 3), sample_transforms(keys(2), POLICIES[policy])
     got, want = apply(parts, 2 * x - 3 * y), 2 * apply(parts, x) - 3 * apply(parts, y)
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert np.abs(want).max() > 1
@@ -112,26 +115,26 @@ def test_transforms_are_linear(policy):
 
 def test_a_transform_follows_its_key_and_nothing_else():
     x, k = randn(0, 3, 8, 8, 2), keys(3)
-    whole = apply(draw(k, POLICIES["bgco"]), x)
+    whole = apply(sample_transforms(k, POLICIES["bgco"]), x)
     order = np.array([2, 0, 1])
-    np.testing.assert_array_equal(apply(draw(k[order], POLICIES["bgco"]), x[order]), whole[order])
-    other = apply(draw(k, POLICIES["bgco"]), x.at[1].set(1e6))
+    np.testing.assert_array_equal(apply(sample_transforms(k[order], POLICIES["bgco"]), x[order]), whole[order])
+    other = apply(sample_transforms(k, POLICIES["bgco"]), x.at[1].set(1e6))
     np.testing.assert_array_equal(other[np.array([0, 2])], whole[np.array([0, 2])])
 
 
 def test_both_images_undergo_one_transform():
     x, k = randn(0, 4, 8, 8, 2), keys(4)
-    assert (jax.jit(lambda x: augment.ensemble(losses.mse, x, x, k, POLICIES["bgco"], 1.0))(x) == 0).all()
-    assert (ensemble(losses.mse, x, jnp.array(x), k, POLICIES["bg"], 0.0) < 1e-12).all()  # of two inputs, to rounding
-    same = ensemble(losses.mse, x, x + 1, k, POLICIES["bg"], 0.0)  # T(a) - T(b) is T(1), 1 but for what it cannot see
+    assert (jax.jit(lambda x: ensemble.ensemble(losses.mse, x, x, k, POLICIES["bgco"], 1.0))(x) == 0).all()
+    assert (averaged(losses.mse, x, jnp.array(x), k, POLICIES["bg"], 0.0) < 1e-12).all()  # of two inputs, to rounding
+    same = averaged(losses.mse, x, x + 1, k, POLICIES["bg"], 0.0)  # T(a) - T(b) is T(1), 1 but for what it cannot see
     np.testing.assert_allclose(same, 1, atol=1e-3)
 
 
 def test_the_l1_term_is_that_of_the_images_themselves():
     a, b, k = randn(0, 2, 8, 8, 2), randn(1, 2, 8, 8, 2), keys(2)
-    plain, more = (ensemble(losses.mse, a, b, k, POLICIES["o"], l1) for l1 in (0.0, 0.5))
+    plain, more = (averaged(losses.mse, a, b, k, POLICIES["o"], l1) for l1 in (0.0, 0.5))
     np.testing.assert_allclose(more - plain, 0.5 * np.abs(a - b).mean((1, 2, 3)), rtol=1e-5)
-    low = ensemble(losses.mse, a.astype(jnp.bfloat16), b, k, POLICIES["o"], 0.5)
+    low = averaged(losses.mse, a.astype(jnp.bfloat16), b, k, POLICIES["o"], 0.5)
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, more, rtol=0.02)
 
@@ -143,7 +146,7 @@ def test_pixel_lpips_on_small_images():
 
     @jax.jit
     def value_and_gradient(net, a, b):
-        loss = lambda a: augment.ensemble(net, a, b, k, POLICIES["bgo"])
+        loss = lambda a: ensemble.ensemble(net, a, b, k, POLICIES["bgo"])
         distance, back = jax.vjp(loss, a)
         return distance, back(jnp.ones(2))[0]
 

@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from tensorboardX.proto.event_pb2 import Event
 
-from cddistill.metrics import Delayed, JsonlWriter, Means, MultiWriter, TensorBoardWriter, Terminal, make_writer
+from cddistill.log import Delayed, JsonlWriter, Means, MultiWriter, TensorBoardWriter, Terminal, make_writer
 
 
 def records(folder):
@@ -54,17 +54,12 @@ def test_tensorboard_files_hold_what_was_written(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write_scalars(5, {"student/loss": 0.25})
     writer.write_images(5, {"grid": np.zeros((2, 8, 8, 3), np.uint8), "floats": np.ones((1, 8, 8, 3), np.float32)})
-    writer.write_texts(5, {"note": "hello"})
-    writer.write_histograms(5, {"weights": np.arange(10.0)})
-    writer.write_hparams({"optim.lr": 1e-3, "betas": (0.0, 0.99), "method": "dmd2"})
     writer.flush()
     writer.close()
     written = {tag: (step, value) for tag, step, value in events(tmp_path / "tensorboard")}
     assert written["student/loss"][0] == 5
     assert written["student/loss"][1].simple_value == 0.25
-    assert {"grid", "floats", "weights"} <= written.keys()
-    assert any("note" in tag for tag in written)
-    assert any("hparams" in tag for tag in written)
+    assert {"grid", "floats"} <= written.keys()
 
 
 def test_terminal_prints_plain_lines_when_it_is_none(capsys):
@@ -106,8 +101,13 @@ class Duck:
     def write_scalars(self, step, scalars):
         self.calls.append((step, scalars))
 
+    def ignore(self, *args):
+        pass
+
     def flush(self):
         self.calls.append("flush")
+
+    write_images = close = ignore
 
 
 def test_a_writer_with_clus_methods_drops_in(tmp_path):
@@ -120,11 +120,11 @@ def test_a_writer_with_clus_methods_drops_in(tmp_path):
 
 
 def test_only_host_0_writes(tmp_path):
-    other = make_writer(tmp_path / "other", 10, 8, is_host0=False)
+    other = make_writer(tmp_path / "other", 10, 8, {}, is_host0=False)
     other.write_scalars(1, {"student/loss": 1.0})
     other.close()
     assert not (tmp_path / "other").exists()
-    mine = make_writer(tmp_path / "mine", 10, 8)
+    mine = make_writer(tmp_path / "mine", 10, 8, {})
     mine.write_scalars(1, {"student/loss": 1.0})
     mine.close()
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {"metrics.jsonl", "tensorboard"}

@@ -1,0 +1,70 @@
+"""Files: all or nothing, JSON in one sentence, dotted names, and folders that cannot be written."""
+
+import os
+
+import pytest
+
+from cddistill import io
+
+
+@pytest.mark.parametrize(("content", "stored"), [(b"\x00\xff", b"\x00\xff"), ("größer", "größer".encode())])
+def test_bytes_and_text_are_written_with_their_folder(tmp_path, content, stored):
+    path = tmp_path / "a" / "b" / "file"
+    io.write_atomic(path, content)
+    assert path.read_bytes() == stored
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    io.write_atomic(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        io.write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_is_read_as_written(tmp_path):
+    content = {"a": [1, 2.5], "b": {"c": "ä", "d": None}}
+    io.write_json(tmp_path / "x.json", content)
+    assert io.read_json(tmp_path / "x.json") == content
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"x\.json is missing"),
+        (b"{", r"x\.json is not valid JSON \(.*\): download it again"),
+        (b'"\xff"', r"x\.json is not valid JSON"),
+        (b"[1]", r"x\.json holds a list, not an object"),
+    ],
+)
+def test_bad_json_is_named(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        io.read_json(tmp_path / "x.json")
+
+
+def test_flatten_joins_names_and_keeps_values():
+    tree = {"optim": {"lr": 1, "betas": (0.9, 0.99), "student": {"lr": 2}}, "steps": [1, {"a": 1}], "empty": {}}
+    assert io.flatten(tree) == {
+        "optim.lr": 1, "optim.betas": (0.9, 0.99), "optim.student.lr": 2, "steps": [1, {"a": 1}],
+    }  # fmt: skip
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+    io.ensure_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"folder .*file/run cannot be written \(.*\); choose another with --output"):
+        io.ensure_writable(tmp_path / "file" / "run", "--output")
