@@ -1,11 +1,11 @@
-"""Methods, their ablations and undistilled baselines on the embedded data, several seeds each, as one table.
+"""Compare methods, their ablations and undistilled baselines on the embedded data: one table, several seeds each.
 
     python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3       CoDi, super-resolution
     python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3     DMD2, class-conditional
     python benchmarks/compare.py d2g --workdir=runs/compare --steps=500 --seeds=3       Diffusion2GAN, class-conditional
 
-Each run is `python -m cddistill.main` with the flags printed; finished runs are not repeated. With --jobs, that many
-run at once, each on its share of the cores. Means over seeds, with the standard error over seeds (not over images).
+Each run is `python -m cddistill.main` with the printed flags; finished runs are not repeated. --jobs runs that many at
+once, each on its share of the cores. The table has means over seeds and standard errors over seeds (not over images).
 """
 
 import argparse
@@ -21,15 +21,15 @@ from typing import NamedTuple
 
 
 class Study(NamedTuple):
-    """What is compared: flags by name, ways of looking at a run's student (row suffix -> flags), and the columns."""
+    """What is compared: the training runs, how each student is evaluated (row suffix -> flags), and the columns."""
 
-    variants: dict[str, list[str]]
-    looks: dict[str, dict[str, list[str]]]  # by variant
-    look: dict[str, list[str]]  # of all others
-    common: list[str]
-    once: tuple[str, ...]  # rows that are the same for all variants: printed for the first
+    variants: dict[str, list[str]]  # training flags
+    variant_evals: dict[str, dict[str, list[str]]]  # evaluations of some variants
+    default_evals: dict[str, list[str]]  # evaluations of all other variants
+    common: list[str]  # flags of every run
+    shared_rows: tuple[str, ...]  # rows that are the same for all variants: printed once
     columns: tuple[str, ...]
-    first: tuple[str, ...] = ()  # flags of a command that all of them need to have been run
+    prepare: tuple[str, ...] = ()  # flags of a command to run first
 
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
@@ -38,8 +38,8 @@ NO_GAN = "--config.method.gan_weight=0."
 PAIRS = "--config=configs/d2g_emoji.py"
 PLAIN = "--config.method.augment=none"
 NO_R1, NO_MIX = "--config.method.r1=none", "--config.method.mix_share=0."
-ONE_MAP, BLIND = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
-PLACED, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling times
+ONE_SCALE, NO_NOISE = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
+CHOSEN, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling timesteps
 STUDIES = {
     "sr": Study(
         variants={
@@ -54,15 +54,15 @@ STUDIES = {
             "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
             "CoDi, one t for the batch": [SR, "--config.method.shared_t=True"],
         },
-        looks={
-            "fine-tuned, not distilled": {"": [PLACED, "--config.sample_steps=(4,8)"],
-                                          ", even times": [EVEN, "--config.sample_steps=(4,8,50)"]},
-            "CoDi": {"": [PLACED, "--config.sample_steps=(1,2,4)"],
-                     ", even times": [EVEN, "--config.sample_steps=(4,)"]},
+        variant_evals={
+            "fine-tuned, not distilled": {"": [CHOSEN, "--config.sample_steps=(4,8)"],
+                                          ", even timesteps": [EVEN, "--config.sample_steps=(4,8,50)"]},
+            "CoDi": {"": [CHOSEN, "--config.sample_steps=(1,2,4)"],
+                     ", even timesteps": [EVEN, "--config.sample_steps=(4,)"]},
         },
-        look={"": [PLACED, "--config.sample_steps=(1,2,4)"]},
+        default_evals={"": [CHOSEN, "--config.sample_steps=(1,2,4)"]},
         common=["--config.baseline="],
-        once=("bicubic",),
+        shared_rows=("bicubic",),
         columns=("PSNR", "LPIPS-VGG", "LPIPS-Alex", "KID-EffLite0@64"),
     ),
     "dmd2": Study(  # tables 3 and 4 of the paper
@@ -74,10 +74,10 @@ STUDIES = {
             "four steps": [FOUR],
             "four steps, no backward simulation": [FOUR, "--config.method.backward_simulation=False"],
         },
-        looks={},
-        look={"": []},
+        variant_evals={},
+        default_evals={"": []},
         common=[],
-        once=("teacher, 50 steps",),
+        shared_rows=("teacher, 50 steps",),
         columns=("KID-EffLite0@64", "Precision-EffLite0", "Recall-EffLite0", "KID-EffLite0@64 to the teacher",
                  "Precision-EffLite0 to the teacher", "Recall-EffLite0 to the teacher"),
     ),
@@ -87,19 +87,19 @@ STUDIES = {
             "pseudo-Huber": [PAIRS, NO_GAN, PLAIN, "--config.method.regression=pseudo_huber"],
             "LPIPS": [PAIRS, NO_GAN, PLAIN],
             "ensemble LPIPS": [PAIRS, NO_GAN],
-            "+ diffusion discriminator": [PAIRS, BLIND, NO_R1, ONE_MAP, NO_MIX],
-            "+ noise": [PAIRS, NO_R1, ONE_MAP, NO_MIX],
-            "+ R1": [PAIRS, ONE_MAP, NO_MIX],
+            "+ diffusion discriminator": [PAIRS, NO_NOISE, NO_R1, ONE_SCALE, NO_MIX],
+            "+ noise": [PAIRS, NO_R1, ONE_SCALE, NO_MIX],
+            "+ R1": [PAIRS, ONE_SCALE, NO_MIX],
             "+ multi-scale": [PAIRS, NO_MIX],
             "+ mix-and-match": [PAIRS],
         },
-        looks={},
-        look={"": []},
+        variant_evals={},
+        default_evals={"": []},
         common=["--config.method.warmup=150"],
-        once=("teacher, 50 steps",),
+        shared_rows=("teacher, 50 steps",),
         columns=("KID-EffLite0@64", "Recall-EffLite0", "KID-EffLite0@64 to the teacher", "PSNR to the teacher",
                  "LPIPS-VGG to the teacher"),
-        first=("--mode=pairs", PAIRS),
+        prepare=("--mode=pairs", PAIRS),
     ),
 }  # fmt: skip
 
@@ -111,23 +111,23 @@ def run(study, name, seed, args, cores) -> dict:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     command = [*study.variants[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
     command += [*study.common, "--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
-    scores, mine = {}, cores.get()
+    scores, own_cores = {}, cores.get()
     try:
         if not (workdir / "checkpoints" / str(args.steps)).is_dir():
-            call(command, mine, workdir)
-        for label, more in study.looks.get(name, study.look).items():
+            call(command, own_cores, workdir)
+        for label, more in study.variant_evals.get(name, study.default_evals).items():
             done = workdir / f"scores{label.replace(', ', '-').replace(' ', '-')}.done.json"
             if not done.exists():
-                call([*command, *more, "--mode=evaluate"], mine, workdir)
+                call([*command, *more, "--mode=evaluate"], own_cores, workdir)
                 (workdir / "scores.json").replace(done)
-            scores |= {f"{row}{label}": found for row, found in json.loads(done.read_text()).items()}
+            scores |= {f"{row}{label}": result for row, result in json.loads(done.read_text()).items()}
     finally:
-        cores.put(mine)
+        cores.put(own_cores)
     return scores
 
 
 def call(flags, cores: str, workdir):
-    """One command of the program on these cores; what it says goes to a log beside the workdir."""
+    """Run one command of the program on these cores; its output goes to a log next to the workdir."""
     print("python -m cddistill.main", *flags, flush=True)
     program = ["taskset", "--cpu-list", cores, sys.executable, "-m", "cddistill.main", *flags]
     with workdir.with_suffix(".log").open("a") as log:
@@ -135,7 +135,7 @@ def call(flags, cores: str, workdir):
 
 
 def main():
-    """Run what is missing, then print the table."""
+    """Do the missing runs, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--workdir", default="runs/compare")
@@ -146,10 +146,10 @@ def main():
     study, cores, available = STUDIES[args.study], queue.Queue(), sorted(os.sched_getaffinity(0))
     for job in range(args.jobs):
         cores.put(",".join(map(str, available[job :: args.jobs])))
-    if study.first:
+    if study.prepare:
         pathlib.Path(args.workdir).mkdir(parents=True, exist_ok=True)
-        call(study.first, ",".join(map(str, available)), pathlib.Path(args.workdir) / "first")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that an interruption leaves it even
+        call(study.prepare, ",".join(map(str, available)), pathlib.Path(args.workdir) / "prepare")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that variants stay even if interrupted
         runs = {
             (name, seed): pool.submit(run, study, name, seed, args, cores)
             for seed in range(args.seeds)
@@ -158,11 +158,11 @@ def main():
     scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in study.variants}
     print("| |", " | ".join(("network calls", *study.columns)), "|")
     print("|---" * (len(study.columns) + 2) + "|")
-    for row in study.once:
+    for row in study.shared_rows:
         line(study, row, next(iter(scores.values())), row)
     for name, runs in scores.items():
         for row in runs[0]:
-            if row not in study.once:
+            if row not in study.shared_rows:
                 line(study, f"{name}, {row.removeprefix('student, ')}", runs, row)
 
 

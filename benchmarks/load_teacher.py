@@ -1,11 +1,11 @@
-"""What it costs to load a teacher, and against what: seconds and memory of models.load for a folder of random weights.
+"""Seconds and memory that models.load takes to load a teacher's folder, here of random weights.
 
     python benchmarks/load_teacher.py --gb=2 --dtype=float16 [--devices=8]
 
-Reference, in the same run: safetensors.numpy.load_file, which copies the file into memory and neither converts nor
-transposes. Every load is a process of its own, with the file in the page cache. GB are those of the weights in float32,
-which is what a run keeps; CPU seconds are there for machines that do other things too; memory is the peak during the
-load above what the process held before. Linux only.
+The reference, measured in the same run, is safetensors.numpy.load_file, which copies the file into memory and neither
+converts nor transposes. Every load has its own process, with the file in the page cache. GB are of weights as float32,
+which is what a run keeps. CPU seconds are for shared machines. Memory is the peak during the load above what the
+process held before. Linux only.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import safetensors.numpy
 
 from cddistill import build, models, sharding
 from cddistill.models import convert
+from cddistill.models.init import weight_shapes
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FEW, MANY = ["DownBlock2D"] * 4, ["UpBlock2D"] * 4
@@ -36,12 +37,13 @@ def shapes_of(width):
     """(module, {path: shape}) of a UNet without attention, Stable Diffusion's at width 320."""
     widths = [width, 2 * width, 4 * width, 4 * width]
     config = {"block_out_channels": widths, "down_block_types": FEW, "up_block_types": MANY}
-    module, shapes = models.abstract(config | {"mid_block_type": "UNetMidBlock2D"})
+    module = convert.build(config | {"mid_block_type": "UNetMidBlock2D"})
+    shapes = weight_shapes(module)
     return module, flax.traverse_util.flatten_dict(shapes)
 
 
 def write_folder(folder: Path, gb: float, dtype) -> int:
-    """A UNet of about this size; returns the bytes of its weights as float32."""
+    """Write a UNet of about this size; returns the bytes of its weights as float32."""
     size = sum(4 * x.size for x in shapes_of(320)[1].values())
     module, shapes = shapes_of(max(round(320 * (gb * 1e9 / size) ** 0.5 / 32), 1) * 32)
     noise = np.random.default_rng(0).normal(size=2**20)
@@ -53,24 +55,24 @@ def write_folder(folder: Path, gb: float, dtype) -> int:
 
 
 def ours(folder):
-    """What a run does with config.fsdp = -1: large weights are spread over the devices."""
+    """Load as a run does with config.fsdp = -1: large weights are sharded over the devices."""
     place = functools.partial(build.place, sharding.make_mesh(-1))
     return jax.block_until_ready(models.load(folder, place=place).params)
 
 
 def reference(folder):
-    """What any loader must do."""
+    """Load with safetensors alone."""
     return safetensors.numpy.load_file(folder / convert.TORCH_FILE)
 
 
 def memory(key: str) -> int:
-    """Bytes of this process by Linux's account: VmRSS is now, VmHWM the most since it was last asked to forget."""
+    """Bytes of memory of this process: VmRSS is the current value, VmHWM the peak since the last reset."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(load, folder) -> tuple[float, float, int]:
-    """(seconds, CPU seconds, bytes at the peak above those before) of one load."""
-    models.abstract(convert.read_config(folder))  # so that what tracing needs once is there
+    """(seconds, CPU seconds, peak bytes above those held before) of one load."""
+    weight_shapes(convert.build(convert.read_config(folder)))  # warm-up: what tracing does only once
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -87,7 +89,7 @@ def main():
     parser.add_argument("--gb", type=float, default=1.0, help="weights as float32")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices to pretend to have")
+    parser.add_argument("--devices", type=int, default=1, help="number of simulated CPU devices")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"  # for the processes below
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +97,7 @@ def main():
         pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
         runs = {load: [] for load in (reference, ours)}
         for _ in range(args.repeats):
-            for load, results in runs.items():  # by turns, so that a machine that slows down slows both
+            for load, results in runs.items():  # interleaved, so that a slow machine slows both
                 results.append(pool.apply(measure, (load, Path(folder))))
         pool.close()
     print(f"{size / 1e9:.2f} GB of weights from {args.dtype} to {args.devices} device(s), median of {args.repeats}")

@@ -1,13 +1,13 @@
-"""All methods, from one teacher on one data set, against each other: quality against what training and sampling cost.
+"""Compare all methods with one teacher on one data set: quality against the cost of training and sampling.
 
     python benchmarks/methods.py --output=runs/methods --seconds=240 --seeds=3
 
-Class-conditional emoji. Every method trains for the same wall time, which for Diffusion2GAN begins with making its
-pairs; compiling, drawing and scoring stop the clock. Its cost is also counted in evaluations of the teacher's network
-on one image: FLOPs of the compiled step over those of a forward pass. At every look (a quarter of the time, a half ...)
-the student draws the test split's classes. Writes methods.md and methods.png: the table has the scores at the end of
-the time, and at the number of evaluations that all methods reached. What is finished is kept in looks_*.json and
-not repeated. To add a method, add it to METHODS.
+Class-conditional emoji. Every method trains for the same wall time, which includes making the pairs of Diffusion2GAN
+and excludes compilation, sampling and scoring. The cost is also counted in evaluations of the teacher's network on one
+image: FLOPs of the compiled step over those of a forward pass. At every snapshot (a quarter of the time, a half ...)
+the student generates images of the test split's classes. Writes methods.md and methods.png: the table has the scores
+at the end of the time, and at the number of evaluations that all methods reached. Finished runs are kept in
+snapshots_*.json and not repeated. To add a method, add it to METHODS.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import numpy as np
 from compare import spread
 from matplotlib.figure import Figure
 
-from cddistill import config, data, evals, pairs
-from cddistill.build import arrays, build, decoder, sampler
-from cddistill.evaluate import diversity, teacher
+from cddistill import config, data, generate
+from cddistill.build import build
+from cddistill.evals import preview, scores
+from cddistill.precompute import pairs
 from cddistill.step import active
 from cddistill.train import cache_programs
 
@@ -35,7 +36,7 @@ COLUMNS = (KID, "Recall-EffLite0", f"{KID} to the teacher", "LPIPS-VGG to the te
 
 
 class Contender(NamedTuple):
-    """A config file, its variant, what is changed in it, and the numbers of steps in which its student draws."""
+    """A config file, its variant, changes to it, and the numbers of sampling steps of its student."""
 
     file: str
     variant: str = ""
@@ -49,14 +50,14 @@ METHODS = {
         "baseline": "",
         "teacher_steps": (50,), "teacher_guidance": 2.0, "batch_size": 8,
     }),
-    "DMD2": Contender("dmd2_emoji.py", "emoji"),
-    "DMD2 of four steps": Contender("dmd2_emoji.py", "four", steps=(4,)),
-    "Diffusion2GAN": Contender("d2g_emoji.py", "emoji", changes={"pairs": 512, "method.warmup": 100}),
+    "DMD2": Contender("dmd2_emoji.py"),
+    "DMD2 four-step": Contender("dmd2_emoji.py", "four", steps=(4,)),
+    "Diffusion2GAN": Contender("d2g_emoji.py", changes={"num_pairs": 512, "method.warmup": 100}),
 }  # fmt: skip
 
 
-class Look(NamedTuple):
-    """A student at some time of its training."""
+class Snapshot(NamedTuple):
+    """The scores of a student at some time of its training."""
 
     seconds: float
     evaluations: float  # of the network on one image, so far
@@ -76,12 +77,12 @@ def settings_of(contender: Contender, seed: int, folder: pathlib.Path):
 
 
 def flops(f, *args) -> float:
-    """Of a jitted function."""
+    """FLOPs of a jitted function."""
     return f.lower(*args).compile().cost_analysis()["flops"]
 
 
-def train(contender: Contender, seed: int, args, reference: dict) -> list[Look]:
-    """The contender's looks. The clock starts with the pairs, if it needs any. For reference see `looker`."""
+def train(contender: Contender, seed: int, args, reference: dict) -> list[Snapshot]:
+    """The contender's snapshots. Making pairs counts as training time. For reference see `make_evaluator`."""
     settings = settings_of(contender, seed, args.output)
     clock, evaluations = make_pairs(settings) if settings.data.pairs else (0.0, 0.0)
     parts = build(config.resolve(settings))
@@ -90,8 +91,8 @@ def train(contender: Contender, seed: int, args, reference: dict) -> list[Look]:
     state, frozen = driver.put_state(parts.init()), driver.put_frozen(parts.frozen)
     batch = driver.put_batch(next(stream))
     forward = flops(jax.jit(lambda net, b: net(b["x0"], 500, b["text"]).x0), parts.frozen["teacher"], batch)
-    look, looks, cost, number = looker(parts, contender.steps, reference), [], {}, 0
-    for share in args.looks:
+    evaluate, snapshots, cost, number = make_evaluator(parts, contender.steps, reference), [], {}, 0
+    for share in args.snapshots:
         while clock < share * args.seconds:
             play = active(turns, number)
             if new := play not in cost:  # the step that compiles is not timed
@@ -101,53 +102,55 @@ def train(contender: Contender, seed: int, args, reference: dict) -> list[Look]:
             jax.block_until_ready(metrics)
             clock += 0.0 if new else time.perf_counter() - start
             number, evaluations = number + 1, evaluations + cost[play]
-        looks.append(Look(clock, evaluations, look(driver.get_state(state))))
-        kid = ", ".join(f"KID {scores[KID]:.4g} in {k}" for k, scores in looks[-1].scores.items())
+        snapshots.append(Snapshot(clock, evaluations, evaluate(driver.get_state(state))))
+        kid = ", ".join(f"KID {scores[KID]:.4g} in {k}" for k, scores in snapshots[-1].scores.items())
         print(f"{clock:6.0f} s, {number} steps, {evaluations:.3g} evaluations: {kid}", flush=True)
-    return looks
+    return snapshots
 
 
 def make_pairs(settings) -> tuple[float, float]:
-    """Seconds and network evaluations that pairs took; they are made once, and the seconds kept beside them."""
+    """Seconds and network evaluations that the pairs took; they are made once, and the seconds are stored with them."""
     folder, noted = pathlib.Path(settings.data.pairs), pathlib.Path(settings.data.pairs) / "seconds"
     if not noted.is_file():
         start = time.perf_counter()
         pairs.make_pairs(config.resolve(settings), folder, config.plain(settings))
         noted.write_text(f"{time.perf_counter() - start}")
     calls = settings.teacher_steps[-1] * (2 if settings.teacher_guidance != 1.0 else 1)
-    return float(noted.read_text()), settings.pairs * calls
+    return float(noted.read_text()), settings.num_pairs * calls
 
 
-def looker(parts, steps, reference):
-    """look(state) -> by number of steps, the scores of the student's drawings of the test split's classes.
+def make_evaluator(parts, steps, reference):
+    """evaluate(state) -> by number of steps, the scores of images that the student generates for the test split.
 
-    reference, {} at first, keeps the teacher's: from the same noise they are the same for all methods.
+    reference, {} at first, caches the teacher's images, which are the same for all methods: the noise is the same.
     """
-    run, batch, sample = parts.experiment.run, arrays(data.examples(parts.experiment.data, "test")), sampler(parts)
-    truth, fresh = decoder(parts)(batch["x0"]), {*steps}
+    run, batch = parts.experiment.run, generate.arrays(data.examples(parts.experiment.data, "test"))
+    truth, uncompiled = generate.decode(parts.frozen["autoencoder"], batch["x0"]), {*steps}
 
-    def look(state):
+    def evaluate(state):
+        student = generate.student_of(parts, state)
         if "teacher" not in reference:
-            reference["teacher"] = sampler(teacher(parts))(state, batch, run.teacher_steps[-1], run.seed)
-        for k in fresh:  # compile
-            sample(state, batch, k, run.seed)
-        fresh.clear()
-        scores = {}
+            teacher = generate.teacher_as_student(run, student)
+            reference["teacher"] = generate.sample(teacher, batch, run.teacher_steps[-1], run.seed)
+        for k in uncompiled:  # compile
+            generate.sample(student, batch, k, run.seed)
+        uncompiled.clear()
+        found_by_steps = {}
         for k in steps:
             start = time.perf_counter()
-            images = sample(state, batch, k, run.seed)
+            images = generate.sample(student, batch, k, run.seed)
             latency = (time.perf_counter() - start) / len(images)
-            _, row = evals.evaluate(reference | {"student": images}, truth, paired=False, teacher="teacher")
+            _, row = scores.evaluate(reference | {"student": images}, truth, paired=False, teacher="teacher")
             found = {name: float(value[0]) for name, value in row.metrics.items() if value} | {"latency": latency}
-            found["diversity"] = diversity(images, sample(state, batch, k, run.seed + 1))
-            scores[str(k)] = found
-        return scores
+            found["diversity"] = preview.diversity(images, generate.sample(student, batch, k, run.seed + 1))
+            found_by_steps[str(k)] = found
+        return found_by_steps
 
-    return look
+    return evaluate
 
 
-def rows(results: dict[str, list[list[Look]]]) -> dict[str, tuple[list[list[Look]], str]]:
-    """Every student with its looks, by seed: name -> (looks, number of steps)."""
+def rows(results: dict[str, list[list[Snapshot]]]) -> dict[str, tuple[list[list[Snapshot]], str]]:
+    """Every student with its snapshots by seed: name -> (snapshots, number of steps)."""
     return {
         f"{name}, {k} step{'s' * (k > 1)}": (by_seed, str(k))
         for name, by_seed in results.items()
@@ -155,25 +158,25 @@ def rows(results: dict[str, list[list[Look]]]) -> dict[str, tuple[list[list[Look
     }
 
 
-def at(looks: list[Look], k: str, column: str, evaluations: float) -> float:
-    """A score at some number of evaluations, between the looks on either side of it."""
-    return float(np.interp(evaluations, [x.evaluations for x in looks], [x.scores[k][column] for x in looks]))
+def at(snapshots: list[Snapshot], k: str, column: str, evaluations: float) -> float:
+    """A score at some number of evaluations, interpolated between snapshots."""
+    return float(np.interp(evaluations, [x.evaluations for x in snapshots], [x.scores[k][column] for x in snapshots]))
 
 
 def table(results, args) -> str:
-    """Means over seeds and their standard errors, at the end of the time and at equal evaluations."""
-    fewest = min(looks[-1].evaluations for by_seed in results.values() for looks in by_seed)
+    """Means over seeds with standard errors, at the end of the time and at equal evaluations."""
+    fewest = min(snapshots[-1].evaluations for by_seed in results.values() for snapshots in by_seed)
     lines = []
     for title, where in ((f"at {args.seconds:.0f} s", None), (f"at {fewest:.3g} evaluations", fewest)):
         lines += [f"| {title} | evaluations | ms an image |", "|---|---|---|"]
         lines[-2] += " ".join(f" {c} |" for c in COLUMNS)
         lines[-1] += "---|" * len(COLUMNS)
         for name, (by_seed, k) in rows(results).items():
-            spent = [looks[-1].evaluations if where is None else where for looks in by_seed]
-            latency = statistics.mean(looks[-1].scores[k]["latency"] for looks in by_seed)
+            spent = [x[-1].evaluations if where is None else where for x in by_seed]
+            latency = statistics.mean(x[-1].scores[k]["latency"] for x in by_seed)
             cells = [name, f"{statistics.mean(spent):.3g}", f"{1e3 * latency:.1f}"]
             for c in COLUMNS:
-                values = [at(looks, k, c, e) for looks, e in zip(by_seed, spent, strict=True)]
+                values = [at(x, k, c, e) for x, e in zip(by_seed, spent, strict=True)]
                 cells.append(spread(values))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -181,11 +184,11 @@ def table(results, args) -> str:
 
 
 def figure(results) -> Figure:
-    """KID against training time and against latency, diversity against training time; a line for each student."""
-    drawing = Figure((13, 4), layout="constrained")
-    axes = drawing.subplots(1, 3)
+    """KID against training time and latency, diversity against training time; one line per student."""
+    fig = Figure((13, 4), layout="constrained")
+    axes = fig.subplots(1, 3)
     for name, (by_seed, k) in rows(results).items():
-        mean = lambda value, by_seed=by_seed: np.mean([[value(x) for x in looks] for looks in by_seed], 0)
+        mean = lambda value, by_seed=by_seed: np.mean([[value(x) for x in snapshots] for snapshots in by_seed], 0)
         seconds, kid = mean(lambda x: x.seconds), mean(lambda x, k=k: x.scores[k][KID])
         axes[0].plot(seconds, kid, "o-", label=name)
         axes[1].plot(1e3 * mean(lambda x, k=k: x.scores[k]["latency"])[-1:], kid[-1:], "o", label=name)
@@ -197,21 +200,21 @@ def figure(results) -> Figure:
     axes[0].set_yscale("log")
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
-    return drawing
+    return fig
 
 
 def main():
-    """Train, look, compare."""
+    """Train, evaluate, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/methods"))
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--looks", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="shares of the time")
+    parser.add_argument("--snapshots", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="shares of the time")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     cache_programs()
-    kept = args.output / f"looks_{args.seconds:.0f}s.json"
+    kept = args.output / f"snapshots_{args.seconds:.0f}s.json"
     results = {name: [] for name in args.only} | (json.loads(kept.read_text()) if kept.is_file() else {})
     for seed in range(args.seeds):
         reference = {}
@@ -220,7 +223,9 @@ def main():
                 print(f"{name}, seed {seed}", flush=True)
                 results[name].append(train(METHODS[name], seed, args, reference))
                 kept.write_text(json.dumps(results))
-    results = {name: [[Look(*look) for look in looks] for looks in results[name][: args.seeds]] for name in args.only}
+    results = {
+        name: [[Snapshot(*x) for x in snapshots] for snapshots in results[name][: args.seeds]] for name in args.only
+    }
     text = table(results, args)
     print(text)
     (args.output / "methods.md").write_text(text)

@@ -19,19 +19,20 @@ import optax
 from compare import spread
 from train_step import seconds
 
-from cddistill import augment, data, losses
-from cddistill.data import DataConfig
-from cddistill.models import latent_lpips, lpips, vae
-from cddistill.models.init import draw_numpy, weight_shapes
-from cddistill.models.lpips import VGG
+from cddistill import data, losses
+from cddistill.data import configure
+from cddistill.models import vae
+from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.net import Autoencoder, Net
+from cddistill.perceptual import ensemble, latent_lpips, lpips
+from cddistill.perceptual.lpips import VGG
 
 POLICIES = ("none", "b", "bg", "bgo")
 
 
 def random_latent_lpips(family="sd15"):
     """LatentLPIPS with random weights, its norms folded into the convolutions as in the published ones."""
-    channels = latent_lpips.FAMILIES[family].channels
+    channels = latent_lpips.FAMILIES[family]
     layers = latent_lpips.init_convs(jax.random.key(0), channels, [stage[-1] for stage in VGG])
     heads = [jnp.full(stage[-1], 0.1) for stage in VGG]
     return Net({"convs": [layer[:2] for layer in layers], "heads": heads}, latent_lpips.LatentLPIPS(family))
@@ -44,16 +45,16 @@ def cost(args):
         "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     })  # fmt: skip
-    autoencoder = Autoencoder(draw_numpy(weight_shapes(module), 0), vae.Encode(module), vae.Decode(module))
+    autoencoder = Autoencoder(init_params_numpy(weight_shapes(module), 0), vae.Encode(module), vae.Decode(module))
     rng, shape = np.random.default_rng(0), (args.batch, args.size, args.size, 4)
     a, b = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
-    keys, policy = jax.random.split(jax.random.key(0), args.batch), augment.POLICIES["bgo"]
+    keys, policy = jax.random.split(jax.random.key(0), args.batch), ensemble.POLICIES["bgo"]
 
     def decoded(autoencoder, a, b):
         return pixel(autoencoder.decode(a), autoencoder.decode(b)).sum()
 
     contenders = {
-        "E-LatentLPIPS": (lambda metric, a, b: augment.ensemble(metric, a, b, keys, policy).sum(), metric),
+        "E-LatentLPIPS": (lambda metric, a, b: ensemble.ensemble(metric, a, b, keys, policy).sum(), metric),
         "  of that LatentLPIPS": (lambda metric, a, b: metric(a, b).sum(), metric),
         "decoding and LPIPS": (decoded, autoencoder),
     }
@@ -71,10 +72,10 @@ def overfit(args):
     """The metric, LPIPS-VGG and PSNR of the image that descent finds, by ensemble: mean over images, standard error."""
     vgg = lpips.load("vgg")
     metric = latent_lpips.load(args.metric) if args.metric else vgg
-    truth = jnp.asarray(data.examples(DataConfig(), "test", args.seeds)["x0"])
+    truth = jnp.asarray(data.examples(configure(), "test", args.seeds)["x0"])
     print(f"| {args.steps} steps of Adam, {args.seeds} images | the metric | LPIPS-VGG | PSNR |\n|---|---|---|---|")
     for name in POLICIES:
-        drawn = descend(metric, truth, augment.POLICIES[name], args.steps)
+        drawn = descend(metric, truth, ensemble.POLICIES[name], args.steps)
         psnr = 10 * np.log10(4.0 / np.asarray(losses.mse(drawn, truth)))
         cells = [spread(np.asarray(x)) for x in (metric(drawn, truth), vgg(drawn, truth), psnr)]
         print("|", " | ".join((name, *cells)), "|", flush=True)
@@ -87,7 +88,7 @@ def descend(metric, truth, policy, steps, rate=1e-2):
     def step(carry, i):
         x, opt = carry
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i), len(truth))
-        slope = jax.grad(lambda x: augment.ensemble(metric, x, truth, keys, policy).sum())(x)
+        slope = jax.grad(lambda x: ensemble.ensemble(metric, x, truth, keys, policy).sum())(x)
         updates, opt = optimizer.update(slope, opt)
         return (x + updates, opt), None
 

@@ -1,11 +1,11 @@
-"""What a CoDi step costs, and against what: every figure also as a ratio to a plain reference in the same run.
+"""The cost of a CoDi step: every figure also as a ratio to a plain reference measured in the same run.
 
     python benchmarks/train_step.py                       the embedded config
     python benchmarks/train_step.py --shape=sd --width=320 --size=64 --batch=8 --dtype=bfloat16
                                                           Stable Diffusion 2.1's shape; --width=64 fits a laptop
 
-Reference: the bare network, forward and backward once and forward once more, each jitted alone: the sum of what a CoDi
-step must compute. Peak: the best rate of a large matrix product in the same dtype on the same device, measured here.
+The reference is the bare network: one forward and backward pass and one more forward pass, each jitted alone. A CoDi
+step must compute at least these. The peak is the best rate of a large matrix product in the same dtype and device.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill import config, data, metrics, models, sharding
+from cddistill import config, data, log, models, sharding
 from cddistill.build import build, make_optimizers
 from cddistill.diffusion import DDPM
 from cddistill.net import Adapted, Autoencoder
@@ -25,7 +25,7 @@ from cddistill.step import active, init_state, train_step
 
 
 def seconds(f, repeats):
-    """Median time of a call, after one to warm up; f returns what to wait for."""
+    """Median seconds of a call after a warm-up call; f returns what to wait for."""
     jax.block_until_ready(f())
     times = []
     for _ in range(repeats):
@@ -54,7 +54,7 @@ def embedded(args):
 
 
 def sd(args):
-    """CoDi on a UNet of Stable Diffusion 2.1's shape, with latents, text and pictures of noise."""
+    """CoDi on a UNet of Stable Diffusion 2.1's shape; latents, text and condition images are noise."""
     w = args.width
     shape = {
         "block_out_channels": [w, 2 * w, 4 * w, 4 * w],
@@ -77,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("embedded", "sd"), default="embedded")
     parser.add_argument("--width", type=int, default=64, help="sd: channels of the first block (320 = SD)")
-    parser.add_argument("--size", type=int, default=32, help="sd: latent pixels")
+    parser.add_argument("--size", type=int, default=32, help="sd: height and width of the latents")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", action="store_true")
@@ -102,7 +102,7 @@ def main():
 
     student = Adapted(nets["backbone"], nets["branch"])
     t, z = jnp.array([500]), on_device["x0"]
-    eps = sharding.inside(mesh, lambda net, b: net(z, t, b["text"], b["cond"]).eps)  # with the step's kernels
+    eps = sharding.inside(mesh, lambda net, b: net(z, t, b["text"], b["cond"]).eps)  # with the step's attention kernels
     loss, forward = jax.jit(jax.grad(lambda net, b: (eps(net, b) ** 2).mean())), jax.jit(eps)
     parts_s = seconds(lambda: loss(student, on_device), args.repeats) + seconds(
         lambda: forward(student, on_device), args.repeats
@@ -115,18 +115,18 @@ def main():
         return values
 
     step_s = seconds(bare, args.repeats)
-    late, number = metrics.Delayed(lambda: "none"), 0
+    delayed, number = log.Delayed(lambda: "none"), 0
 
     def loop(n):
         nonlocal state, number
         for _ in range(n):
             number += 1
             state, values = driver.step(state, frozen, driver.put_batch(next(stream)), active(turns, number))
-            late.push(number, values)
+            delayed.push(number, values)
         return state
 
     loop(2)
-    pairs = [  # by turns, so that a machine that slows down slows both
+    pairs = [  # interleaved, so that a slow machine slows both
         (timed(lambda: [bare() for _ in range(args.repeats)]), timed(lambda: loop(args.repeats))) for _ in range(5)
     ]
     bare_over_loop = statistics.median(b / a for b, a in pairs)
@@ -139,12 +139,12 @@ def main():
     print(f"temporaries       {memory.temp_size_in_bytes / 1e9:8.2f} GB")
     print(f"XLA's FLOPs       {flops / 1e9:8.1f} G    {rate / 1e9:.1f} GFLOP/s")
     print(f"share of peak     {rate / peak:8.1%}      of a matrix product's {peak / 1e9:.0f} GFLOP/s")
-    print(f"step / its parts  {step_s / parts_s:8.3f}      (aim: <= 1.15; FLOPs {flops / parts_flops:.3f})")
-    print(f"loop / bare step  {bare_over_loop:8.3f}      of the throughput (aim: >= 0.97)")
+    print(f"step / its parts  {step_s / parts_s:8.3f}      (target: <= 1.15; FLOPs {flops / parts_flops:.3f})")
+    print(f"loop / bare step  {bare_over_loop:8.3f}      of the throughput (target: >= 0.97)")
 
 
 def timed(f):
-    """Seconds until f's result is there."""
+    """Seconds until f's result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(f())
     return time.perf_counter() - start

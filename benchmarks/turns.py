@@ -1,14 +1,14 @@
-"""What the turns of a method cost, against the network passes that each must make: time and memory, as ratios.
+"""The cost of a method's turns as ratios to the network passes they need: time and memory.
 
     python benchmarks/turns.py dmd2 [--batch=16] [--guidance=2] [--remat] [--dtype=float32]
     python benchmarks/turns.py diffusion2gan --pairs=runs/pairs_emoji [--batch=16] [--regression=lpips]
 
-DMD2. Student's turn: the student forward and back, the teacher (twice if guided) and fake forward, fake's encoder
-forward and back to its input. Critic's turn: the student forward, fake forward and back, its encoder forward and back
-for drawn and for real images. Diffusion2GAN. Both turns: the student forward, disc forward and back twice, now and then
-(lazy) the penalty of one image; the student forward and back, the regression loss and disc forward and back to the
-drawn image. Each pass is jitted and timed alone; the sum leaves out optimisers and averages, which the turns have.
-Memory is that of state, gradients and frozen nets, in bytes per weight of the teacher.
+DMD2, student's turn: student forward and backward; teacher (twice with guidance) and fake forward; fake's encoder
+forward and backward to its input. Critic's turn: student forward; fake forward and backward; its encoder forward and
+backward for generated and for real images. Diffusion2GAN, critic's turn: student forward; disc forward and backward
+twice; on lazy steps the penalty of one image. Student's turn: student forward and backward; the regression loss; disc
+forward and backward to the generated image. Each pass is jitted and timed alone; the sum excludes optimisers and moving
+averages, which the turns include. Memory is that of state, gradients and frozen nets, in bytes per teacher weight.
 """
 
 import argparse
@@ -26,32 +26,41 @@ T = jnp.array([500])
 
 
 def dmd2(args):
-    """Settings of a run, and by what is played which passes that must make, how often."""
+    """Settings of a run, and how often each pass is needed, by the turns played."""
     settings = config.defaults("dmd2")
     settings.update(sample_steps=(1,))
     settings.method.update(real_guidance=args.guidance, ema_decay=0.999)
     guided = 2 if args.guidance != 1.0 else 1
     return settings, {
-        ("student",): {"forward and back": 1, "forward": guided + 1, "encoder, to its input": 1},
-        ("critic",): {"forward": 1, "forward and back": 1, "encoder, to its weights": 2},
+        ("student",): {"forward and backward": 1, "forward": guided + 1, "encoder, to its input": 1},
+        ("critic",): {"forward": 1, "forward and backward": 1, "encoder, to its weights": 2},
     }
 
 
 def diffusion2gan(args):
-    """The same."""
+    """As `dmd2`."""
     settings = config.defaults("diffusion2gan")
     settings.update(sample_steps=(1,))
     settings.data.pairs = args.pairs
     settings.method.update(regression=args.regression, r1_stride=args.batch)
-    both = {"forward": 1, "forward and back": 1, "regression": 1, "disc, to its input": 1, "disc, to its weights": 2}
+    both = {
+        "forward": 1,
+        "forward and backward": 1,
+        "regression": 1,
+        "disc, to its input": 1,
+        "disc, to its weights": 2,
+    }
     return settings, {("critic", "student"): both, ("critic", "student", "critic/lazy"): both | {"penalty": 1}}
 
 
 def passes(n, batch, method) -> dict:
-    """Name -> (function, what it is differentiated by or called with)."""
+    """Name -> (function, its argument)."""
     x0, text, key = batch["x0"], batch["text"], jax.random.key(0)
     out = lambda net: net(x0, T, text).x0
-    found = {"forward": (out, n.teacher), "forward and back": (jax.grad(lambda net: (out(net) ** 2).sum()), n.teacher)}
+    found = {
+        "forward": (out, n.teacher),
+        "forward and backward": (jax.grad(lambda net: (out(net) ** 2).sum()), n.teacher),
+    }
     if "pairs" not in batch:
         judge = lambda net, x: n.disc(net.features(x, T, text)).sum()
         return found | {
@@ -80,13 +89,13 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--regression", default="lpips")
-    parser.add_argument("--pairs", default="runs/pairs_emoji", help="folder that --mode=pairs has written")
+    parser.add_argument("--pairs", default="runs/pairs_emoji", help="folder that --mode=pairs wrote")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
 
-    settings, due = {"dmd2": dmd2, "diffusion2gan": diffusion2gan}[args.method](args)
+    settings, needed = {"dmd2": dmd2, "diffusion2gan": diffusion2gan}[args.method](args)
     settings.update(batch_size=args.batch, dtype=args.dtype, remat=args.remat)
     parts = build.build(config.resolve(settings))
     method, driver, inside = parts.experiment.method, parts.driver(), functools.partial(sharding.inside, parts.mesh)
@@ -104,12 +113,12 @@ def main():
     plain = functools.partial(
         train_step, turns=method.turns(), optimizers=build.make_optimizers(parts.experiment), ema=method.ema()
     )
-    for play, needs in due.items():
+    for play, counts in needed.items():
         step = jax.jit(inside(functools.partial(plain, play=play)))
-        played = seconds(lambda step=step: step(state, frozen, batch), args.repeats)
+        turn_s = seconds(lambda step=step: step(state, frozen, batch), args.repeats)
         memory = step.lower(state, frozen, batch).compile().memory_analysis().temp_size_in_bytes / 1e9
-        parts_s = sum(times * cost[name] for name, times in needs.items())
-        print(f"{' + '.join(play):24}{played * 1e3:8.1f} ms   {played / parts_s:.3f} of its passes (aim: <= 1.15), "
+        parts_s = sum(count * cost[name] for name, count in counts.items())
+        print(f"{' + '.join(play):24}{turn_s * 1e3:8.1f} ms   {turn_s / parts_s:.3f} of its passes (target: <= 1.15), "
               f"temporaries {memory:.2f} GB", flush=True)  # fmt: skip
     weights = sum(x.size for x in jax.tree.leaves(n.teacher.params))
     held = sum(x.nbytes for x in jax.tree.leaves((state, n.teacher)))
