@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as if they were hosts: launch/local.sh 2 --config=configs/ccd_sr.py --workdir=/tmp/run
+# Run several processes on this machine as if they were hosts: launch/local.sh 2 --config=configs/ccd_sr.py --workdir=/tmp/run
 set -euo pipefail
 n=$1
 shift
