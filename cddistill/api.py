@@ -106,7 +106,7 @@ def listed(x) -> list:
 def texts(model: Model, prompts, labels, n: int) -> dict[str, Any]:
     """The text and null text of a batch."""
     encoders = model.pipeline.prompts()
-    if encoders is None and not getattr(model.pipeline.denoiser.module, "conditional", True):
+    if encoders is None and not getattr(model.student.frozen["teacher"].module, "conditional", True):
         if prompts is not None or labels is not None:
             raise ValueError(f"{model.name} is unconditional: it takes neither prompt nor label")
         return {"text": {}, "null": {}}

@@ -1,5 +1,6 @@
 """From an experiment to its parts: the teacher's pipeline, frozen nets and the state at step 0, all checked."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,8 @@ def build(experiment: Experiment) -> Parts:
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-    return Parts(experiment, mesh, rows, teacher, frozen, abstract)
+    unloaded = dataclasses.replace(teacher)  # its networks are in `frozen`: what it holds would stay in memory, too
+    return Parts(experiment, mesh, rows, unloaded, frozen, abstract)
 
 
 def place(mesh, path, x):

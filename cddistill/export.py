@@ -114,7 +114,7 @@ def pipeline_folder(parts: Parts, state: TrainState, folder: Path, config: dict,
     how = method.sampling(schedule, max(run.sample_steps)) if isinstance(schedule, DDPM) else None
     nets = exported_nets(parts, state)
     trained = {part: nets[name] for part, name in method.exports().items()}
-    parts.pipeline.write(folder, trained, how, run.controlnet)
+    parts.pipeline.write(folder, parts.frozen["teacher"], trained, how, run.controlnet)
     io.write_atomic(folder / "README.md", card(config, scores, max(run.sample_steps), how))
     found = f"read back, images differ by at most {reread(parts, state, folder):.2g} of 1 (weights are float16)"
     if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):

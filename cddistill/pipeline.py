@@ -129,14 +129,15 @@ class Pipeline:
 
     # ---- writing a student's folder
 
-    def write(self, folder: Path, trained: dict[str, Net], how: Sampling | None, controlnet: str = "") -> None:
+    def write(
+        self, folder: Path, teacher: Denoiser, trained: dict[str, Net], how: Sampling | None, controlnet: str = ""
+    ) -> None:
         """A pipeline folder: the trained nets by part, the teacher's other parts, a scheduler and model_index.json.
 
-        A LoRA of the denoiser is merged, and also written by itself. `how` is the student's sampling, None if no
-        scheduler of diffusers describes it; `controlnet` is the folder of one that goes along unchanged.
+        teacher is this pipeline's denoiser; a student that is a LoRA of it is merged, and also written by itself. `how`
+        is the student's sampling, None if no scheduler of diffusers describes it; `controlnet` is a folder to copy.
         """
-        teacher = self.denoiser
-        self.write_scheduler(folder, how)
+        write_schedule(folder, teacher, how)
         trained = {self.subfolder if part == "unet" else part: net for part, net in trained.items()}
         changed = {part: lora.merge_if_lora(teacher, net) for part, net in trained.items()}
         if self.lora:
@@ -154,17 +155,18 @@ class Pipeline:
         if index := read_index(self.root):
             write_index(folder, index)
 
-    def write_scheduler(self, folder: Path, how: Sampling | None) -> None:
-        """scheduler/, for schedules that diffusers has."""
-        if isinstance(self.denoiser.schedule, DDPM):
-            own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
-            schedulers.write_scheduler(folder, self.denoiser.schedule, self.denoiser.predicts, **own)
-
     def merged_encoders(self) -> dict[str, Net]:
         """The text encoders that the LoRA changes."""
         encoders = {p.name: models.load(self.root, p.name) for p in self.root.glob("text_encoder*") if p.is_dir()}
         merged = lora.merge(self.lora, encoders, self.lora_scale)
         return {name: net for name, net in merged.items() if net is not encoders[name]}
+
+
+def write_schedule(folder: Path, teacher: Denoiser, how: Sampling | None) -> None:
+    """scheduler/, for schedules that diffusers has."""
+    if isinstance(teacher.schedule, DDPM):
+        own = {"timesteps": how.timesteps, "sampler": how.sampler} if how else {}
+        schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, **own)
 
 
 def read_index(root: Path) -> dict:
