@@ -94,7 +94,7 @@ def sample(
     if "image" in given:
         batch["cond"] = np.stack([condition(model, source) for source in given["image"]])
     student = guided(model.student, guidance)
-    batch = generate.with_latent_condition(student, model.pipeline, model.task or TASKS["sr"](), batch)
+    batch = generate.with_latent_condition(student, model.pipeline, model.task or TASKS["none"](), batch)
     return generate.sample(student, batch, steps or model.steps, seed)
 
 
@@ -105,7 +105,7 @@ def listed(x) -> list:
 
 def texts(model: Model, prompts, labels, n: int) -> dict[str, Any]:
     """The text and null text of a batch."""
-    encoders = model.pipeline.prompts()
+    encoders = model.pipeline.prompts
     if encoders is None and not getattr(model.student.frozen["teacher"].module, "conditional", True):
         if prompts is not None or labels is not None:
             raise ValueError(f"{model.name} is unconditional: it takes neither prompt nor label")

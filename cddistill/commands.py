@@ -42,7 +42,7 @@ def evaluate_run(settings, workdir: Path, which: str = "latest") -> None:
 def export_run(settings, workdir: Path, output: str, which: str = "latest") -> None:
     """Write a checkpoint in a form for other programs: see `export.export`."""
     target = Path(output)
-    file = bool(target.suffix)
+    file = target.suffix in export.FILES
     if not file and target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     parts, state = finished(settings, workdir, which)
@@ -115,8 +115,8 @@ def condition_on(parts: Parts, paths: list[Path]) -> dict:
         print(note)
     batch = {name: example[name] for name in ("x0", "null")}
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), batch)
-    batch |= {"cond": conditions, "text": batch["null"], "index": np.arange(len(paths), dtype=np.int32)}
-    return generate.batch_of(parts, batch) | {"index": batch["index"]}
+    batch |= {"cond": conditions, "text": batch["null"]}
+    return generate.batch_of(parts, batch)
 
 
 def image_files(source: Path) -> list[Path]:

@@ -69,7 +69,7 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
         return PROGRAMS[path.suffix](
             generate.student_of(parts, state), example_inputs(parts), parts.experiment.run, path
         )
-    if isinstance(method, Generator) or (method.exports() and not path.suffix):
+    if isinstance(method, Generator):
         return pipeline_folder(parts, state, path, config, scores or {})
     return method.export_file(SimpleNamespace(**state.nets), path)
 
@@ -302,3 +302,4 @@ def difference(images, student: Student, batch, run) -> float:
 
 
 PROGRAMS = {".stablehlo": stablehlo, ".onnx": onnx}
+FILES = (*PROGRAMS, ".safetensors")  # everything else is a folder, whatever dots its name has

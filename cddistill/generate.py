@@ -170,8 +170,7 @@ def with_latent_condition(student: Student, pipeline: Pipeline, task: Task, batc
     autoencoder = student.frozen["autoencoder"]
     if "cond" not in batch or "cond_latent" in batch or autoencoder.params is None:
         return batch
-    channels = batch["x0"].shape[-1]
-    if student.method.requires().condition != "latent" and not pipeline.takes_latent_condition(channels):
+    if not pipeline.takes_latent_condition(student.method.requires(), batch["x0"].shape[-1]):
         return batch
     encode = jax.jit(task.encode)
     latents = [encode(autoencoder, batch["cond"][i : i + 8]) for i in range(0, len(batch["cond"]), 8)]

@@ -1,7 +1,7 @@
 """One teacher's folder, as diffusers lays it out: the only module that opens it and writes a student's.
 
 pipeline = Pipeline("stabilityai/stable-diffusion-2-1")
-pipeline.denoiser, pipeline.autoencoder, pipeline.prompts()
+pipeline.denoiser, pipeline.autoencoder, pipeline.prompts
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cddistill import io, models
 from cddistill.diffusion import DDPM
+from cddistill.method import Requires
 from cddistill.models import lora, schedulers
 from cddistill.models.families import DENOISERS, FAMILIES
 from cddistill.models.fingerprint import fingerprint
@@ -63,6 +64,7 @@ class Pipeline:
             return Autoencoder()
         return models.load(self.name, "vae", place=self.place, expect=models.AUTOENCODERS, **self.options)
 
+    @functools.cached_property
     def prompts(self) -> Prompts | None:
         """Tokenizers and text encoders with the LoRA merged in; None for a teacher without text."""
         if not self.has("text_encoder"):
@@ -99,9 +101,10 @@ class Pipeline:
         module = self.denoiser.module
         return max((getattr(module, "num_class_embeds", None) or 1) - 1, getattr(module, "label_dim", 0))
 
-    def takes_latent_condition(self, channels: int) -> bool:
-        """Whether the denoiser has input channels for a condition besides the `channels` of z_t."""
-        return self.denoiser_config.get("in_channels", channels) > channels
+    def takes_latent_condition(self, requires: Requires, channels: int) -> bool:
+        """Whether a method's student takes its condition in latent space: because the method says so, or because the
+        denoiser has input channels for one besides the `channels` of z_t."""
+        return requires.condition == "latent" or self.denoiser_config.get("in_channels", channels) > channels
 
     @functools.cached_property
     def weights(self) -> str:

@@ -174,7 +174,7 @@ def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def concat(teacher, tmp_path_factory):
+def concat(encoded, teacher, tmp_path_factory):
     """(settings, workdir) of CoDi with input channels for the condition, on what --mode=encode writes for it."""
     folder, settings = tmp_path_factory.mktemp("concat"), pictures(teacher, teacher / ".." / "x", write=False)
     settings.method.adapter = "concat"
@@ -265,6 +265,14 @@ def test_a_folder_in_use_is_left_alone(encoded, run, tmp_path):
     with pytest.raises(ValueError, match=r"mine/student cannot be written .*another with --output"):
         commands.export_run(encoded[0], run, str(tmp_path / "mine" / "student"))
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_folder_may_have_a_dot_in_its_name(encoded, run, tmp_path):
+    """It is no file: what is in it is safe."""
+    (tmp_path / "v1.5").mkdir()
+    (tmp_path / "v1.5" / "mine").write_text("")
+    with pytest.raises(ValueError, match="is not empty: choose another --output"):
+        commands.export_run(encoded[0], run, str(tmp_path / "v1.5"))
 
 
 def test_a_pipeline_without_its_vae_is_refused(teacher, tmp_path):

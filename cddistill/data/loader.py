@@ -73,19 +73,19 @@ def configure(**values) -> DataConfig:
     Options of other sources and tasks have no effect, but their types are checked. Raises ValueError, in one sentence,
     for an unknown name, a wrong type or a value out of range.
     """
-    values, common = defaults() | values, {f.name for f in dataclasses.fields(DataConfig)}
+    common = {f.name for f in dataclasses.fields(DataConfig)}
+    known = {f"data.{name}": value for name, value in defaults().items()}
     for name in values:
-        typed.choose(f"config key data.{name}", {f"data.{known}": None for known in defaults()}, f"data.{name}")
+        typed.choose(f"config key data.{name}", known, f"data.{name}")
+    values = defaults() | values
     chosen = {}
     for kind, registry in REGISTRIES.items():
         if (name := values[kind]) not in registry:
             raise ValueError(f"data.{kind} must be one of {', '.join(registry)}, not {name!r}")
         for cls in registry.values():
-            own = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            options = typed.check_types(cls, {f.name: values[f.name] for f in dataclasses.fields(cls)}, "data.")
             if cls is registry[name]:
-                chosen[kind] = typed.make(cls, own, "data.")
-            else:
-                typed.check_types(cls, own, "data.")
+                chosen[kind] = cls(**options)
     fields = {name: x for name, x in values.items() if name in common and name not in REGISTRIES}
     return DataConfig(**chosen, **typed.check_types(DataConfig, fields, "data."))
 

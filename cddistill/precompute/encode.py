@@ -36,7 +36,7 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     if experiment.data.source.precomputed:
         raise ValueError(f"data.source={experiment.data.source_name} is already encoded: --mode=encode takes images")
     teacher = pipeline.of_run(run)
-    vae, prompts = teacher.autoencoder, teacher.prompts()
+    vae, prompts = teacher.autoencoder, teacher.prompts
     if vae.params is None and prompts is None:
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
     latent = vae.params is not None and experiment.data.task.conditional and takes_latents(experiment, teacher, vae)
@@ -55,7 +55,7 @@ def takes_latents(experiment: Experiment, teacher: Pipeline, vae: Autoencoder) -
     """Whether the student takes its condition in latent space."""
     size = experiment.data.size
     z = jax.eval_shape(Autoencoder.encode, vae, jax.ShapeDtypeStruct((1, size, size, 3), np.float32))
-    return experiment.method.requires().condition == "latent" or teacher.takes_latent_condition(z.shape[-1])
+    return teacher.takes_latent_condition(experiment.method.requires(), z.shape[-1])
 
 
 def write(folder: pathlib.Path, command: dict, item, rows: int, batch_size: int, encode, null: dict) -> None:
