@@ -9,6 +9,8 @@ import pytest
 import cddistill
 from cddistill import generate, models
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture(scope="module")
 def model(teacher):

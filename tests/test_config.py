@@ -82,6 +82,7 @@ SD21 = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_sd21_config_builds_abstractly():
     """configs/ccd_sr.py:sd21 on Stable Diffusion 2.1's shapes: 865.9 M + 364.2 M weights; the step traces."""
     experiment = config.resolve(load("ccd_sr:sd21"))

@@ -9,6 +9,8 @@ import tiny
 
 from cddistill import commands, config, data, health, models, train
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture(scope="module")
 def pairs(teacher, tmp_path_factory):
@@ -50,6 +52,7 @@ def test_a_run_leaves_what_scripts_rely_on(run):
     assert "to the teacher" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_going_on_is_as_if_never_stopped(run, teacher, pairs, tmp_path):
     """Across the end of the warm-up: bit for bit the run of six steps, from what it had left after one."""
     again = tiny.until(1, run, tmp_path / "run")

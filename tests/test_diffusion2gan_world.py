@@ -109,6 +109,7 @@ def test_the_student_learns_the_ode(gan_weight):
     assert trained(method, 2000) < 0.05
 
 
+@pytest.mark.slow
 def test_mismatched_pairs_teach_the_discriminator_the_map():
     """Without regression: seeing the noise, the discriminator alone tells the student which image is whose."""
     method = Diffusion2GAN(

@@ -374,6 +374,7 @@ def test_a_rank_too_large():
         DMD2(student_lora="blocks").init(jax.random.key(0), {"teacher": tiny.teacher()}, tiny.make_batch(size=2))
 
 
+@pytest.mark.slow
 def test_edms_networks_are_teachers_too():
     """T16: the same file with sigma for times, E12's weight, and features from before the middle."""
     config = {"_class_name": "DhariwalUNet", "img_resolution": 8, "label_dim": 4, "model_channels": 8, "num_blocks": 1,

@@ -14,6 +14,8 @@ from cddistill.method import normal
 from cddistill.models import lora
 from cddistill.models.schedulers import read_sampling
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def settings(teacher, method=(), **changes):
     """A two-step student of a class-conditional teacher, on 8 px emoji."""
@@ -51,6 +53,7 @@ def test_a_run_leaves_what_scripts_rely_on(run):
     assert "to the teacher" in report
 
 
+@pytest.mark.slow
 def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
     """Both optimisers, both time scales: bit for bit the run of six steps, from what it had left after three."""
     again = tiny.until(3, run, tmp_path / "run")
@@ -94,6 +97,7 @@ def test_steps_that_the_student_does_not_have_are_refused_before_the_first(teach
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
     method = {"student_lora": "blocks", "fake_lora": "blocks", "lora_rank": 2, "gan_weight": 0.0}
     c = settings(teacher, method, steps=1, report=False)
@@ -116,6 +120,7 @@ def pairs(teacher, tmp_path_factory):
 WARM = {"dm_weight": 0.0, "gan_weight": 0.0, "regression_weight": 1.0, "regression": "l2"}
 
 
+@pytest.mark.slow
 def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
     """The regression alone trains the student alone; the next run starts from it, with a fake and disc of its own."""
     warm = settings(teacher, WARM, steps=40, report=False)
@@ -141,6 +146,7 @@ def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
         train.train(second, tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_texts_alone_are_enough_without_a_gan(teacher, tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "texts" / split).mkdir(parents=True)

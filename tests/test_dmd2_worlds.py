@@ -99,12 +99,12 @@ def in_the_gaussian_world(steps=8000, seed=0, student=2e-2, critic=5e-3, **optio
     return x.mean(), x.std()
 
 
-OTHER_WEIGHTS = [{"weighting": "dmd1"}, {"weighting": "none"}]  # they scale the same direction
+OTHERS = [{"student_timesteps": (999, 499)}, {"weighting": "dmd1"}, {"weighting": "none"}]  # weights only scale
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"student_timesteps": (999, 499)}, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_WEIGHTS)],
+    [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)],
 )
 def test_the_student_becomes_the_teachers_gaussian(options):
     mean, std = in_the_gaussian_world(**options)
@@ -130,6 +130,7 @@ def restlessness(ratio, steps=6000, student=0.05, critic=0.01, seed=0):
     return means[len(means) // 2 :].std()
 
 
+@pytest.mark.slow
 def test_two_time_scales_calm_the_student():
     """T33: after as many critic updates, one per student update oscillates and five do not (sec. 4.2)."""
     assert restlessness(ratio=1) > 1.5 * restlessness(ratio=5)
@@ -215,6 +216,7 @@ def ratio_to_exact(x, points):
     return ratio, (student - ratio * exact_samples).std() / exact_samples.mean() / np.sqrt(len(x))
 
 
+@pytest.mark.slow
 def test_one_step_reaches_the_mixture():
     """At most 1.1 times the sliced Wasserstein distance of fresh exact samples.
 

@@ -25,6 +25,8 @@ from cddistill.models import adapter
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
 
 

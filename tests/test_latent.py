@@ -23,6 +23,8 @@ from cddistill.models.schedulers import write_scheduler
 from cddistill.models.vae import AutoencoderKL
 from cddistill.precompute import encode
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 UNET = {
     "sample_size": 8, "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 0,
     "down_block_types": ["DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 8,  # attention in the middle

@@ -19,13 +19,10 @@ LAYOUTS = {
     "2 micro-batches": dict(devices=8, accumulate=2),
 }
 # A layout goes wrong where a loss is no mean over rows (pmap and micro-batches show it), where random numbers follow a
-# row's place, or where a net has weights that cannot be split (fsdp shows it). One method with one turn, a branch and
-# an average shows all four; of those with two turns and a discriminator one has pairs, and one steps between times. The
-# others repeat that: slow.
+# row's place, or where a net has weights that cannot be split (fsdp shows it). One method with a branch and an average
+# shows all four. The others repeat that: slow.
 DEFAULT = {
     "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),  # jit over 8: test_sharding
-    "dmd2": ("2 micro-batches",),  # jit over 8: test_sharding
-    "d2g": ("fsdp over 8", "pmap over 8"),
     "judge": ("jit over 8",),
 }
 GENERATORS = [name for name, method in tiny.VARIANTS.items() if isinstance(method, Generator)]
@@ -110,7 +107,9 @@ def test_samples_follow_their_number_not_their_place(name):
     np.testing.assert_allclose(whole[::-1], again, atol=1e-5)
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("d2g", "dmd2_lora") else ()) for n in tiny.VARIANTS]
+)
 def test_a_tiny_loss_falls(name):
     """Fifty steps on one batch: the last ten losses are below the first ten."""
     d, (_, turns, _) = tiny.driver(name, devices=1), tiny.parts(name)

@@ -12,6 +12,8 @@ import tiny
 from cddistill import commands, config, models, sampling, train
 from cddistill.methods.pretrained import Pretrained, guidance_embedding
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def folder(tmp_path, **scheduler):
     """A tiny network whose scheduler is the one given."""

@@ -74,6 +74,7 @@ def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
     assert keep(run) == keep(tmp_path)
 
 
+@pytest.mark.slow
 def test_going_on_under_another_layout(run, teacher, tmp_path):
     """Started under jit, continued under pmap: the same weights to rounding."""
     again = tiny.until(4, run, tmp_path / "run")

@@ -94,6 +94,7 @@ def apart(a, b):
 BOTH = ["text", pytest.param("song", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 def test_at_first_the_features_are_the_teachers(kind):
     """Three maps of logits per level, coarsest first: the heads on Denoiser.decoder_features."""
