@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cddistill.models.convolution import conv_general_dilated
+
 
 class DecoderLevel(NamedTuple):
     """Decoder features at one resolution of a U-Net, each [b, h, w, c]."""
@@ -42,7 +44,10 @@ class GroupNorm(nn.Module):
 def conv(features: int, kernel: int, dtype, name: str | None, stride: int = 1, padding=None) -> nn.Conv:
     """A square convolution; padding None is PyTorch's symmetric (kernel - 1) // 2."""
     padding = (kernel - 1) // 2 if padding is None else padding
-    return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name)
+    return nn.Conv(
+        features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name,
+        conv_general_dilated=conv_general_dilated,
+    )  # fmt: skip
 
 
 def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: int):
