@@ -172,7 +172,10 @@ def test_examples_are_always_the_same():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"source": "emojis"}, "data.source must be one of emoji, scenes, folder, tfds, arrays, not 'emojis'"),
+        (
+            {"source": "emojis"},
+            "data.source must be one of emoji, icons, scenes, mixture, folder, tfds, arrays, not 'emojis'",
+        ),
         ({"task": "blur"}, "data.task must be one of none, sr, not 'blur'"),
         ({"size": 0}, "data.size must be at least 1"),
         ({"task": "sr", "scale": 5}, "data.size 32 must be divisible by data.scale 5"),
@@ -225,9 +228,10 @@ def test_depth_is_the_distance_along_the_ray():
     assert distance[0, 0] < floor
     behind = ball._replace(z=ball.z + 2, colour="blue")
     for solids in ([ball, behind], [behind, ball]):
-        image, depth = scenes.render(world, solids, 65)
+        image, depth, mask = scenes.render(world, solids, 65)
         assert depth[32, 32] == pytest.approx(distance[0, 0], rel=5e-3)  # the mean of four rays
         assert image[32, 32].argmax() == 0  # red
+        assert solids[mask[32, 32] - 1] is ball
 
 
 def test_flip_takes_depth_and_edit_along():

@@ -11,7 +11,7 @@ import numpy as np
 
 Element = dict[str, Any]
 """One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
-float32 [h, w], "edited" uint8 [h, w, 3] and "instruction" str."""
+float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str."""
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from cddistill.data.sources import SOURCES
 from cddistill.data.splits import SPLITS
 from cddistill.data.tasks import TASKS
 
+IMAGES = ("image", "depth", "edited", "mask")  # of an element, which are mirrored together
 KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless")  # keys of an item that a batch keeps
 
 
@@ -106,7 +107,7 @@ class Pixels:
         config, task = self.config, self.config.task
         element = self.source.element(i, rng if self.augment else None)
         if self.augment and config.flip and rng.random() < 0.5:
-            element |= {name: element[name][:, ::-1] for name in ("image", "depth", "edited") if name in element}
+            element |= {name: element[name][:, ::-1] for name in IMAGES if name in element}
         element["target"] = task.target(element)
         cond = task.condition(element, rng)
         label, null = np.int32(element["label"]), np.int32(config.num_classes)

@@ -3,12 +3,16 @@
 from cddistill.data.sources.arrays import Arrays
 from cddistill.data.sources.emoji import Emoji
 from cddistill.data.sources.folder import Folder
+from cddistill.data.sources.icons import Icons
+from cddistill.data.sources.mixture import Mixture
 from cddistill.data.sources.scenes import Scenes
 from cddistill.data.sources.tfds import TensorflowDatasets
 
 SOURCES = {
     "emoji": Emoji,
+    "icons": Icons,
     "scenes": Scenes,
+    "mixture": Mixture,
     "folder": Folder,
     "tfds": TensorflowDatasets,
     "arrays": Arrays,

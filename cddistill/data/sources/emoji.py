@@ -7,10 +7,10 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from cddistill.data.contracts import Source
 from cddistill.data.images import resize
+from cddistill.data.sheets import tiles
 from cddistill.data.splits import members
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,7 +56,7 @@ def pack():
     with (ASSETS / "emoji.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = {group: i for i, group in enumerate(sorted({row["group"] for row in rows}))}
-    images, steps = tiles("emoji_bases.webp"), tiles("emoji_tones.webp")
+    images, steps = (tiles(ASSETS / f"emoji_{name}.webp", SIZE) for name in ("bases", "tones"))
     variants, used = collections.defaultdict(list), 0
     for row, image in zip(rows, images, strict=False):  # the last tiles of the sheet are padding
         n = int(row["tones"])
@@ -67,12 +67,3 @@ def pack():
         label = labels[row["group"]]
         variants[row["base"]].extend((x, label, caption) for x, caption in zip(toned, captions, strict=True))
     return dict(variants)
-
-
-def tiles(name):
-    """The 32x32 tiles of an asset, row by row, uint8 [n,32,32,3]."""
-    with Image.open(ASSETS / name) as image:
-        sheet = np.asarray(image.convert("RGB"))
-    h, w, _ = sheet.shape
-    grid = sheet.reshape(h // SIZE, SIZE, w // SIZE, SIZE, 3).swapaxes(1, 2)
-    return grid.reshape(-1, SIZE, SIZE, 3)

@@ -4,18 +4,9 @@ import csv
 import sys
 
 import numpy as np
-from PIL import Image
 
+from cddistill.data.sheets import sheet
 from cddistill.data.sources.emoji import ASSETS, TONES
-
-
-def sheet(tiles, columns):
-    """Tiles [n,h,w,3] as one image, row by row. Empty tiles at the end are white."""
-    n, h, w, c = tiles.shape
-    rows = -(-n // columns)
-    grid = np.full((rows * columns, h, w, c), 255, np.uint8)
-    grid[:n] = tiles
-    return Image.fromarray(grid.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c))
 
 
 def make(npz, out):

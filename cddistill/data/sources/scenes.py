@@ -1,4 +1,5 @@
-"""Procedural scenes: one to three solids on a chequered floor, with exact depth, a caption and an instructed edit."""
+"""Procedural scenes: one to three solids on a chequered floor, with exact depth and instance masks, a caption and an
+instructed edit."""
 
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("ball", "cube", "cylinder")
 SIZES = {"small": 0.40, "big": 0.62}  # radius or half edge length, metres
+HELD_OUT = {("red", "cylinder"), ("blue", "ball"), ("yellow", "cube")}  # in no training image: a compositional test
 COUNTS = {"train": 10_000, "validation": 1_000, "test": 1_000}
 EYE = np.array([0.0, 2.1, -4.6])  # metres; x right, y up, z into the scene
 FAR = 25.0  # metres: distance where the floor ends, and the depth of the sky
@@ -54,7 +56,10 @@ class Scenes(Source):
 
 
 class SceneImages:
-    """Scenes generated from (split, i) only. The label, 0 .. 23, is the shape and colour of the nearest solid."""
+    """Scenes generated from (split, i) only. The label, 0 .. 23, is the shape and colour of the nearest solid.
+
+    Training scenes have none of the pairs of colour and shape in HELD_OUT.
+    """
 
     num_labels = len(SHAPES) * len(COLOURS)
 
@@ -66,24 +71,33 @@ class SceneImages:
 
     def element(self, i, rng):
         """Scene i."""
-        return dict(scene((SPLITS.index(self.split), i), self.size))
+        return dict(scene((SPLITS.index(self.split), i), self.size, self.split == "train"))
 
 
-@functools.lru_cache(maxsize=sum(COUNTS.values()))  # a scene takes about 10 ms at 32 px
-def scene(seed, size):
-    """image and edited uint8 [size,size,3], depth float32 [size,size] in metres, caption, instruction and label."""
+@functools.lru_cache(maxsize=sum(COUNTS.values()))
+def scene(seed, size, training=False):
+    """image and edited uint8 [size,size,3], depth float32 [size,size] in metres, mask uint8 [size,size], caption,
+    instruction and label.
+
+    The mask is 0 for the background and k for the k-th solid of the caption. With `training`, no image shows a pair of
+    HELD_OUT.
+    """
+    excluded = HELD_OUT if training else set()
     rng = np.random.default_rng(seed)
-    world, solids = random_world(rng), random_solids(rng)
-    instruction, changed = random_edit(rng, solids)
-    (image, depth), (edited, _) = render(world, solids, size), render(world, changed, size)
+    world, solids = random_world(rng), random_solids(rng, excluded)
+    instruction, changed = random_edit(rng, solids, excluded)
+    (image, depth, mask), (edited, _, _) = render(world, solids, size), render(world, changed, size)
     nearest = min(solids, key=lambda s: s.z)
-    for array in (image, depth, edited):
+    ordered = sorted(solids, key=lambda s: s.x)
+    mask = np.uint8([0, *(1 + next(k for k, t in enumerate(ordered) if t is s) for s in solids)])[mask]
+    for array in (image, depth, edited, mask):
         array.flags.writeable = False  # cached
     return {
         "image": image,
         "depth": depth,
         "edited": edited,
-        "caption": " and ".join(f"a {s}" for s in sorted(solids, key=lambda s: s.x)),
+        "mask": mask,
+        "caption": " and ".join(f"a {s}" for s in ordered),
         "instruction": instruction,
         "label": SHAPES.index(nearest.shape) * len(COLOURS) + list(COLOURS).index(nearest.colour),
     }
@@ -96,7 +110,15 @@ def random_world(rng):
     return World(light / np.linalg.norm(light), rng.choice([0.8, 1.2, 2.0]), floor, rng.uniform(0.45, 0.85, 3))
 
 
-def random_solids(rng):
+def random_solids(rng, excluded=frozenset()):
+    """One to three solids with different colours and places, none with a (colour, shape) that is excluded."""
+    solids = random_arrangement(rng)
+    while any((s.colour, s.shape) in excluded for s in solids):
+        solids = random_arrangement(rng)
+    return solids
+
+
+def random_arrangement(rng):
     """One to three solids with different colours and places."""
     n = rng.integers(1, 4)
     places = rng.permutation([-1.3, 0.0, 1.3])[:n]
@@ -115,21 +137,24 @@ def random_solids(rng):
     ]
 
 
-def random_edit(rng, solids):
-    """An instruction about the first solid, identified by its colour, and the solids after the edit."""
+def random_edit(rng, solids, excluded=frozenset()):
+    """An instruction about the first solid, identified by its colour, and the solids after the edit, none of which has
+    a (colour, shape) that is excluded."""
     first, *others = solids
     kind = rng.choice(["colour", "shape", "remove"] if others else ["colour", "shape"])
     if kind == "colour":
-        new = str(rng.choice([c for c in COLOURS if c not in [s.colour for s in solids]]))
+        used = [s.colour for s in solids]
+        new = str(rng.choice([c for c in COLOURS if c not in used and (c, first.shape) not in excluded]))
         return f"make the {first.colour} {first.shape} {new}", [first._replace(colour=new), *others]
     if kind == "shape":
-        new = str(rng.choice([s for s in SHAPES if s != first.shape]))
+        new = str(rng.choice([s for s in SHAPES if s != first.shape and (first.colour, s) not in excluded]))
         return f"turn the {first.colour} {first.shape} into a {new}", [first._replace(shape=new), *others]
     return f"remove the {first}", others
 
 
 def render(world, solids, size):
-    """Ray-traced image uint8 [size,size,3] and depth float32 [size,size], metres along the ray."""
+    """Ray-traced image uint8 [size,size,3], depth float32 [size,size] in metres along the ray, and int [size,size] with
+    k where most rays hit solids[k - 1], 0 where they hit none."""
     rays = camera(size * SUPERSAMPLING)
     down = rays[..., 1] < -1e-3
     t = np.where(down, EYE[1] / -np.where(down, rays[..., 1], -1.0), np.inf)
@@ -139,18 +164,20 @@ def render(world, solids, size):
     tile = np.floor(floor_at[..., 0] * world.tiles) + np.floor(floor_at[..., 2] * world.tiles)
     albedo = np.where(tile[..., None] % 2, *world.floor)
     albedo = np.where(solid_or_floor[..., None], albedo, world.sky + 0.25 * rays[..., 1:2])
-    shiny = np.zeros_like(solid_or_floor)
-    for solid in solids:
+    owner = np.zeros(t.shape, int)
+    for k, solid in enumerate(solids, 1):
         hit, hit_normal = intersect(solid, EYE, rays)
         nearer = hit < t
         t = np.where(nearer, hit, t)
         normal = np.where(nearer[..., None], hit_normal, normal)
         albedo = np.where(nearer[..., None], np.clip(COLOURS[solid.colour] + solid.tint, 0, 1), albedo)
-        shiny, solid_or_floor = shiny | nearer, solid_or_floor | nearer
+        owner[nearer] = k
+        solid_or_floor = solid_or_floor | nearer
     t = np.minimum(t, FAR)
-    lit = shade(world, solids, rays, EYE + t[..., None] * rays, normal, albedo, shiny)
+    lit = shade(world, solids, rays, EYE + t[..., None] * rays, normal, albedo, owner > 0)
     image = pool(np.where(solid_or_floor[..., None], lit, albedo))
-    return (np.clip(image, 0, 1) ** 0.85 * 255 + 0.5).astype(np.uint8), pool(t).astype(np.float32)
+    owned = pool(np.eye(len(solids) + 1)[owner])
+    return (np.clip(image, 0, 1) ** 0.85 * 255 + 0.5).astype(np.uint8), pool(t).astype(np.float32), owned.argmax(-1)
 
 
 def shade(world, solids, rays, points, normal, albedo, shiny):
@@ -165,6 +192,7 @@ def shade(world, solids, rays, points, normal, albedo, shiny):
     return albedo * (0.32 + 0.72 * diffuse[..., None]) + highlight[..., None]
 
 
+@functools.cache
 def camera(size):
     """Unit directions [size,size,3] of the rays through the pixel centres."""
     v, u = 1 - (np.mgrid[:size, :size] + 0.5) / size * 2
@@ -175,11 +203,19 @@ def camera(size):
 
 
 def intersect(solid, origin, rays):
-    """Distance along each ray to a solid (inf: missed) and the outward normal at the hit."""
+    """Distance along each ray to a solid (inf: missed) and the outward normal at the hit.
+
+    Rays are unit vectors [..., 3], and origin is one point or one per ray. Only rays that meet the solid's bounding
+    sphere are intersected.
+    """
     radius = SIZES[solid.size]
-    return {"ball": ball, "cube": cube, "cylinder": cylinder}[solid.shape](
-        origin - np.array([solid.x, radius, solid.z]), rays, radius, solid.yaw
-    )
+    origin = np.broadcast_to(origin - np.array([solid.x, radius, solid.z]), rays.shape)
+    along = np.einsum("...i,...i", origin, rays)
+    near = np.nonzero(np.einsum("...i,...i", origin, origin) - along**2 < 3.001 * radius**2)  # a cube's corners
+    shape = {"ball": ball, "cube": cube, "cylinder": cylinder}[solid.shape]
+    t, normal = np.full(rays.shape[:-1], np.inf), np.zeros(rays.shape)
+    t[near], normal[near] = shape(origin[near], rays[near], radius, solid.yaw)
+    return t, normal
 
 
 def ball(origin, rays, radius, yaw):
