@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,8 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
         )
     if isinstance(method, Generator):
         return pipeline_folder(parts, state, path, config, scores or {})
-    return method.export_file(SimpleNamespace(**state.nets), path)
+    batch = generate.arrays(data.examples(parts.experiment.data, "train", STATISTICS))
+    return method.export_file(generate.student_of(parts, state).n(), batch, path)
 
 
 def check_form(method, path: Path) -> None:
@@ -301,5 +301,6 @@ def difference(images, student: Student, batch, run) -> float:
     return float(np.abs(images - generate.sample(student, batch, max(run.sample_steps), run.seed)).max())
 
 
+STATISTICS = 512  # training examples for a method's own file
 PROGRAMS = {".stablehlo": stablehlo, ".onnx": onnx}
 FILES = (*PROGRAMS, ".safetensors")  # everything else is a folder, whatever dots its name has

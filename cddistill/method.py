@@ -122,12 +122,14 @@ class Scored(Method, Protocol):
     def scores(self, n: SimpleNamespace, batch: dict[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         """Scores by name, one per image [b]."""
 
-    def export_file(self, n: SimpleNamespace, path: Path) -> str:
-        """Write the result as one file and return a sentence that says what was verified.
+    def export_file(self, n: SimpleNamespace, batch: dict[str, Any], path: Path) -> str:
+        """Write the result to a file or folder and return a sentence that says what was verified.
+
+        batch has training examples without augmentation, for statistics of the data.
 
         Raises ValueError if the method has no such file.
         """
-        raise ValueError(f"--output={path}: this method exports no single file, only a folder")
+        raise ValueError(f"--output={path}: this method has nothing to export")
 
 
 def per_sample(key: Key[Array, ""], index: Index) -> Key[Array, " b"]:

@@ -40,6 +40,7 @@ VARIANTS = {
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
     "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
+    "autoencoder": METHODS["autoencoder"](channels=(8, 8), lpips_every=2, lpips_crop=4, ema_decay=0.9),
     "codi_released": METHODS["codi"](
         ode="teacher",
         noise="predicted",

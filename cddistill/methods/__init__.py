@@ -1,5 +1,6 @@
 """The methods by name. A new method is one file and one line here."""
 
+from cddistill.methods.autoencoder import TrainAutoencoder
 from cddistill.methods.codi import CoDi
 from cddistill.methods.diffusion import Diffusion
 from cddistill.methods.diffusion2gan import Diffusion2GAN
@@ -14,5 +15,6 @@ METHODS = {
     "diffusion2gan": Diffusion2GAN,
     "pretrained": Pretrained,
     "latent_lpips": LatentMetric,
+    "autoencoder": TrainAutoencoder,
 }
 UNTRAINED = Pretrained  # how teachers and baselines are sampled as they are

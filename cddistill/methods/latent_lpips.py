@@ -94,7 +94,7 @@ class LatentMetric(Scored):
         """Scores per image [b]: the loss of the stage, and 0 or 1 for a wrong or right answer."""
         return {"classify": self.classify, "judge": self.judge}[self.stage](n, batch, key)
 
-    def export_file(self, n, path):
+    def export_file(self, n, batch, path):
         """Write the file for method.metric of Diffusion2GAN. Raises ValueError unless it is a .safetensors."""
         if path.suffix != ".safetensors":
             raise ValueError(f"--output={path}: a latent LPIPS is exported as *.safetensors")

@@ -222,6 +222,10 @@ class Encode:
     def __call__(self, params, x, key=None):
         return self.module.to_latent(self.module.apply({"params": params}, x, method="encode"), key)
 
+    def posterior(self, params, x):
+        """Mean and log variance [b, h, w, latent_channels] of the unscaled latents of an AutoencoderKL."""
+        return jnp.split(self.module.apply({"params": params}, x, method="encode"), 2, -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
