@@ -13,7 +13,8 @@ from cddistill.config import Experiment
 from cddistill.data import ode_pairs
 from cddistill.method import Generator, Requires
 from cddistill.models import adapter
-from cddistill.net import Adapted
+from cddistill.models.prompt import embed_ids
+from cddistill.net import Adapted, Net
 from cddistill.optim import optimizer
 from cddistill.pipeline import Pipeline
 from cddistill.step import TrainState, init_state, train_step
@@ -58,10 +59,12 @@ def build(experiment: Experiment) -> Parts:
     check_required_data(experiment, requires)
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
     frozen["autoencoder"] = teacher.autoencoder
+    if requires.text_encoder:
+        frozen["teacher_text_encoder"] = load_text_encoder(teacher)
     frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     if requires.teacher:
-        check_teacher(experiment, requires, frozen["teacher"])
+        check_teacher(experiment, requires, frozen)
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
@@ -82,6 +85,14 @@ def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
     if experiment.run.controlnet:
         frozen["controlnet"] = teacher.controlnet(experiment.run.controlnet)
     return frozen
+
+
+def load_text_encoder(teacher: Pipeline) -> Net:
+    """The only text encoder of a pipeline; ValueError if it has none or several."""
+    nets = teacher.prompts.nets if teacher.prompts else ()
+    if len(nets) != 1:
+        raise ValueError(f"{teacher.name} has {len(nets)} text encoders; this method trains the one of its teacher")
+    return nets[0]
 
 
 def make_optimizers(experiment: Experiment):
@@ -144,6 +155,10 @@ def check_required_data(experiment: Experiment, requires: Requires) -> None:
             "this method as it is set needs real images, and the data are prompts only: encode images too, or "
             "switch off the losses that use them (method.gan_weight=0, say)"
         )
+    if requires.text_encoder and "input_ids" not in first_rows(config)["text"]:
+        raise ValueError("this method trains the text encoder on token ids: --mode=encode with its config writes them")
+    if requires.text_encoder and experiment.run.teacher_steps:
+        raise ValueError("teacher_steps must be () while the text encoder is trained: the teacher takes no token ids")
     if requires.classes:
         check_labels(config, requires.classes)
 
@@ -158,14 +173,17 @@ def check_labels(config, classes: int) -> None:
         raise ValueError(f"method.classes is {classes}, and data.num_classes {config.num_classes}: set both alike")
 
 
-def check_teacher(experiment: Experiment, requires: Requires, teacher) -> None:
+def check_teacher(experiment: Experiment, requires: Requires, frozen) -> None:
     """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
-    run, method = experiment.run, experiment.method
+    run, method, teacher = experiment.run, experiment.method, frozen["teacher"]
     if requires.text and not getattr(teacher.module, "conditional", True):
         raise ValueError(
             "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"
         )
-    check_shapes(teacher, batch_shapes(experiment))
+    batch = batch_shapes(experiment)
+    if requires.text_encoder:
+        batch["text"] = jax.eval_shape(embed_ids, frozen["teacher_text_encoder"], batch["text"]["input_ids"])
+    check_shapes(teacher, batch)
     if requires.condition and not experiment.data.task.conditional:
         raise ValueError("this method's student takes a conditioning image: set data.task, or method.adapter='none'")
     if run.teacher_sampler == "heun" and run.teacher_steps:

@@ -49,6 +49,7 @@ class Run:
     num_pairs: int = 10_000  # rows that --mode=pairs generates, in the last of teacher_steps
     pairs_shard: int = 1024  # rows per file
     pairs_batch: int = 64  # rows generated at a time, on all devices together
+    encode_epochs: int = 1  # passes of --mode=encode over the training split; those after the first are augmented
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
 
@@ -65,7 +66,7 @@ class Experiment(NamedTuple):
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs"),
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
 
@@ -107,7 +108,7 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     by_turn = {name: typed.make(OptimConfig, optim | changes[name], "optim.") for name in method.turns()}
     run = typed.make(Run, config, "")
     counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every")
-    for name in (*counts, "num_pairs", "pairs_shard", "pairs_batch"):
+    for name in (*counts, "encode_epochs", "num_pairs", "pairs_shard", "pairs_batch"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
     if not run.sample_steps or min(run.sample_steps) < 1:

@@ -15,6 +15,7 @@ from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.models import adapter
 from cddistill.models.fingerprint import leaf_sum
+from cddistill.models.prompt import embed_ids
 from cddistill.step import TrainState
 
 CARD = """---
@@ -163,6 +164,9 @@ def torch_difference(parts: Parts, state: TrainState, folder: Path, guidance: fl
     steps = max(run.sample_steps)
     ours = generate.sample(generate.student_of(parts, state), batch, steps, run.seed, decode=False)
     noise, after = generate.seeded(run.seed, batch["index"], ours.shape[1:])
+    if parts.experiment.method.requires().text_encoder:
+        encoder = exported_nets(parts, state)["text_encoder"]
+        batch |= {name: jax.device_get(embed_ids(encoder, batch[name]["input_ids"])) for name in ("text", "null")}
     theirs = torch_sample(folder, batch | {"noise": np.asarray(noise)}, guidance, after)
     return float(np.abs(ours - theirs).max())
 

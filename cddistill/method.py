@@ -48,6 +48,7 @@ class Requires(NamedTuple):
     teacher: bool = True  # n.teacher, the denoiser of config.teacher
     images: bool = True  # real images in batch["x0"]; False: prompts are enough
     pairs: bool = False  # batch["pairs"], noise and the teacher's output for it, from data.pairs
+    text_encoder: bool = False  # n.teacher_text_encoder; batch["text"] then has token ids: {"input_ids"}
     text: bool = False  # a teacher that takes classes or text, for classifier-free guidance of its score
     condition: str = ""  # "pixels" or "latent": the space of batch["cond"] in the student; "": no condition
     classes: int = 0  # class labels 0 ... classes - 1 for every image; 0 = labels are not needed

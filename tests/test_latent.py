@@ -332,3 +332,67 @@ def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'cddistill\[onnx\]'"):
         commands.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
     assert not (tmp_path / "student.onnx").exists()
+
+
+# ---- the text encoder, trained along
+
+
+def with_text_encoder(teacher, path):
+    """Settings for plain training of denoiser and text encoder."""
+    c = config.defaults("diffusion")
+    c.update(teacher=str(teacher), batch_size=8, steps=2, log_every=1, eval_every=2, checkpoint_every=2, eval_images=4)
+    c.update(sample_steps=(2,), encode_epochs=2)
+    c.method.update(train_text_encoder=True, ema_decay=0.5, guidance=2.0)
+    c.data.update(source="folder", path=str(path), size=16)
+    return c
+
+
+@pytest.fixture(scope="module")
+def token_ids(teacher, encoded, tmp_path_factory):
+    """(settings for training on them, folder of latents and token ids); `encoded` has written the pictures."""
+    settings, out = with_text_encoder(teacher, teacher / ".." / "x"), tmp_path_factory.mktemp("ids")
+    commands.encode_data(settings, out)
+    settings.data.update(source="arrays", path=str(out))
+    return settings, out
+
+
+def test_captions_become_token_ids_and_later_passes_are_augmented(token_ids, encoded):
+    train_rows = data.load(configure(source="arrays", path=str(token_ids[1])), "train")
+    assert len(train_rows) == 16
+    ids = train_rows.item(2, None)["text"]["input_ids"]
+    assert ids.dtype == np.int32
+    assert ids.tolist() == Letters()([train_rows.item(2, None)["caption"]], "max_length", 16, True)["input_ids"][0]
+    assert train_rows.item(2, None)["null"]["input_ids"].tolist() == [0, *[1] * 15]
+    first, again = (np.stack([train_rows.item(i, None)["x0"] for i in rows]) for rows in (range(8), range(8, 16)))
+    mirrored = np.array([not np.array_equal(a, b) for a, b in zip(first, again, strict=True)])
+    assert 0 < mirrored.sum() < 8
+    once = data.load(configure(source="arrays", path=encoded[0].data.path, task="sr"), "train")
+    np.testing.assert_array_equal(first[3], once.item(3, None)["x0"])
+
+
+def test_the_text_encoder_is_trained_and_exported(token_ids, teacher, tmp_path, capsys):
+    settings = token_ids[0]
+    train.train(settings, tmp_path / "run")
+    assert "text_encoder" in capsys.readouterr().out
+    commands.export_run(settings, tmp_path / "run", str(tmp_path / "out"))
+    difference = float(capsys.readouterr().out.split("at most ")[1].split()[0])
+    assert difference < 1e-2
+    old, new = (models.load(folder, "text_encoder").params for folder in (teacher, tmp_path / "out"))
+    moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+    assert np.mean(moved) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"source": "emoji", "size": 16}, "this method trains the text encoder on token ids: --mode=encode"),
+        ({"teacher_steps": (4,)}, r"teacher_steps must be \(\) while the text encoder is trained"),
+        ({"teacher": "emoji"}, "emoji has 0 text encoders; this method trains the one of its teacher"),
+    ],
+)
+def test_what_training_a_text_encoder_needs(changes, sentence, token_ids, tmp_path):
+    settings = token_ids[0].copy_and_resolve_references()
+    for name, value in changes.items():
+        setattr(settings.data if name in settings.data else settings, name, value)
+    with pytest.raises(ValueError, match=sentence):
+        train.train(settings, tmp_path)

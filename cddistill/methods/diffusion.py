@@ -3,16 +3,19 @@
     t ~ U,  eps ~ N(0, I),  z_t = alpha_t x0 + sigma_t eps
     loss = || out(z_t, t, text, cond) - target(x0, eps) ||^2      in the network's own parameterisation
 
-Without a condition it trains the backbone; with one (`data.task`) it trains backbone and branch together.
+Without a condition it trains the backbone; with one (`data.task`) it trains backbone and branch together. The text
+encoder may be trained along (Rombach et al. 2022, sec. 3.3): the data then has token ids instead of embeddings.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from cddistill import health, sampling
 from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform
 from cddistill.models import adapter
+from cddistill.models.prompt import embed_ids
 from cddistill.models.schedulers import Sampling
 
 
@@ -24,6 +27,7 @@ class Diffusion(Generator):
     ema_decay: float = 0.999  # per step
     adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
     freeze_backbone: bool = False  # train only the branch, as ControlNet does
+    train_text_encoder: bool = False  # of teachers with one text encoder; --mode=encode then writes token ids
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
     guidance: float = 1.0  # guidance scale of sampling; 1 = none
     grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`
@@ -35,16 +39,21 @@ class Diffusion(Generator):
 
     def init(self, key, frozen, batch):
         """A copy of the teacher, and a new branch if there is a condition."""
-        return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
+        nets = adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
+        if self.train_text_encoder:
+            nets["text_encoder"] = jax.tree.map(jnp.copy, frozen["teacher_text_encoder"])
+        return nets
 
     def turns(self):
-        return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone), loss=self.loss)}
+        text_encoder = ("text_encoder",) if self.train_text_encoder else ()
+        return {"student": Turn(moves=adapter.moves(self.adapter, self.freeze_backbone) + text_encoder, loss=self.loss)}
 
     def requires(self):
-        return Requires(condition=adapter.condition_space(self.adapter))
+        return Requires(condition=adapter.condition_space(self.adapter), text_encoder=self.train_text_encoder)
 
     def exports(self):
-        return adapter.exports(self.adapter, self.freeze_backbone)
+        text_encoder = {"text_encoder": "text_encoder"} if self.train_text_encoder else {}
+        return adapter.exports(self.adapter, self.freeze_backbone) | text_encoder
 
     def health_rules(self):
         return super().health_rules() | health.COLLAPSE
@@ -59,6 +68,8 @@ class Diffusion(Generator):
         t = n.teacher.schedule.at(uniform(k_t, index))
         eps = normal(k_eps, index, x0.shape[1:])
         text = drop_text(k_drop, batch, self.text_dropout)
+        if self.train_text_encoder:
+            text = embed_ids(n.text_encoder, text["input_ids"])
         z_t = n.teacher.noise(x0, eps, t)
         if self.adapter == "none":
             return n.backbone.dsm_loss(z_t, t, x0, eps, text), {}
@@ -72,7 +83,10 @@ class Diffusion(Generator):
         if self.adapter != "none":
             cond = adapter.condition(self.adapter, batch)
             denoise = lambda z, t, text: student(z, t, text, cond)
-        denoise = sampling.guided(denoise, batch["text"], batch["null"], self.guidance)
+        texts = [batch["text"], batch["null"]]
+        if self.train_text_encoder:
+            texts = [embed_ids(n.text_encoder_ema, text["input_ids"]) for text in texts]
+        denoise = sampling.guided(denoise, *texts, self.guidance)
         timesteps = sampling.timesteps(schedule, steps, self.grid_power)
         return sampling.SAMPLERS[self.sampler](denoise, schedule, noise, timesteps)
 

@@ -73,6 +73,11 @@ def embed(family: Family, nets: tuple[Net, ...], ids: tuple[jax.Array, ...]) -> 
     return family.combine([net(i) for net, i in zip(nets, ids, strict=True)])
 
 
+def embed_ids(text_encoder: Net, ids) -> dict:
+    """Token ids [b, l] to a UNet's `text`, for teachers with one text encoder (Stable Diffusion 1.x and 2.x)."""
+    return FAMILIES["sd"].combine([text_encoder(ids)])
+
+
 def with_sizes(text: dict, **sizes) -> dict:
     """The text plus time_ids if it has a pooled feature (SDXL)."""
     if "added_cond_kwargs" not in text:

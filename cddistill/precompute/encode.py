@@ -4,6 +4,7 @@ Each host writes its share of the rows to its own files and records its progress
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -16,21 +17,22 @@ from rich.progress import Progress
 
 from cddistill import data, io, pipeline, sharding
 from cddistill.config import Experiment
+from cddistill.data.sources.arrays import NULL
 from cddistill.data.splits import SPLITS
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
 MANIFEST = "manifest.json"
-NULL = {"text": "null", "text_embeds": "null_text_embeds"}
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     """Write x0 (float16), cond, text and captions of every split to the folder `output`, as `data.Arrays` reads them.
 
-    Images are encoded by the VAE of config.teacher and captions by its text encoders, if it has them. Nothing is
-    augmented. Rows already written by the same command are kept. Raises ValueError if the data is precomputed, the
-    teacher has neither a VAE nor a text encoder, or `output` was written by another command.
+    Images are encoded by the VAE of config.teacher and captions by its text encoders, if it has them; for methods that
+    train the text encoder, captions become token ids. The first pass over the training split is not augmented, the
+    others of config.encode_epochs are. Rows already written by the same command are kept. Raises ValueError if the data
+    is precomputed, the teacher has neither a VAE nor a text encoder, or `output` was written by another command.
     """
     run = experiment.run
     if experiment.data.source.precomputed:
@@ -40,15 +42,25 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     if vae.params is None and prompts is None:
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
     latent = vae.params is not None and experiment.data.task.conditional and takes_latents(experiment, teacher, vae)
-    encoders = Encoders(vae, prompts, experiment.data.task.encode if latent else None)
-    size = (experiment.data.size,) * 2
-    null = jax.tree.map(lambda x: x[0], prompts.null(1, target_size=size)) if prompts else {}
+    tokens = experiment.method.requires().text_encoder
+    if tokens and (prompts is None or len(prompts.nets) > 1):
+        raise ValueError(f"{run.teacher} has not exactly one text encoder, which this method trains")
+    encoders = Encoders(vae, prompts, experiment.data.task.encode if latent else None, tokens)
+    null = encoders.null((experiment.data.size,) * 2)
     command = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
     command |= {"cond_latent": True} if latent else {}
+    command |= {"input_ids": True} if tokens else {}
     for split in SPLITS:
-        dataset = data.load(experiment.data, split, augment=False)
-        item = lambda i, dataset=dataset: dataset.item(i, np.random.default_rng([run.seed, i]))
-        write(output / split, command, item, len(dataset), run.batch_size, encoders, null)
+        plain, augmented = (data.load(experiment.data, split, augment) for augment in (False, True))
+        rows = len(plain) * (run.encode_epochs if split == "train" else 1)
+        item = functools.partial(item_of, plain, augmented, run.seed)
+        write(output / split, command, item, rows, run.batch_size, encoders, null)
+
+
+def item_of(plain, augmented, seed: int, i: int):
+    """Row i: an example as it is in the first pass over the data, augmented in the others."""
+    dataset = plain if i < len(plain) else augmented
+    return dataset.item(i % len(plain), np.random.default_rng([seed, i]))
 
 
 def takes_latents(experiment: Experiment, teacher: Pipeline, vae: Autoencoder) -> bool:
@@ -70,7 +82,7 @@ def write(folder: pathlib.Path, command: dict, item, rows: int, batch_size: int,
     write_part(part, command, map(item, numbers), len(numbers), batch_size, encode)
     for name, x in text_arrays(null).items():
         if name in NULL:
-            np.save(part / f"{NULL[name]}.npy", np.asarray(x, np.float16))
+            np.save(part / NULL[name], half({name: np.asarray(x)})[name])
 
 
 def write_part(folder: pathlib.Path, command: dict, items, total: int, batch_size: int, encode) -> None:
@@ -127,6 +139,7 @@ class Encoders:
     vae: Autoencoder
     prompts: Prompts | None
     encode_condition: Callable | None = None  # Task.encode, for students with a latent condition
+    tokens: bool = False  # captions become token ids instead of embeddings
 
     def __post_init__(self):
         self.to_latent = jax.jit(Autoencoder.encode)
@@ -141,8 +154,17 @@ class Encoders:
                 arrays["cond_latent"] = self.encode_condition(self.vae, arrays["cond"])
         if self.prompts is None:
             return half(arrays) | {"class_labels": np.array([row["label"] for row in rows], np.int32)}
-        text = self.prompts([row["caption"] for row in rows], target_size=rows[0]["x0"].shape[:2])
-        return half(arrays | text_arrays(text))
+        captions = [row["caption"] for row in rows]
+        if self.tokens:
+            return half(arrays) | {"input_ids": self.prompts.tokenize(captions)[0]}
+        return half(arrays | text_arrays(self.prompts(captions, target_size=rows[0]["x0"].shape[:2])))
+
+    def null(self, size) -> dict:
+        """The text of the empty prompt for images of a size, one row; {} without text encoders."""
+        if self.prompts is None:
+            return {}
+        text = {"input_ids": self.prompts.tokenize([""])[0]} if self.tokens else self.prompts.null(1, target_size=size)
+        return jax.tree.map(lambda x: x[0], text)
 
 
 def half(arrays):

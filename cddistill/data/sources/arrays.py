@@ -10,7 +10,19 @@ import numpy as np
 from cddistill.data.contracts import Source
 from cddistill.data.splits import SPLITS, members
 
-AXES = {"x0": 4, "cond": 4, "cond_latent": 4, "class_labels": 1, "text": 3, "text_embeds": 2, "time_ids": 2}
+AXES = {
+    "x0": 4,
+    "cond": 4,
+    "cond_latent": 4,
+    "class_labels": 1,
+    "input_ids": 2,
+    "text": 3,
+    "text_embeds": 2,
+    "time_ids": 2,
+}
+
+NULL = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_ids": "null_input_ids.npy"}
+"""Files with the rows of the empty prompt."""
 
 
 class Rows:
@@ -47,7 +59,8 @@ class ArrayItems:
 
     x0.npy is float16 or float32 [n,h,w,c], as the teacher takes it. Optional: cond.npy [n,h,w,c] in [0, 1],
     captions.json (a list of str), and class_labels.npy int [n] or text.npy [n,l,d] with null.npy [l,d], the embedding
-    of the empty prompt; for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and time_ids.npy [n,6]. With
+    of the empty prompt, or input_ids.npy [n,l] with null_input_ids.npy [l], for methods that train the text encoder;
+    for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and time_ids.npy [n,6]. With
     data.x0_shape, x0.npy is not needed: for methods that train on text only. Rows are not augmented: latents cannot be
     mirrored. The files may be split into folders 00000-of-00002 and so on, as --mode=encode writes them.
     """
@@ -69,7 +82,7 @@ class ArrayItems:
         self.captions = list(itertools.chain(*read)) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
         self.check(config)
-        self.null = {name: self.read_null(name) for name in ("text", "text_embeds") if name in self.arrays}
+        self.null = {name: self.read_null(name) for name in NULL if name in self.arrays}
         rows = map(str, range(n))
         self.rows = [int(row) for row in (rows if divided else members(rows, split))]
 
@@ -100,8 +113,8 @@ class ArrayItems:
             raise ValueError(f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label")
 
     def read_null(self, name):
-        """The empty prompt's embedding for `text` or `text_embeds`, float32."""
-        path = self.parts[0] / {"text": "null.npy", "text_embeds": "null_text_embeds.npy"}[name]
+        """The empty prompt's embedding or token ids, a row of one of NULL, float32."""
+        path = self.parts[0] / NULL[name]
         expected = self.arrays[name].shape[1:]
         if not path.exists():
             raise ValueError(f"{name}.npy needs {path}, the embedding of the empty prompt, of shape {expected}")
@@ -121,6 +134,9 @@ class ArrayItems:
         item |= {name: row[name] for name in ("x0", "cond", "cond_latent") if name in row}
         if "x0" not in row:
             item |= {"x0": np.zeros(self.x0_shape, np.float32), "imageless": np.bool_(True)}
+        if "input_ids" in row:
+            ids = lambda row: {"input_ids": row["input_ids"].astype(np.int32)}  # below 2^24, exact in float32
+            return item | {"text": ids(row), "null": ids(row | self.null)}
         if "text" in row:
             return item | {"text": embeddings(row), "null": embeddings(row | self.null)}
         return item | {"text": {"class_labels": label}, "null": {"class_labels": self.null_label}}
