@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from cddistill import commands, generate, io, sharding
+from cddistill import commands, config, generate, io, sharding
 from cddistill.data import TASKS, images
 from cddistill.data.contracts import Task
+from cddistill.evals import grids
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.methods import UNTRAINED
 from cddistill.net import Autoencoder
-from cddistill.pipeline import Pipeline
+from cddistill.pipeline import Pipeline, of_run
+from cddistill.train import cache_programs
 
 STEPS = {"lcm": 4}  # of pretrained networks by sampler, where their scheduler names no timesteps; others: 50
 
@@ -51,19 +53,24 @@ def load(path, *, checkpoint: str = "latest") -> Model:
     workdir = Path(path)
     if (workdir / "checkpoints").is_dir():
         return load_run(workdir, checkpoint)
-    pipeline = Pipeline(str(path))
+    return load_pipeline(Pipeline(str(path)), UNTRAINED(scheduler=str(path)))
+
+
+def load_pipeline(pipeline: Pipeline, method) -> Model:
+    """The networks of a folder, sampled by a method that trains nothing."""
     frozen = {"teacher": pipeline.denoiser, "autoencoder": pipeline.autoencoder}
     if pipeline.has("controlnet"):
-        frozen["controlnet"] = pipeline.controlnet(str(path))
+        frozen["controlnet"] = pipeline.controlnet(pipeline.name)
     how = pipeline.sampling()
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
-    student = Student(UNTRAINED(scheduler=str(path)), sharding.make_mesh(), frozen, {}, {})
-    return Model(str(path), student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
+    student = Student(method, sharding.make_mesh(), frozen, {}, {})
+    return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
 
 
-def load_run(workdir: Path, checkpoint: str) -> Model:
-    """The trained student of a run."""
-    parts, state = commands.finished(io.read_json(workdir / "config.json"), workdir, checkpoint)
+def load_run(workdir: Path, checkpoint: str, settings=None) -> Model:
+    """The trained student of a run, whose config is by default that in its workdir."""
+    settings = settings or io.read_json(workdir / "config.json")
+    parts, state = commands.finished(settings, workdir, checkpoint)
     if not isinstance(parts.experiment.method, Generator):
         raise ValueError(f"the run in {workdir} trained no generator: its result is exported with --mode=export")
     student, data = generate.student_of(parts, state), parts.experiment.data
@@ -120,6 +127,9 @@ def texts(model: Model, prompts, labels, n: int) -> dict[str, Any]:
         return {"text": {"class_labels": chosen}, "null": {"class_labels": null}}
     if labels is not None:
         raise ValueError(f"{model.name} is conditioned on text, so it takes no label: give a prompt, or nothing")
+    if model.student.method.requires().text_encoder:  # the student has one of its own
+        ids = lambda texts: {"input_ids": encoders.tokenize(texts)[0]}
+        return {"text": ids(prompts or [""] * n), "null": ids([""] * n)}
     sizes = {"target_size": (model.size, model.size)}
     null = encoders.null(n, **sizes)
     return {"text": null if prompts is None else encoders(prompts, **sizes), "null": null}
@@ -141,3 +151,21 @@ def guided(student: Student, guidance: float | None) -> Student:
     if not hasattr(student.method, "guidance"):
         raise ValueError(f"{type(student.method).__name__} students have no guidance scale: leave guidance out")
     return student._replace(method=dataclasses.replace(student.method, guidance=float(guidance)))
+
+
+def sample_prompts(settings, workdir: Path, prompts: Sequence[str], output: str, checkpoint: str = "latest") -> None:
+    """--mode=sample --prompt: write one image, or a grid of one for each prompt, to a file.
+
+    The student of the run in workdir or, for a method that trains nothing, config.teacher; no data is read.
+    """
+    experiment = config.resolve(settings)
+    run, method = experiment.run, experiment.method
+    if not isinstance(method, Generator):
+        raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
+    io.ensure_writable(Path(output).parent, "--output")
+    cache_programs()
+    model = load_run(workdir, checkpoint, settings) if method.turns() else load_pipeline(of_run(run), method)
+    steps = max(run.sample_steps)
+    images = sample(model, prompt=list(prompts), steps=steps, seed=run.seed)
+    grids.save_png(output, grids.to_uint8(images)[0] if len(images) == 1 else grids.grid(images))
+    print(f"{len(images)} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")

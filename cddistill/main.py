@@ -27,6 +27,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 INPUT = flags.DEFINE_string("input", None, "sample: the image, or folder of images, that conditions the student.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: a text; give it again for a grid of several.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
 )
@@ -48,9 +49,11 @@ def main(_):
     """Run the mode; heavy imports happen here, so that a wrong flag is reported at once."""
     logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
-    from cddistill import commands, sharding, train
+    from cddistill import api, commands, sharding, train
 
     sharding.initialize()
+    if PROMPT.value and (MODE.value != "sample" or INPUT.value):
+        raise ValueError("--prompt is for --mode=sample without --input")
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(CONFIG.value, workdir)
@@ -65,6 +68,8 @@ def main(_):
         return commands.make_pairs(CONFIG.value, pathlib.Path(output))
     if MODE.value == "export":
         return commands.export_run(CONFIG.value, workdir, output, which)
+    if PROMPT.value:
+        return api.sample_prompts(CONFIG.value, workdir, PROMPT.value, output, which)
     return commands.sample(CONFIG.value, workdir, INPUT.value, output, which)
 
 

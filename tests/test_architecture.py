@@ -18,7 +18,8 @@ LAYERS = [  # a file may import from strictly lower lines; names on one line do 
     {"evals", "precompute", "export"},
     {"train"},
     {"commands"},
-    {"main", "api"},
+    {"api"},
+    {"main"},
 ]
 PUBLIC = {"METHODS", "SOURCES", "TASKS", "__version__", "load", "noises", "sample"}  # cddistill.__init__ finds them
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

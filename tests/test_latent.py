@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill import commands, config, data, export, generate, io, models, train
+import cddistill
+from cddistill import api, commands, config, data, export, generate, io, models, train
 from cddistill.data import configure
 from cddistill.data.sources.arrays import Arrays
 from cddistill.diffusion import DDPM
@@ -334,6 +335,18 @@ def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):
     assert not (tmp_path / "student.onnx").exists()
 
 
+def test_a_prompt_is_sampled_without_data(teacher, tmp_path, capsys):
+    """As `cddistill.sample` does it, with the method's guidance scale."""
+    c = config.defaults("pretrained")
+    c.update(teacher=str(teacher), sample_steps=(3,))
+    c.method.update(scheduler=str(teacher), guidance=3.0)
+    c.data.path = str(tmp_path / "nowhere")
+    api.sample_prompts(c, tmp_path / "run", ["ab c"], str(tmp_path / "out.png"))
+    assert "1 generated in 3 steps (6 network evaluations each)" in capsys.readouterr().out
+    expected = cddistill.sample(cddistill.load(teacher), prompt="ab c", steps=3, guidance=3.0)
+    np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out.png")) / 255, expected[0], atol=0.6 / 255)
+
+
 # ---- the text encoder, trained along
 
 
@@ -380,6 +393,8 @@ def test_the_text_encoder_is_trained_and_exported(token_ids, teacher, tmp_path, 
     old, new = (models.load(folder, "text_encoder").params for folder in (teacher, tmp_path / "out"))
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
     assert np.mean(moved) > 0.5
+    api.sample_prompts(settings, tmp_path / "run", ["ab", "c"], str(tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").size == (2 * 16 + 12, 16 + 8)
 
 
 @pytest.mark.parametrize(

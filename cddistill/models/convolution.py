@@ -19,7 +19,8 @@ def conv_general_dilated(x, kernel, strides, padding, *, lhs_dilation, rhs_dilat
                          feature_group_count=1, precision=None, preferred_element_type=None):  # fmt: skip
     """jax.lax.conv_general_dilated for flax.linen.Conv without dilation and groups; reverse mode only on CPUs."""
     plain = {*lhs_dilation, *rhs_dilation, feature_group_count} == {1} and precision is preferred_element_type is None
-    large = x.ndim == 4 and x.size * kernel.shape[-1] >= LARGE
+    known = all(isinstance(n, int) for n in x.shape)  # not exported for any batch size
+    large = known and x.ndim == 4 and x.size * kernel.shape[-1] >= LARGE
     if plain and large and jax.default_backend() == "cpu":
         return conv2d(x, kernel, tuple(strides), tuple(map(tuple, padding)))
     return jax.lax.conv_general_dilated(
