@@ -136,6 +136,12 @@ def scoring_program(method: Method, mesh):
     return program
 
 
+def pictures(student: Student, batch) -> dict[str, np.ndarray]:
+    """{label: images [n, h, w, c] in [0, 1]} of a method that is `Scored`; {} if it shows none."""
+    program = jax.jit(lambda nets, rows: student.method.pictures(Student(*student[:2], *nets).n(), rows))
+    return jax.tree.map(np.asarray, program(student[2:], batch))
+
+
 def decode(autoencoder: Autoencoder, x0) -> np.ndarray:
     """Images [n, h, w, c] in [0, 1] of pixels or latents x0."""
     chunk = len(x0) if autoencoder.params is None else 8  # decoding takes memory

@@ -123,6 +123,10 @@ class Scored(Method, Protocol):
     def scores(self, n: SimpleNamespace, batch: dict[str, Any], key: jax.Array) -> dict[str, jax.Array]:
         """Scores by name, one per image [b]."""
 
+    def pictures(self, n: SimpleNamespace, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """Images in [0, 1], [b, h, w, c] by the label of their row, for the preview and the report; {} for none."""
+        return {}
+
     def export_file(self, n: SimpleNamespace, batch: dict[str, Any], path: Path) -> str:
         """Write the result to a file or folder and return a sentence that says what was verified.
 

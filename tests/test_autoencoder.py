@@ -78,6 +78,8 @@ def test_a_run_improves_and_its_folder_is_read_back(run, tmp_path, capsys):
     assert vae.encode(x[:2]).shape == (2, 8, 8, 4)
     scores = (run / "scores.json").read_text()
     assert all(name in scores for name in ("psnr", "lpips", "kl"))
+    assert (run / "samples" / "000004.png").is_file()
+    assert "The first images of the held-out test split." in (run / "report.html").read_text()
 
 
 def test_a_teachers_vae_is_fine_tuned(run, tmp_path):

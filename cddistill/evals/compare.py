@@ -88,7 +88,9 @@ def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     repeats = [generate.score(student, batch, seed + i) for i in range(REPEATS)]
     each = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *repeats)
     means = {name: (x.mean(), x.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, x in each.items()}
-    return [Row("metric", means, n)], []
+    shown = generate.pictures(student, jax.tree.map(lambda x: x[:12], batch))
+    figures = [("The first images of the held-out test split.", grids.side_by_side(shown))] if shown else []
+    return [Row("metric", means, n)], figures
 
 
 def row_name(name: str, steps: int) -> str:

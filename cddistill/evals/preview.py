@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from cddistill import data, generate, sharding
@@ -56,13 +57,17 @@ class Validation:
         self.parts, self.n, self.batch = parts, n, None
 
     def __call__(self, state, step: int, workdir: Path, writer) -> dict[str, float]:
-        """The mean of each score."""
+        """The mean of each score; samples/<step>.png if the method shows pictures."""
         if self.batch is None:
             self.batch = generate.arrays(data.examples(self.parts.experiment.data, "validation", self.n))
-        each = generate.score(generate.student_of(self.parts, state), self.batch, self.parts.experiment.run.seed)
+        student = generate.student_of(self.parts, state)
+        each = generate.score(student, self.batch, self.parts.experiment.run.seed)
         scores = {f"val/{name}": float(x.mean()) for name, x in each.items()}
+        shown = generate.pictures(student, jax.tree.map(lambda x: x[:8], self.batch))
         if sharding.is_host0():
             writer.write_scalars(step, scores)
+            if shown:
+                grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(shown))
         return scores
 
 

@@ -93,6 +93,10 @@ class TrainAutoencoder(Scored):
         y = jnp.clip(vae.decode(vae.encode(x)), -1.0, 1.0)
         return {"psnr": -10 * jnp.log10(losses.mse(x, y) / 4), "lpips": n.lpips(x, y), "kl": kl(mean, logvar)}
 
+    def pictures(self, n, batch):
+        x, vae = batch["x0"], n.vae_ema
+        return {"image": x * 0.5 + 0.5, "reconstruction": vae.images(vae.encode(x))}
+
     def export_file(self, n, batch, path):
         """Write vae/ to the folder `path`, with the scaling factor that gives the batch's latents unit variance."""
         vae, x, module = n.vae_ema, batch["x0"], n.vae_ema.encoder.module
