@@ -1,4 +1,4 @@
-"""How far we are from PyTorch: tests assert it through the fixture `parity`, `pytest --parity FILE` writes it down."""
+"""Errors against PyTorch: tests bound them with the fixture `parity`, `pytest --parity FILE` writes a table of them."""
 
 import pathlib
 import re
@@ -12,10 +12,10 @@ from golden import make_clip, make_edm, make_lora, make_models, make_modules, ma
 
 from cddistill.models import convert
 
-# The tanh approximation of GELU is off by 5e-5 of a network's output, sums in another order by 1e-6; a trajectory adds
-# up the roundings of its steps.
+# Sums in another order change a network's output by 1e-6, GELU's tanh approximation, which must fail, by 5e-5; a
+# trajectory accumulates the rounding errors of its steps.
 LIMITS = {"output": 1e-5, "trajectory": 3e-5, "input gradient": 1e-4, "weight gradients": 1e-3}
-SECTIONS = {  # tests: (title, who recorded the other side, what the names mean)
+SECTIONS = {  # test file: (title, recorder of PyTorch's outputs, meaning of the names)
     "test_modules": (
         "Modules", make_modules, "UNetBlock is the block of EDM's networks, in the configurations that diffusers has.",
     ),
@@ -73,7 +73,7 @@ def pytest_addoption(parser):
 
 
 class Parity:
-    """What a test compares with PyTorch; its report carries the result, from another process too."""
+    """Compares with PyTorch and records the error in the test's report, which xdist sends to the main process."""
 
     def __init__(self, record):
         self.record = record
@@ -85,7 +85,7 @@ class Parity:
         self.note(network, part, np.abs(ours - theirs).max() / np.abs(theirs).max(), limit, theirs.size)
 
     def weights(self, network: str, grads, norms, name_of=convert.torch_name):
-        """The same for the gradients of all weights, whose recorded norms are in the order of their PyTorch names."""
+        """The same for the gradients of all weights; the recorded norms are sorted by PyTorch name."""
         flat = flax.traverse_util.flatten_dict(grads)
         ours = {name_of(path): np.linalg.norm(g) for path, g in flat.items()}
         ours = np.array([ours[name] for name in sorted(ours)])
@@ -107,12 +107,12 @@ class Parity:
 
 @pytest.fixture
 def parity(record_property):
-    """parity(network, part, ours, theirs): within the limit, and noted for the table."""
+    """parity(network, part, ours, theirs) asserts that the error is within its limit and records it."""
     return Parity(record_property)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Write the table, if asked for, once every test of every section has passed."""
+    """With --parity, write the table if every section was tested and nothing failed."""
     path, stats = config.getoption("--parity"), terminalreporter.stats
     if path is None:
         return
@@ -133,7 +133,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def document(found) -> str:
-    """The whole file, given (test file, kind, what was noted)."""
+    """The whole file from records (test file, kind, values)."""
     text = TEXT.format(
         tests=",".join(name.removeprefix("test_") for name in SECTIONS), jax=jax.__version__,
         device=jax.devices()[0].platform.upper(), limits=", ".join(f"{x:.0e} for {part}" for part, x in LIMITS.items()),

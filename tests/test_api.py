@@ -1,4 +1,4 @@
-"""`import cddistill` in a notebook: load a folder or a run, sample, and errors in a sentence."""
+"""The Python interface: load a folder, sample, and errors in one sentence."""
 
 import subprocess
 import sys
@@ -17,14 +17,14 @@ def model(teacher):
     return cddistill.load(teacher)
 
 
-def test_importing_it_starts_nothing_heavy():
-    """Flags are parsed before JAX is imported."""
+def test_importing_the_package_does_not_import_jax():
+    """The command line parses its flags before JAX is imported."""
     script = "import sys, cddistill; print(cddistill.__version__, 'jax' in sys.modules, dir(cddistill)[0])"
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert said.split() == [cddistill.__version__, "False", "METHODS"]
 
 
-def test_a_folder_samples_what_its_scheduler_says(model, teacher):
+def test_samples_are_reproducible_and_follow_the_folders_scheduler(model, teacher):
     images = cddistill.sample(model, label=[0, 3], steps=2, seed=1)
     assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.float32)
     assert images.min() >= 0
@@ -41,7 +41,7 @@ def test_a_folder_samples_what_its_scheduler_says(model, teacher):
     np.testing.assert_allclose(once, np.clip(expected, 0, 1), atol=1e-5)
 
 
-def test_it_prints_as_one_line(model):
+def test_a_model_prints_on_one_line(model):
     assert repr(model).endswith("Pretrained, 8x8x3, 50 steps)")
     assert "\n" not in repr(model)
 
@@ -54,12 +54,12 @@ def test_it_prints_as_one_line(model):
         ({"label": [1, 2], "n": 3}, "label has 2 entries for 3 images: give one, or as many"),
     ],
 )
-def test_what_it_cannot_take_is_said(model, given, said):
+def test_unsupported_inputs_are_refused(model, given, said):
     with pytest.raises(ValueError, match=said):
         cddistill.sample(model, steps=1, **given)
 
 
-def test_what_is_no_model_is_said(tmp_path):
+def test_loading_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is neither a folder nor an embedded model"):
         cddistill.load("nothing")
     with pytest.raises(ValueError, match=r"config\.json is missing"):

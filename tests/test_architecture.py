@@ -1,9 +1,9 @@
-"""Imports may only point down this list, so data flows one way and no file knows too much."""
+"""Code layout: imports go one way through the layers, files stay small, and one module takes gradients."""
 
 import ast
 import pathlib
 
-LAYERS = [  # a file may import from strictly lower lines; names on one line do not see each other
+LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
     {"diffusion", "sharding", "io", "typed", "health"},
     {"net"},
     {"models", "method"},
@@ -21,7 +21,7 @@ LAYERS = [  # a file may import from strictly lower lines; names on one line do 
     {"api"},
     {"main"},
 ]
-PUBLIC = {"METHODS", "SOURCES", "TASKS", "__version__", "load", "noises", "sample"}  # cddistill.__init__ finds them
+PUBLIC = {"METHODS", "SOURCES", "TASKS", "__version__", "load", "noises", "sample"}  # of cddistill.__init__
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
 
@@ -36,7 +36,7 @@ def imported(path):
             yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("cddistill.")]
 
 
-def test_imports_point_down():
+def test_imports_go_to_lower_layers_only():
     for path in ROOT.rglob("*.py"):
         unit = path.relative_to(ROOT).parts[0].removesuffix(".py")
         for other in set(imported(path)) - {unit} - PUBLIC:
@@ -50,7 +50,7 @@ def test_files_stay_small():
         assert len(path.read_text().splitlines()) <= limit, path
 
 
-def test_only_one_module_differentiates():
+def test_only_step_takes_gradients_and_applies_updates():
     """Gradients and optimiser updates live in step.py and nowhere else."""
     for path in ROOT.rglob("*.py"):
         if path.name != "step.py":

@@ -1,4 +1,4 @@
-"""Attention and the kernels that may compute it, and what every network owes to dtype, remat and flash."""
+"""Attention and its kernels; the options dtype, remat and flash of every network."""
 
 import functools
 import itertools
@@ -59,7 +59,7 @@ def qkv(b=1, q_len=256, k_len=128, heads=2, width=8, dtype=jnp.float32):
 
 
 def mesh_of(platform, shape=(1, 1), kind=AxisType.Auto):
-    """A mesh of devices that are not here: programs can be lowered for it."""
+    """An abstract mesh of devices this machine lacks: programs can be lowered for it."""
     return AbstractMesh(shape, ("data", "fsdp"), (kind,) * 2, abstract_device=AbstractDevice(platform, 1, platform))
 
 
@@ -75,7 +75,7 @@ def lowered(f, mesh, *args, platform="tpu"):
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr, also those inside of others."""
+    """All equations of a jaxpr, including those of nested jaxprs."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
@@ -84,7 +84,7 @@ def equations(jaxpr):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Pallas kernels as plain JAX, also where the mesh of this machine's CPUs stands for one of TPUs."""
+    """Pallas kernels run in interpret mode, and are selected on the CPU mesh as on a TPU."""
     flash_attention.flash_attention.clear_cache()
     monkeypatch.setattr(pallas_api, "pallas_call", functools.partial(pallas_api.pallas_call, interpret=True))
     monkeypatch.setattr(module, "kernel", lambda platform, *sizes: kernel("tpu", *sizes))
@@ -93,7 +93,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_a_softmax_over_keys(causal):
+def test_attention_equals_numpy_softmax(causal):
     q, k, v = qkv(2, 7, 7 if causal else 5)
     weights = np.exp(np.einsum("blhd,bmhd->bhlm", q, k) / np.sqrt(8))
     weights = np.tril(weights) if causal else weights
@@ -113,7 +113,7 @@ def test_softmax_is_float32_under_bfloat16():
     [
         ("pallas", "tpu", "bfloat16", (4096, 4096, 64)),
         ("pallas", "tpu", "float32", (128, 256, 128)),
-        ("xla", "tpu", "bfloat16", (4096, 77, 64)),  # text
+        ("xla", "tpu", "bfloat16", (4096, 77, 64)),  # 77 text tokens
         ("xla", "tpu", "bfloat16", (64, 128, 64)),
         ("xla", "tpu", "bfloat16", (4096, 4096, 160)),  # Stable Diffusion 1's lowest levels
         ("cudnn", "gpu", "bfloat16", (4096, 4096, 64)),
@@ -125,7 +125,7 @@ def test_softmax_is_float32_under_bfloat16():
         ("xla", "cpu", "bfloat16", (4096, 4096, 64)),
     ],
 )
-def test_which_kernel_computes_it(expected, platform, dtype, sizes, monkeypatch):
+def test_kernel_is_selected_by_platform_dtype_and_sizes(expected, platform, dtype, sizes, monkeypatch):
     monkeypatch.setattr(module, "cudnn_runs", lambda: True)
     assert kernel(platform, jnp.dtype(dtype), *sizes) == expected
     monkeypatch.setattr(module, "cudnn_runs", lambda: False)
@@ -144,7 +144,7 @@ def test_cudnn_needs_ampere(found, runs, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 0.02)])  # bfloat16 has 8 bits
-def test_pallas_computes_what_xla_does(dtype, atol, interpreted):
+def test_pallas_outputs_and_gradients_equal_xla(dtype, atol, interpreted):
     inputs, weight = qkv(q_len=1024, k_len=128, dtype=jnp.dtype(dtype)), randn(3, 1, 1024, 2, 8)
 
     def both(f):
@@ -156,7 +156,7 @@ def test_pallas_computes_what_xla_does(dtype, atol, interpreted):
         np.testing.assert_allclose(a.astype("f"), b.astype("f"), atol=atol * np.abs(b).max().astype("f"))
 
 
-def test_rows_are_split_by_hand_over_the_mesh(interpreted):
+def test_attention_on_a_mesh_is_sharded_by_row_and_equals_xla(interpreted):
     mesh = sharding.make_mesh(fsdp=2)
     inputs = qkv(8)
     place = lambda f: jax.jit(sharding.inside(mesh, lambda *x: (f(*x), *jax.grad(total(f), (0, 1, 2))(*x))))
@@ -167,7 +167,7 @@ def test_rows_are_split_by_hand_over_the_mesh(interpreted):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_kernel_needs_a_mesh_and_whole_rows():
+def test_kernel_needs_a_mesh_and_a_divisible_batch():
     has_kernel = lambda mesh, b=4, **kwargs: (
         "tpu_custom_call" in lowered(functools.partial(attention, **kwargs), mesh, *qkv(b))
     )
@@ -182,8 +182,8 @@ def test_a_kernel_needs_a_mesh_and_whole_rows():
     assert "tpu_custom_call" not in lowered(causal, mesh_of("tpu"), *qkv(1, 128, 128))
 
 
-def test_cudnn_on_gpus(monkeypatch):
-    """No GPU is here, so what JAX asks of one is answered for it; whether the kernel runs, this cannot tell."""
+def test_cudnn_kernels_are_lowered_for_gpus(monkeypatch):
+    """JAX's checks of the GPU are mocked: the kernel is lowered, not run."""
     run = functools.partial(lowered, jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum()), platform="cuda")
     inputs = qkv(4, 64, 78, dtype=jnp.bfloat16)
     assert "cudnn" not in run(mesh_of("gpu", (2, 2)), *inputs)
@@ -195,11 +195,11 @@ def test_cudnn_on_gpus(monkeypatch):
     assert "cudnn" not in run(mesh_of("gpu"), *qkv(4))  # float32
 
 
-def test_second_derivatives_without_flash(interpreted):
+def test_second_derivatives_need_flash_false(interpreted):
     mesh = sharding.make_mesh(fsdp=2)
     (q, *kv), kwargs = qkv(8), {"flash": False}
 
-    def penalty(q):  # as of a discriminator: the squared norm of a gradient
+    def penalty(q):  # a gradient penalty, as of a discriminator
         return (jax.grad(lambda q: (attention(q, *kv, **kwargs) ** 2).sum())(q) ** 2).sum()
 
     grad = jax.jit(sharding.inside(mesh, jax.grad(penalty)))(q)
@@ -212,7 +212,7 @@ def test_second_derivatives_without_flash(interpreted):
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_drivers_let_networks_see_the_mesh(parallel):
+def test_drivers_set_the_abstract_mesh(parallel):
     seen = []
 
     def step(state, frozen, batch, play, axis=None):
@@ -226,10 +226,10 @@ def test_drivers_let_networks_see_the_mesh(parallel):
     assert seen[0].abstract_device.platform == "cpu"
 
 
-def test_exports_hold_no_kernel():
+def test_exports_contain_no_kernel():
     (b,) = jax.export.symbolic_shape("b")
     shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype) for x in qkv()]
-    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):  # a symbol is no number of rows
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):  # the batch size is symbolic
         exported = jax.export.export(jax.jit(attention), platforms=("cpu", "cuda", "tpu"))(*shapes)
     assert "tpu_custom_call" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(*qkv(2)), xla(*qkv(2)), atol=1e-6)
@@ -272,10 +272,10 @@ def call(name, **ours):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_products_are_computed_in_bfloat16(name):
-    def halves(f):  # of every product: which operands are bfloat16
+def test_matmuls_and_convolutions_run_in_bfloat16(name):
+    def halves(f):  # which operands of every product are bfloat16
         found = [eqn for eqn in equations(jax.make_jaxpr(f)(weights(name)).jaxpr) if eqn.primitive.name in PRODUCTS]
-        if name in ("adm", "ncsnpp"):  # whose embedding, a vector per image, is float32
+        if name in ("adm", "ncsnpp"):  # the embedding, a vector per image, is float32
             found = [eqn for eqn in found if eqn.invars[0].aval.ndim > 2]
         return [[x.aval.dtype == jnp.bfloat16 for x in eqn.invars] for eqn in found]
 
@@ -283,15 +283,15 @@ def test_products_are_computed_in_bfloat16(name):
     forward, both = halves(run), halves(jax.grad(lambda params: run(params).sum()))
     assert len(both) > len(forward) > 5
     assert all(map(all, forward))
-    assert all(map(any, both))  # XLA's attention has float32 gradients of its weights
+    assert all(map(any, both))  # XLA's gradients of the attention weights are float32
 
 
-# One UNet and one autoencoder; the others are made of the same blocks: slow.
+# The others are made of the same blocks as these two: slow.
 @pytest.mark.parametrize(
     "name",
     ["unet", "tiny_vae", *(pytest.param(x, marks=pytest.mark.slow) for x in ("adm", "vae", "controlnet", "mu_blend"))],
 )
-def test_remat_changes_nothing_and_bfloat16_little(name):
+def test_remat_equals_plain_and_bfloat16_is_close(name):
     def outputs(params):
         plain, again = (jax.vjp(call(name, remat=remat), params) for remat in (False, True))
         return *((out, backward(jnp.cos(out))) for out, backward in (plain, again)), call(name, dtype=jnp.bfloat16)(
@@ -304,13 +304,13 @@ def test_remat_changes_nothing_and_bfloat16_little(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_take_kernels_unless_told_not_to(name):
+def test_networks_use_kernels_unless_flash_is_false(name):
     has_kernel = lambda flash: "tpu_custom_call" in lowered(call(name, flash=flash), mesh_of("tpu"), weights(name))
-    assert has_kernel(True) == (name not in ("tiny_vae", "clip"))  # without attention, causal
+    assert has_kernel(True) == (name not in ("tiny_vae", "clip"))  # no attention; causal attention
     assert not has_kernel(False)
 
 
-def test_flash_reaches_loaded_networks_and_branches(tmp_path):
+def test_flash_option_reaches_loaded_networks_and_branches(tmp_path):
     teacher = models.init(NETWORKS["unet"], flash=False)
     models.save(tmp_path, "unet", teacher.params, teacher.apply.module.to_config())
     assert [models.load(tmp_path, flash=flash).apply.module.flash for flash in (True, False)] == [True, False]

@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume, kill -9, other meshes, what is kept, damage, full disks; the workdir's config; signals."""
+"""Checkpoints: exact resume, kill -9, other meshes, retention, damage, full disks; the workdir's config; signals."""
 
 import errno
 import functools
@@ -28,7 +28,7 @@ from cddistill.step import TrainState, init_state
 
 
 def initial(width=64) -> TrainState:
-    """Two nets, one average and two optimisers, one of them with empty parts."""
+    """Two nets, one EMA and two optimisers, one of them a chain with empty states."""
     kernel = jnp.arange(64.0 * width).reshape(64, width)
     student = Net({"conv": {"kernel": kernel, "bias": jnp.zeros(width, jnp.bfloat16)}}, jnp.dot)
     fake = Net({"layers": [{"kernel": kernel + 1}, {"kernel": kernel - 1}]}, jnp.dot)
@@ -39,7 +39,7 @@ def initial(width=64) -> TrainState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def advance(state: TrainState) -> TrainState:
-    """A step whose result depends on all the steps before it, and in its last bit not on how it is sharded."""
+    """A step that depends on all earlier steps and gives the same bits under any sharding."""
     return jax.tree.map(
         lambda x: x // 2 + 1 if x.dtype == jnp.int32 else 0.5 * x + state.step.astype(x.dtype), state
     ).replace(step=state.step + 1)
@@ -53,7 +53,7 @@ def run(steps, state=None) -> TrainState:
 
 
 def abstract(state, devices=1):
-    """Shapes, laid out by rows over some devices where that is possible."""
+    """Shapes, sharded by rows over the devices where they divide."""
     mesh = Mesh(np.array(jax.devices()[:devices]), "fsdp")
 
     def place(x):
@@ -85,7 +85,7 @@ def opened(tmp_path):
 
 
 def saved(checkpoints, *steps):
-    """The same checkpoints, with some steps of `run` on disk."""
+    """The checkpoints, after saving these steps of `run`."""
     for step in steps:
         checkpoints.save(step, run(step))
     checkpoints.wait()
@@ -96,12 +96,12 @@ def steps_on_disk(checkpoints):
     return sorted(int(p.name) for p in checkpoints.folder.iterdir() if p.name.isdigit())
 
 
-def test_resume_is_bit_identical_although_saved_buffers_are_donated_at_once(opened):
+def test_resuming_is_bit_exact_when_saved_buffers_are_donated(opened):
     checkpoints = opened()
     state = run(3)
     checkpoints.save(3, state)
-    state = run(4, state)  # donates what is being written
-    checkpoints.save(3, state)  # there already: left alone
+    state = run(4, state)  # donates the buffers being written
+    checkpoints.save(3, state)  # exists already: ignored
     checkpoints.wait()
     restored = opened().restore(abstract(initial()))
     assert opened().best_step() == 3
@@ -110,7 +110,7 @@ def test_resume_is_bit_identical_although_saved_buffers_are_donated_at_once(open
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_restores_on_another_mesh(opened, devices):
+def test_restoring_on_another_mesh_is_bit_exact(opened, devices):
     layout = jax.tree.map(lambda x: x.sharding, abstract(initial(), devices=4))
     checkpoints = opened()
     checkpoints.save(3, jax.device_put(run(3), layout))
@@ -123,12 +123,12 @@ def test_restores_on_another_mesh(opened, devices):
     assert len(restored.nets["student"].params["conv"]["kernel"].addressable_shards) == devices
 
 
-def test_weights_alone_need_no_optimiser(opened):
+def test_weights_are_restored_without_an_optimiser(opened):
     saved(opened(), 3)
     shapes = jax.eval_shape(initial)
     other = shapes.replace(
         opt={"student": (jax.ShapeDtypeStruct((3,), jnp.float32),)}
-    )  # fits no optimiser that was saved
+    )  # no saved optimiser has this structure
     checkpoints = opened(read_only=True)
     weights = checkpoints.restore_weights(other)
     assert_same(weights, run(3).replace(opt={}))
@@ -142,7 +142,7 @@ def test_weights_alone_need_no_optimiser(opened):
         checkpoints.restore_weights(shapes, names=["disc"])
 
 
-def test_keeps_the_newest_and_the_best(opened):
+def test_newest_and_best_checkpoints_are_kept(opened):
     checkpoints = opened(keep=2, best_metric="kid")
     kid = {1: 5.0, 2: 1.0, 3: 7.0, 4: None, 5: 3.0}
     for step, value in kid.items():
@@ -158,7 +158,7 @@ def test_keeps_the_newest_and_the_best(opened):
         again.save(7, run(7), metrics={"fid": 1.0})
 
 
-def test_keeps_the_largest_if_that_is_best(opened):
+def test_best_mode_max_keeps_the_largest_metric(opened):
     checkpoints = opened(keep=1, best_metric="psnr", best_mode="max")
     for step, value in {1: 20.0, 2: 30.0, 3: 25.0}.items():
         checkpoints.save(step, run(step), metrics={"psnr": value})
@@ -167,7 +167,7 @@ def test_keeps_the_largest_if_that_is_best(opened):
     assert checkpoints.best_step() == 2
 
 
-def test_nothing_saved_yet(opened):
+def test_missing_checkpoints_are_reported(opened):
     checkpoints = opened()
     assert checkpoints.latest_step() is None
     assert checkpoints.best_step() is None
@@ -209,7 +209,7 @@ def in_bf16(state):
         (in_bf16, r"ema.student.params.conv.kernel is float32\[64, 64\] in the checkpoint, bfloat16\[64, 64\] here"),
     ],
 )
-def test_another_model_is_refused_naming_the_difference(opened, other, sentence):
+def test_restoring_another_model_names_the_difference(opened, other, sentence):
     saved(opened(), 3)
     checkpoints = opened()
     with pytest.raises(CheckpointMismatch, match=sentence):
@@ -241,7 +241,7 @@ def headless(folder):
 
 
 @pytest.mark.parametrize("damage", [empty, cut, flip, headless])
-def test_an_unreadable_checkpoint_is_set_aside_and_the_one_before_is_taken(opened, damage, caplog):
+def test_unreadable_checkpoint_is_renamed_and_the_previous_one_restored(opened, damage, caplog):
     checkpoints = saved(opened(), 1, 2, 3)
     damage(checkpoints.folder / "3")
     assert_same(opened(read_only=True).restore(abstract(initial())), run(2))
@@ -257,7 +257,7 @@ def test_an_unreadable_checkpoint_is_set_aside_and_the_one_before_is_taken(opene
     assert_same(opened().restore(abstract(initial())), run(3))
 
 
-def test_only_unreadable_checkpoints_are_an_error_and_stay_where_they_are(opened):
+def test_no_readable_checkpoint_is_an_error_and_renames_nothing(opened):
     checkpoints = saved(opened(), 1)
     headless(checkpoints.folder / "1")
     with pytest.raises(OSError, match="no checkpoint in .* can be read .*move it away to start again"):
@@ -281,8 +281,8 @@ while True:
 """
 
 
-def test_kill_9_in_the_middle_of_saving_costs_no_more_than_the_step_in_flight(tmp_path, opened):
-    """Each child resumes on 1 device what was saved on 4 and dies at a random moment of saving every step."""
+def test_kill_9_loses_at_most_the_save_in_progress(tmp_path, opened):
+    """Each child resumes on 1 device (the first save is from 4), saves every step, and is killed at random."""
     layout = jax.tree.map(lambda x: x.sharding, abstract(initial(), devices=4))
     checkpoints = opened()
     checkpoints.save(1, jax.device_put(run(1), layout))
@@ -306,7 +306,7 @@ def test_kill_9_in_the_middle_of_saving_costs_no_more_than_the_step_in_flight(tm
         assert_same(state, run(step))
     JsonlWriter(tmp_path, first_step=step).close()
     logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert logged == list(range(2, step + 1))  # nothing twice, nothing missing, nothing after
+    assert logged == list(range(2, step + 1))  # no step twice, missing or after the restored one
 
 
 @pytest.fixture
@@ -322,11 +322,11 @@ def small_disk(tmp_path):
 
 
 def noise(step):
-    """60,000 numbers that do not compress."""
+    """A state with 60,000 incompressible numbers."""
     return initial().replace(opt={"x": jax.random.normal(jax.random.key(step), (60_000,))})
 
 
-def test_a_full_disk_is_one_sentence_and_spares_the_checkpoints_before(small_disk):
+def test_full_disk_is_reported_and_keeps_earlier_checkpoints(small_disk):
     checkpoints = Checkpoints(small_disk / "run")
     sentence = "cannot write a checkpoint to .*run: the disk is full; the last good one is"
     with pytest.raises(OSError, match=sentence) as error:
@@ -335,14 +335,14 @@ def test_a_full_disk_is_one_sentence_and_spares_the_checkpoints_before(small_dis
     last = checkpoints.latest_step()
     assert str(error.value).endswith(f"run/{last}")
     checkpoints.close()
-    again = Checkpoints(small_disk / "run")  # and clears the half-written one away
+    again = Checkpoints(small_disk / "run")  # removes the half-written one
     assert_same(again.restore(abstract(noise(last))), noise(last))
     again.close()
     assert not list(again.folder.glob("*tmp*"))
     assert steps_on_disk(again) == list(range(1, last + 1))[-3:]
 
 
-def test_an_error_of_the_background_thread_reaches_the_next_save(opened, monkeypatch):
+def test_background_write_error_is_raised_by_the_next_save(opened, monkeypatch):
     checkpoints = saved(opened(), 1)
 
     def fail(*args, **kwargs):
@@ -355,9 +355,9 @@ def test_an_error_of_the_background_thread_reaches_the_next_save(opened, monkeyp
     monkeypatch.undo()
 
 
-def test_a_restart_with_another_config_names_each_key(tmp_path):
+def test_restarting_with_another_config_names_the_changed_keys(tmp_path):
     config = {"seed": 0, "optim": {"lr": 1e-3, "betas": (0.0, 0.99)}, "method": {"name": "dmd2"}, "steps": 100}
-    check_config(tmp_path / "new", config)  # nothing recorded: nothing to say
+    check_config(tmp_path / "new", config)  # no recorded config: no error
     write_config(tmp_path, config)
     check_config(tmp_path, config)
     check_config(tmp_path, config | {"steps": 200}, free=("steps",))
@@ -374,7 +374,7 @@ def test_a_restart_with_another_config_names_each_key(tmp_path):
     assert "betas" not in str(error.value)
 
 
-def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_config_is_written_atomically(tmp_path, monkeypatch):
     write_config(tmp_path, {"seed": 0})
 
     def half(path, content):
@@ -392,7 +392,7 @@ def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_next_one_kills(number):
+def test_first_signal_requests_a_stop_and_second_interrupts(number):
     before = signal.signal(number, lambda *_: (_ for _ in ()).throw(InterruptedError))
     try:
         with Preemption() as stop:
@@ -405,7 +405,7 @@ def test_the_first_signal_asks_and_the_next_one_kills(number):
         signal.signal(number, before)
 
 
-def test_handlers_are_put_back():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with Preemption():
         assert signal.getsignal(signal.SIGTERM) != before

@@ -1,4 +1,4 @@
-"""Text encoders: equal to PyTorch transformers, files of all its releases understood, clear about bad input."""
+"""Text encoders: parity with PyTorch transformers, weight files of every release, errors for bad input."""
 
 import functools
 from pathlib import Path
@@ -28,7 +28,7 @@ OPENCLIP_BIGG = {
 
 
 def torch_names(shapes) -> dict:
-    """Our path of every weight by its published name."""
+    """{published name: our path} of every weight."""
     return {convert.torch_name(path): path for path in flax.traverse_util.flatten_dict(shapes)}
 
 
@@ -62,7 +62,7 @@ def outputs_and_gradients(name: str, **ours):
 
 @pytest.mark.parametrize("name", sorted(golden.ENCODERS))
 def test_features_and_every_gradient_equal_transformers(name, parity):
-    """The embedded tokens are the input that has a gradient."""
+    """The input gradient is that of the token embedding."""
     (features, grads), network = outputs_and_gradients(name), f"{golden.ENCODERS[name]['architectures'][0]}, {name}"
     for part, ours in features._asdict().items():
         assert ours.dtype == jnp.float32
@@ -72,7 +72,8 @@ def test_features_and_every_gradient_equal_transformers(name, parity):
     parity.weights(network, grads, RECORDED[f"{name}/grad_norm"])
 
 
-def test_the_end_token_is_the_largest_id_in_old_configs_and_the_first_of_its_kind_in_new_ones():
+def test_end_token_position_in_old_and_new_configs():
+    """Old configs (end token 2): the largest id; new ones: the first end token."""
     ids = np.array([[7, 9, 2, 9], [2, 5, 8, 5]], np.int32)
     assert end_of_text(ids, 2).tolist() == [1, 2]
     assert end_of_text(ids, 5).tolist() == [0, 1]  # no end token: the first position, as in transformers
@@ -87,13 +88,13 @@ def test_the_end_token_is_the_largest_id_in_old_configs_and_the_first_of_its_kin
         ("Second text encoder of SDXL (OpenCLIP-bigG)", CLIPTextModelWithProjection, OPENCLIP_BIGG, 694_659_840),
     ],
 )
-def test_sizes_of_the_real_models(name, cls, config, published, parity):
+def test_weight_counts_of_the_published_models(name, cls, config, published, parity):
     shapes = weight_shapes(cls.from_config(config))
     parity.size(name, shapes, published)
     assert ("text_projection" in shapes) == (cls is CLIPTextModelWithProjection)
 
 
-def test_files_of_every_release_are_understood():
+def test_weight_names_of_every_release_are_read():
     net = recorded_net("clip_l")
     weights = {name: name for name in torch_names(net.params)}
     assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in weights
@@ -108,7 +109,7 @@ def test_files_of_every_release_are_understood():
     assert recorded_net("openclip_bigg").apply.module.published(projecting, "test") == projecting
 
 
-def test_remat_computes_the_same_and_bfloat16_nearly():
+def test_remat_equals_plain_and_bfloat16_is_close():
     name = "clip_l"
     (features, grads), (again, regrads) = outputs_and_gradients(name), outputs_and_gradients(name, remat=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), (features, grads), (again, regrads))
@@ -119,7 +120,7 @@ def test_remat_computes_the_same_and_bfloat16_nearly():
         assert jnp.abs(a - b).max() > 1e-4
 
 
-def test_configs_are_read_and_written_as_transformers_does():
+def test_configs_are_read_and_written_as_by_transformers():
     assert CLIPTextModel.from_config({}) == CLIPTextModel()
     module = CLIPTextModelWithProjection.from_config(golden.G, dtype=jnp.bfloat16, remat=True)
     assert module.to_config().items() <= golden.G.items()

@@ -1,4 +1,4 @@
-"""CoDi's equations one by one: identities, golden numbers, and a world where the right answer is known.
+"""CoDi's equations one by one: identities, reference values and problems with a known solution.
 
 Labels I1 ... I22 are referred to in docs/codi.md.
 """
@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 
 
 def world(apply, predicts="v", schedule=SD, params=None, ema=None):
-    """n whose backbone is apply(params, z, t, text, residuals) and whose branch hands the condition through."""
+    """Roles n whose backbone is apply(params, z, t, residuals) and whose branch returns the condition."""
     branch = Net({}, lambda p, z, t, text, cond: cond)
     net = Denoiser(
         {} if params is None else params,
@@ -42,7 +42,7 @@ def batch(size=8, dim=3):
 
 
 def fixed(method, t, s):
-    """The method with its times fixed: what is left to chance is the noise alone."""
+    """The method with fixed timesteps: only the noise is random."""
     object.__setattr__(method, "random_timesteps", lambda schedule, key, index: (jnp.array([t]), jnp.array([s])))
     return method
 
@@ -51,7 +51,7 @@ WEIGHT = jnp.array([[0.5, -0.2, 0.1], [0.3, 0.4, -0.6], [-0.1, 0.2, 0.7]])
 
 
 def linear(p, z, t, cond):
-    """Any network that is not special."""
+    """An arbitrary nonlinear network."""
     return jnp.tanh(z @ WEIGHT + 0.3 * cond + 0.1 * (p["b"][None] if p else 0.0)) + 1e-3 * like(
         t.astype(jnp.float32), z
     )
@@ -62,8 +62,8 @@ def linear(p, z, t, cond):
 
 @pytest.mark.parametrize("adapter", ["controlnet", "mu_blend"])
 @pytest.mark.parametrize("freeze", [False, True])
-def test_the_student_starts_as_the_teacher(adapter, freeze):
-    """I1: student == average == teacher, bit for bit, whatever the condition and without one."""
+def test_initial_student_equals_the_teacher(adapter, freeze):
+    """I1: student == EMA == teacher, bit for bit, with a condition and (ControlNet) without."""
     method, frozen, b = CoDi(adapter=adapter, freeze_backbone=freeze), tiny.frozen(), tiny.make_batch()
     nets = jax.jit(method.init)(jax.random.key(0), frozen, b)
     n = types.SimpleNamespace(**frozen, **nets, **{f"{k}_ema": v for k, v in nets.items()})
@@ -75,7 +75,7 @@ def test_the_student_starts_as_the_teacher(adapter, freeze):
             np.testing.assert_array_equal(got, want)
 
 
-def test_pe_codi_trains_and_keeps_only_the_branch():
+def test_parameter_efficient_codi_trains_and_saves_only_the_branch():
     """I3: the state holds no backbone, so no update can reach it and no checkpoint carries it."""
     state = tiny.start("codi_pe")
     assert set(state.nets) == set(state.ema) == {"branch"}
@@ -87,7 +87,7 @@ def test_pe_codi_trains_and_keeps_only_the_branch():
 
 
 def pieces(t=500, s=480):
-    """z_t, the network's view of it, and the noise that made it."""
+    """Roles, batch, noise, z_t and the student's prediction."""
     n, b, eps = world(linear), batch(), tiny.randn(2, 8, 3)
     z_t = n.teacher.noise(b["x0"], eps, jnp.array([t]))
     return n, b, eps, z_t, CoDi().student(n)(z_t, jnp.array([t]), b["text"], b["cond"])
@@ -108,15 +108,15 @@ def test_prev_and_ddim_differ_by_the_noise_error():
     np.testing.assert_allclose(perfect, alpha_s * b["x0"] + sigma_s * eps, atol=1e-6)
 
 
-def test_ddim_stays_where_it_is_at_s_equal_t():
+def test_ddim_step_with_s_equal_t_is_the_identity():
     """I6 in the method: with predicted noise and s = t, z_s is z_t."""
     n, b, eps, z_t, online = pieces()
     got = CoDi(noise="predicted").jump(n, online, z_t, jnp.array([500]), jnp.array([500]), eps, b["text"])
     np.testing.assert_allclose(got, z_t, atol=1e-5)
 
 
-def test_whose_ode():
-    """The student's own step knows the condition; the frozen teacher's does not."""
+def test_ode_step_of_the_student_or_of_the_frozen_teacher():
+    """The student's step uses the condition; the frozen teacher's does not."""
     n, b, eps, z_t, online = pieces()
     n.teacher = n.teacher.replace(apply=lambda p, z, t, text, residuals=0.0: jnp.zeros_like(z))
     own, other = (CoDi(ode=ode, space="x0").jump(n, online, z_t, jnp.array([500]), jnp.array([480]), eps, b["text"])
@@ -130,7 +130,7 @@ def test_whose_ode():
 # ---- consistency
 
 
-def test_noise_and_signal_consistency_differ_by_the_snr():
+def test_eps_and_x0_consistency_differ_by_the_snr():
     """I8: along the model's own DDIM step, dx = -(sigma_s / alpha_s) deps, so the losses' ratio is 1 / SNR(s)."""
     n, b, eps, z_t, online = pieces()
     t, s = jnp.array([500]), jnp.array([480])
@@ -155,9 +155,9 @@ def alpha_sigma64(t):
     return alpha, np.sqrt(1.0 - alpha**2)
 
 
-def test_what_is_zero_and_what_is_not():
-    """I10: with the exact consistency function and the exact ODE the x0 loss vanishes, and the eps loss is O(dt): noise
-    consistency asks for straight trajectories. This is why teacher ODE with eps space is refused."""
+def test_exact_solution_has_zero_x0_loss_and_nonzero_eps_loss():
+    """I10: with the exact consistency function and the exact ODE the x0 loss vanishes, and the eps loss is O(dt): eps
+    consistency holds for straight trajectories only. This is why teacher ODE with eps space is refused."""
     golden = {1: 7.29e-4, 5: 3.65e-3, 10: 7.34e-3, 20: 1.48e-2, 40: 3.01e-2}
     z_t = np.random.default_rng(0).normal(size=200_000)
     alpha_t, sigma_t = alpha_sigma64(500)
@@ -177,8 +177,8 @@ def test_what_is_zero_and_what_is_not():
 
 
 @pytest.mark.parametrize("case", ["s = t with DDIM", "constant eps"])
-def test_the_loss_is_zero_where_it_must_be(case):
-    """I10 (a), (c): nothing to learn when average and student agree and do not move, or when eps^ never changes."""
+def test_consistency_loss_is_zero_for_s_equal_t_or_constant_eps(case):
+    """I10 (a), (c): EMA = student with a DDIM step of s = t, or a constant eps^."""
     if case == "constant eps":
         n, method = (
             world(lambda p, z, t, c: jnp.ones_like(z), "eps"),
@@ -190,8 +190,8 @@ def test_the_loss_is_zero_where_it_must_be(case):
     assert loss < 1e-10
 
 
-def test_boundary_condition_golden():
-    """I11: identity at t = 0, and c_out -> 1 (not 1/2) at every other integer time."""
+def test_boundary_condition_values():
+    """I11: identity at t = 0, and c_out -> 1 (not 1/2) at every other timestep."""
     method, one = codi_released(), jnp.ones((1, 3))
     np.testing.assert_array_equal(method.bounded(5.0 * one, one, jnp.array([0])), one)
     c_skip = method.bounded(0.0 * one, one, jnp.array([1]))
@@ -200,8 +200,8 @@ def test_boundary_condition_golden():
     np.testing.assert_allclose(c_out, 0.9987523389, rtol=1e-6)
 
 
-def test_boundary_at_time_zero_gives_no_consistency():
-    """I12: at k = 0 of the released grid, t = s = 0, both sides are the same z."""
+def test_consistency_loss_is_zero_at_timestep_zero():
+    """I12: at k = 0 of the released grid, t = s = 0, and both sides are the same z."""
     method = codi_released()
     t, s = method.random_timesteps(SD, jax.random.key(0), jnp.arange(4000))
     assert np.any(np.asarray(t) == 0)
@@ -210,8 +210,8 @@ def test_boundary_at_time_zero_gives_no_consistency():
     assert logs["consistency"] < 1e-7  # one float32 DDIM step from t = 0 to itself
 
 
-def test_the_released_grid_and_the_papers():
-    """Times of the paper's text: t in [dt, T], s = t - dt. Of the code: multiples of 20, up to 980."""
+def test_training_timesteps_of_paper_and_released_code():
+    """Paper: t in [dt, T], s = t - dt. Released code: multiples of 20, up to 980."""
     t, s = CoDi(shared_t=False).random_timesteps(SD, jax.random.key(0), jnp.arange(50_000))
     assert t.min() == 1
     assert t.max() == 999
@@ -223,9 +223,8 @@ def test_the_released_grid_and_the_papers():
 # ---- gradients
 
 
-def test_no_gradient_reaches_average_or_z_s():
-    """I13: the gradient is that of the loss with target and z_s held fixed; the average changes the loss all the
-    same."""
+def test_no_gradient_reaches_the_ema_or_z_s():
+    """I13: the gradient is that of the loss with target and z_s held fixed; the EMA still changes the loss."""
     params, ema = {"b": jnp.array([0.3, -0.5, 0.8])}, {"b": jnp.array([0.2, -0.4, 0.9])}
     method, b, key = fixed(CoDi(), 500, 400), batch(), jax.random.key(3)
 
@@ -250,8 +249,8 @@ def test_no_gradient_reaches_average_or_z_s():
     np.testing.assert_allclose(jax.grad(loss)(params, ema)["b"], jax.grad(held)(params)["b"], rtol=1e-4)
 
 
-def test_golden_losses():
-    """One number per preset, made from equations 1-11 by an independent float64 computation in numpy (below)."""
+def test_losses_equal_an_independent_numpy_computation():
+    """Equations 1-11 for every preset, against float64 numpy (by_hand)."""
     b = batch()
     for method in (CoDi(), CoDi(noise="predicted"), codi_released()):
         loss, logs = fixed(method, 500, 480).loss(
@@ -283,8 +282,8 @@ def by_hand(method, x0, cond, eps):
     return consistency, np.mean((x_hat - x0) ** 2)
 
 
-def test_noise_error_is_snr_times_signal_error():
-    """I14: |eps^ - eps|^2 = SNR |x^ - x0|^2, so the second term anchors the noise as well."""
+def test_eps_error_is_snr_times_x0_error():
+    """I14: |eps^ - eps|^2 = SNR |x^ - x0|^2, so the signal loss bounds the eps error as well."""
     n, b, eps, z_t, online = pieces()
     alpha, sigma = SD.alpha_sigma(jnp.array([500]))
     np.testing.assert_allclose(
@@ -295,7 +294,7 @@ def test_noise_error_is_snr_times_signal_error():
 
 
 def test_min_snr_weights():
-    """I17: one weight per time, min(SNR, gamma) / SNR; a large gamma changes nothing."""
+    """I17: one weight per timestep, min(SNR, gamma) / SNR; a large gamma changes nothing."""
     n, b = world(linear), batch()
     plain, wide, tight = (
         fixed(CoDi(snr_gamma=g), 100, 80).loss(n, b, jax.random.key(0))[1]["consistency"] for g in (0.0, 1e9, 1.0)
@@ -305,16 +304,16 @@ def test_min_snr_weights():
     np.testing.assert_allclose(tight, plain * sigma**2 / alpha**2, rtol=1e-4)
 
 
-def test_shared_and_separate_times():
-    """I16: the paper's one t for the whole global batch, or one for each sample."""
+def test_timestep_is_shared_by_the_batch_or_per_sample():
+    """I16: one t for the whole global batch, as in the paper, or one per sample."""
     t, _ = CoDi().random_timesteps(SD, jax.random.key(0), jnp.arange(64))
     assert t.shape == (1,)
     t, _ = CoDi(shared_t=False).random_timesteps(SD, jax.random.key(0), jnp.arange(64))
     assert len(np.unique(t)) > 50
 
 
-def test_cfg_aware_training_guides_both_predictions():
-    """The halves are the right way round: with w = 3 the trained quantity is uncond + 3 (cond - uncond)."""
+def test_cfg_aware_training_uses_the_guided_prediction():
+    """With guidance scale w = 7 the trained v^ is uncond + 7 (cond - uncond) = 5.8."""
     n, b = world(linear), batch()
     n.backbone = n.backbone.replace(
         apply=lambda p, z, t, text, residuals=0.0: jnp.where(text[:, None] == 0, 1.0, 0.2) * jnp.ones_like(z)
@@ -347,8 +346,8 @@ def test_the_four_signal_distances():
 # ---- sampling
 
 
-def test_grids():
-    """I20: n times, strictly decreasing, the first the largest trained, the last above 0."""
+def test_sampling_grids():
+    """I20: n timesteps, strictly decreasing from the largest trained one to one above 0."""
     released = codi_released()
     np.testing.assert_array_equal(released.sampling_timesteps(SD, 4), [980, 720, 460, 200])
     np.testing.assert_array_equal(released.sampling_timesteps(SD, 2), [980, 480])
@@ -364,7 +363,7 @@ def test_grids():
 
 
 def test_one_step_sampling_returns_x_hat():
-    """I19: one step ends exactly at x^(z_T, c, T); evaluations are counted."""
+    """I19: one step returns x^(z_T, c, T); guidance doubles the NFE."""
     n, b, noise = world(linear), batch(), tiny.randn(5, 8, 3)
     got = CoDi().sample(n, noise, b, None, 1)
     want = Adapted(n.backbone_ema, n.branch_ema)(noise, 999, b["text"], b["cond"]).x0
@@ -376,7 +375,7 @@ def test_one_step_sampling_returns_x_hat():
 @pytest.mark.parametrize(
     "change", [dict(ode="ours"), dict(space="v"), dict(boundary="lcm"), dict(signal="l1"), dict(noise="none")]
 )
-def test_options_that_do_not_exist_or_fit_are_refused(change):
+def test_unknown_or_incompatible_options_are_refused(change):
     with pytest.raises(ValueError, match=f"method.{next(iter(change))}"):
         CoDi(**change)
 
@@ -386,7 +385,7 @@ def test_options_that_do_not_exist_or_fit_are_refused(change):
 
 @pytest.mark.parametrize("w", [1.0, 14.0])
 def test_bfloat16_losses_are_finite(w):
-    """I18: networks in bfloat16, weights and losses in float32, up to the largest released guidance."""
+    """I18: networks in bfloat16, weights and losses in float32, up to the largest released guidance scale."""
     frozen = {
         "teacher": tiny.models.init(tiny.UNET, 0, tiny.teacher().schedule, "v", False, jnp.bfloat16),
         "autoencoder": Autoencoder(),
@@ -401,7 +400,7 @@ def test_bfloat16_losses_are_finite(w):
 
 
 def test_text_can_be_the_only_condition():
-    """A picture in the batch is not looked at, and need not be there."""
+    """An image condition in the batch is ignored, and may be missing."""
     method, frozen, b = CoDi(adapter="none", grid_power=2.0), tiny.frozen(), tiny.make_batch(size=4)
     nets = method.init(jax.random.key(0), frozen, b)
     assert list(nets) == ["backbone"]
@@ -418,8 +417,8 @@ def test_text_can_be_the_only_condition():
     np.testing.assert_allclose(drawn, again, atol=1e-6)
 
 
-def test_the_consistency_boundary_needs_a_ddpm_schedule():
-    """c_skip and c_out are functions of DDPM's timesteps; on a flow's t in [0, 1] they would be other functions."""
+def test_consistency_boundary_needs_a_ddpm_schedule():
+    """c_skip and c_out are functions of DDPM's timesteps, not of a flow's t in [0, 1]."""
     teacher = models.init(tiny.UNET, 0, RectifiedFlow(), "flow")
     method = CoDi(boundary="lcm", space="x0")
     method.init(KEY, {"teacher": tiny.teacher()}, tiny.make_batch(size=2))

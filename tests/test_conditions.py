@@ -1,4 +1,4 @@
-"""How a condition reaches a network: input channels, ControlNets made elsewhere, LoRAs merged into a teacher."""
+"""Conditioning: extra input channels, pretrained ControlNets, LoRAs merged into a teacher."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,13 +22,13 @@ def batch():
 
 
 def disturbed(net, seed=0, scale=0.1):
-    """The net with noise on every weight, so that no zero hides anything."""
+    """The net with noise added to every weight, so that none is zero."""
     leaves, tree = jax.tree.flatten(net)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
 
 
-def test_a_widened_network_ignores_the_condition_at_first_and_can_learn_it(batch):
+def test_widened_network_equals_the_teacher_at_init_and_has_condition_gradients(batch):
     teacher, t = tiny.teacher(), jnp.array([3, 100, 500, 900])
     wide = adapter.widen(teacher, batch)
     assert wide.apply.module.in_channels == 6
@@ -40,7 +40,7 @@ def test_a_widened_network_ignores_the_condition_at_first_and_can_learn_it(batch
         batch["x0"], t, batch["text"], batch["cond"][::-1]))(disturbed(wide)).x0)  # fmt: skip
 
 
-def test_a_teacher_with_room_for_the_condition_is_copied(batch):
+def test_teacher_that_already_takes_the_condition_is_copied(batch):
     wide = disturbed(adapter.widen(tiny.teacher(), batch))
     again = adapter.widen(wide, batch)
     jax.tree.map(np.testing.assert_array_equal, again, wide)
@@ -48,7 +48,7 @@ def test_a_teacher_with_room_for_the_condition_is_copied(batch):
     assert not held & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(again)}  # either may be donated
 
 
-def test_what_cannot_be_concatenated_is_said(batch):
+def test_conditions_that_cannot_be_concatenated_are_refused(batch):
     with pytest.raises(ValueError, match=r"needs a condition of x0's size, \(8, 8\), not \(16, 16\)"):
         adapter.widen(tiny.teacher(), batch | {"cond": np.zeros((4, 16, 16, 3), "f")})
     wide = adapter.widen(tiny.teacher(), batch)
@@ -58,7 +58,7 @@ def test_what_cannot_be_concatenated_is_said(batch):
         METHODS["codi"](adapter="concat", freeze_backbone=True)
 
 
-def test_an_editing_network_made_elsewhere_sees_the_condition(batch):
+def test_pretrained_editing_network_uses_the_condition(batch):
     n = SimpleNamespace(teacher=disturbed(adapter.widen(tiny.teacher(), batch)))
     draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, None, 1))
     other = batch | {"cond": batch["cond"][::-1]}
@@ -68,7 +68,7 @@ def test_an_editing_network_made_elsewhere_sees_the_condition(batch):
         build.check_shapes(n.teacher, {k: x for k, x in batch.items() if k != "cond"})
 
 
-def test_a_controlnet_guides_a_network_made_elsewhere(batch):
+def test_pretrained_network_is_sampled_with_a_controlnet(batch):
     teacher = tiny.teacher()
     branch = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
     n = SimpleNamespace(teacher=teacher, controlnet=branch)
@@ -79,7 +79,7 @@ def test_a_controlnet_guides_a_network_made_elsewhere(batch):
 
 
 @pytest.mark.parametrize("method", ["codi", "diffusion"])
-def test_a_students_branch_starts_at_the_controlnet(method, batch):
+def test_student_branch_is_initialised_from_the_controlnet(method, batch):
     teacher = tiny.teacher()
     given = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
     student = METHODS[method](adapter="controlnet", freeze_backbone=True)
@@ -106,7 +106,7 @@ def settings(method, teacher, **run):
     return c
 
 
-def test_a_lora_is_merged_into_the_teacher_and_into_what_is_exported(files, tmp_path):
+def test_lora_is_merged_into_the_teacher_and_the_export(files, tmp_path):
     teacher, _, file, made = files
     c = settings("pretrained", teacher, lora=str(file), lora_scale=0.5)
     expected = made(models.load(teacher).params, 0.5)
@@ -119,7 +119,7 @@ def test_a_lora_is_merged_into_the_teacher_and_into_what_is_exported(files, tmp_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), written, expected)
 
 
-def test_a_controlnet_is_loaded_used_and_exported(files, tmp_path):
+def test_controlnet_is_loaded_and_exported(files, tmp_path):
     teacher, controlnet, _, _ = files
     c = settings("pretrained", teacher, controlnet=str(controlnet))
     frozen = build.build(config.resolve(c)).frozen
@@ -132,7 +132,7 @@ def test_a_controlnet_is_loaded_used_and_exported(files, tmp_path):
         build.build(config.resolve(c))
 
 
-def test_a_lora_for_another_network_is_refused(files, tmp_path):
+def test_lora_for_another_network_is_refused(files, tmp_path):
     teacher, _, _, made = files
     wrong = dataclasses.replace(made, params={"mid_block": {"nowhere": made.params["mid_block"]["resnets_0"]["conv1"]}})
     c = settings("pretrained", teacher, lora=str(lora.save_lora(tmp_path, {"unet": wrong})))

@@ -1,4 +1,4 @@
-"""Configs are data: every shipped one builds, and what is wrong in one is said in a sentence."""
+"""Configs: every shipped one resolves, and errors name the wrong key or value."""
 
 import importlib.util
 import pathlib
@@ -26,7 +26,7 @@ def load(spec):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_resolves_and_says_how_to_run_it(path):
+def test_every_config_resolves_and_documents_its_command(path):
     experiment = config.resolve(load(path.stem))
     assert experiment.run.steps > 0
     assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
@@ -49,7 +49,7 @@ def test_every_config_resolves_and_says_how_to_run_it(path):
         ({"optim": {"student": {"lr": "high"}}}, "optim.lr must be float"),
     ],
 )
-def test_mistakes_are_named(change, sentence):
+def test_config_errors_name_the_key_and_value(change, sentence):
     base = config.plain(config.defaults("codi"))
     merged = base | {k: base[k] | v if isinstance(base[k], dict) else v for k, v in change.items() if k in base}
     merged |= {k: v for k, v in change.items() if k not in base}
@@ -58,18 +58,18 @@ def test_mistakes_are_named(change, sentence):
 
 
 @pytest.mark.parametrize(("field", "known"), [("sampler", "ddim, heun"), ("adapter", "none, controlnet")])
-def test_choices_of_plain_diffusion_are_checked(field, known):
+def test_options_of_the_diffusion_method_are_checked(field, known):
     with pytest.raises(ValueError, match=f"method.{field} 'other' is not one of {known}"):
         config.resolve({"method": {"name": "diffusion", field: "other"}})
 
 
-def test_defaults_are_locked():
-    """A misspelt override on the command line meets ml_collections' own check."""
+def test_unknown_overrides_of_defaults_are_refused():
+    """ml_collections itself refuses a misspelt override on the command line."""
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         config.defaults("codi").optim.lrr = 1.0
 
 
-def test_one_turn_may_have_its_own_optimizer():
+def test_a_turn_can_have_its_own_learning_rate():
     settings = config.plain(config.defaults("codi"))
     settings["optim"] |= {"student": {"lr": 7e-5}}
     assert config.resolve(settings).optim["student"].lr == 7e-5
@@ -83,7 +83,7 @@ SD21 = {
 
 
 @pytest.mark.slow
-def test_the_sd21_config_builds_abstractly():
+def test_sd21_config_traces_abstractly():
     """configs/ccd_sr.py:sd21 on Stable Diffusion 2.1's shapes: 865.9 M + 364.2 M weights; the step traces."""
     experiment = config.resolve(load("ccd_sr:sd21"))
     assert experiment.run.dtype == "bfloat16"
@@ -116,7 +116,7 @@ def test_the_sd21_config_builds_abstractly():
     assert metrics["student/loss"].shape == ()
 
 
-def test_a_turn_follows_the_common_optimiser_until_it_is_told_otherwise():
+def test_turns_inherit_the_common_optimiser_unless_overridden():
     c = config.defaults("dmd2")
     c.optim.lr, c.optim.critic.lr = 3e-4, 1e-5
     c.optim.clip = 10.0

@@ -1,4 +1,4 @@
-"""Weights go out to diffusers folders and come back unchanged; every broken folder is told apart in a sentence."""
+"""Diffusers folders: weights round-trip exactly, and broken folders have specific errors."""
 
 import fnmatch
 import hashlib
@@ -67,10 +67,10 @@ def rewrite(folder, change):
 
 
 def write_torch(file, arrays):
-    """A state dict as torch.save writes it, put together by hand: torch is not needed here."""
+    """Writes a state dict in the format of torch.save, without torch."""
 
     def value(x):
-        return pickle.dumps(x, 2)[2:-1]  # between the protocol and the stop
+        return pickle.dumps(x, 2)[2:-1]  # without the PROTO and STOP opcodes
 
     pickled = b"\x80\x02}("
     for i, (name, x) in enumerate(arrays.items()):
@@ -98,14 +98,14 @@ def test_round_trip_is_exact(net, folder):
     assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
 
 
-def test_the_unet_may_lie_alone_or_in_another_subfolder(net, folder):
+def test_unet_loads_from_its_own_folder_or_another_subfolder(net, folder):
     assert_equal(models.load(folder / "unet").params, net.params)
     (folder / "unet").rename(folder / "student")
     assert_equal(models.load(str(folder), "student").params, net.params)
     assert models.load(folder, "student", dtype=jnp.bfloat16, remat=True).apply.module.remat
 
 
-def test_names_and_layout_are_pytorchs(net, folder):
+def test_tensor_names_and_layout_are_pytorchs(net, folder):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     block = net.params["down_blocks_0"]
     attn = block["attentions_0"]["transformer_blocks_0"]
@@ -130,7 +130,7 @@ def test_half_precision_files_become_float32(net, folder, dtype, rtol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), back, net.params)
 
 
-def test_shards_are_joined(net, folder):
+def test_weight_shards_are_joined(net, folder):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     (folder / "unet" / FILE).unlink()
     names = sorted(tensors)
@@ -145,7 +145,7 @@ def test_shards_are_joined(net, folder):
         models.load(folder)
 
 
-def test_former_flax_folders_load(net, folder):
+def test_legacy_flax_folders_load(net, folder):
     (folder / "unet" / FILE).unlink()
     data = flax.serialization.msgpack_serialize(jax.device_get(net.params))
     (folder / "unet" / FLAX_FILE).write_bytes(data)
@@ -157,7 +157,7 @@ def test_former_flax_folders_load(net, folder):
         models.load(folder)
 
 
-def test_parameter_paths_are_those_of_former_flax_diffusers():
+def test_parameter_paths_equal_legacy_flax_diffusers():
     """Fingerprint of a file written by diffusers 0.39.0's FlaxUNet2DConditionModel with this configuration."""
     module, shapes = models.abstract(
         {
@@ -171,21 +171,21 @@ def test_parameter_paths_are_those_of_former_flax_diffusers():
     assert digest == "35eece22830b630da89083d230d67f79509af22a63893f0ae1c53ad826701653"
 
 
-def test_pytorchs_own_files_load(net, folder):
+def test_torch_save_files_load(net, folder):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     (folder / "unet" / FILE).unlink()
     write_torch(folder / "unet" / "diffusion_pytorch_model.bin", tensors)
     assert_equal(models.load(folder).params, net.params)
 
 
-def test_a_file_alone_loads_with_a_config_beside_it(net, folder):
+def test_single_weight_file_needs_a_config_next_to_it(net, folder):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     write_torch(folder / "unet" / "student.pt", {k: x + 1 for k, x in tensors.items()})
     back = models.load(folder / "unet" / "student.pt")
     assert_equal(back.params, jax.tree.map(lambda x: x + 1, net.params))
     assert back.schedule == net.schedule
     (folder / "unet" / "config.json").unlink()
-    for path in (folder / "unet" / "student.pt", folder):  # in a folder the other file is the better one
+    for path in (folder / "unet" / "student.pt", folder):  # from the folder, the safetensors file would be read
         with pytest.raises(ValueError, match=r"config\.json is missing: .* needs one .*\"_class_name\" \(UNet2DCond"):
             models.load(path)
 
@@ -193,7 +193,7 @@ def test_a_file_alone_loads_with_a_config_beside_it(net, folder):
 @pytest.mark.parametrize(
     ("name", "former"), [*((name, False) for name in OTHERS), ("AutoencoderKL", True), ("CLIPTextModel", True)]
 )
-def test_every_class_loads_as_what_it_is(tmp_path, name, former):
+def test_every_network_class_round_trips(tmp_path, name, former):
     kind, options = OTHERS[name]
     module, shapes = models.abstract(options | {"_class_name": name})
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_every_class_loads_as_what_it_is(tmp_path, name, former):
     if former:
         next(path.glob("*.safetensors")).unlink()
         flat = flax.traverse_util.flatten_dict(params, sep="/")
-        flat = {name.replace("/layers_", "/layers/"): x for name, x in flat.items()}  # so in transformers' classes
+        flat = {name.replace("/layers_", "/layers/"): x for name, x in flat.items()}  # as in transformers' Flax classes
         tree = flax.traverse_util.unflatten_dict(flat, sep="/")
         (path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
     back = models.load(tmp_path, "part", remat=True)
@@ -213,7 +213,7 @@ def test_every_class_loads_as_what_it_is(tmp_path, name, former):
     assert kind is not Denoiser or (back.schedule, back.predicts) == (EDM(), "x0")
 
 
-def test_a_class_knows_what_else_its_files_hold(tmp_path):
+def test_text_encoder_files_with_old_names_and_position_ids_load(tmp_path):
     module, shapes = models.abstract(OTHERS["CLIPTextModel"][1] | {"_class_name": "CLIPTextModel"})
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     written = models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32) / "model.safetensors"
@@ -229,7 +229,7 @@ def test_a_class_knows_what_else_its_files_hold(tmp_path):
 
 
 @pytest.mark.parametrize("linear", [True, False])
-def test_a_1x1_convolution_may_stand_for_a_linear_layer(tmp_path, linear):
+def test_1x1_convolutions_load_as_linear_layers_but_not_the_reverse(tmp_path, linear):
     module, shapes = models.abstract(TEXT | {"use_linear_projection": linear})
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     models.save(tmp_path, "unet", params, module.to_config(), dtype=np.float32)
@@ -242,7 +242,7 @@ def test_a_1x1_convolution_may_stand_for_a_linear_layer(tmp_path, linear):
             models.load(tmp_path)
 
 
-def test_weights_are_placed_one_by_one(net, folder):
+def test_place_is_called_once_per_weight(net, folder):
     placed = []
 
     def place(path, x):
@@ -256,7 +256,7 @@ def test_weights_are_placed_one_by_one(net, folder):
     assert sorted(placed) == sorted(flax.traverse_util.flatten_dict(net.params))
 
 
-def test_a_run_puts_each_weight_of_its_teacher_on_the_mesh(monkeypatch):
+def test_teacher_weights_are_sharded_over_the_mesh_one_by_one(monkeypatch):
     read = []
     place = build.place
     monkeypatch.setattr(build, "place", lambda mesh, path, x: read.append(x.shape) or place(mesh, path, x))
@@ -303,7 +303,7 @@ def test_branches_round_trip(net, tmp_path, kind):
         (lambda x: [x.pop(k) for k in sorted(x) if "attn1" in k], r"attn1\.to_k\.weight, .* and \d+ more"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(folder, change, sentence):
+def test_mismatched_weights_are_named(folder, change, sentence):
     rewrite(folder, change)
     with pytest.raises(ValueError, match=sentence):
         models.load(folder)
@@ -333,7 +333,7 @@ def test_broken_files_are_named(folder):
         models.load(folder)
 
 
-def test_weights_that_cannot_be_written_are_named(tmp_path):
+def test_write_errors_name_the_file(tmp_path):
     net = models.load("emoji")
     (tmp_path / "unet" / FILE).mkdir(parents=True)
     with pytest.raises(OSError, match=rf"unet/{FILE} cannot be written .*: free some space, or choose another place"):
@@ -366,7 +366,7 @@ def test_unsupported_networks_are_named(folder):
         ),
     ],
 )  # fmt: skip
-def test_schedule_comes_from_the_scheduler(net, folder, config, schedule, predicts):
+def test_schedule_and_prediction_type_come_from_the_scheduler_config(net, folder, config, schedule, predicts):
     (folder / "scheduler" / "scheduler_config.json").unlink()
     if config is not None:
         write_scheduler(folder, config)
@@ -381,7 +381,7 @@ def test_unsupported_schedules_are_named(folder):
             models.load(folder)
 
 
-def test_names_that_are_no_folder(monkeypatch, tmp_path):
+def test_unknown_model_names_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"could not be downloaded .* pass the path of the folder instead"):
@@ -394,7 +394,7 @@ def test_names_that_are_no_folder(monkeypatch, tmp_path):
 
 
 def repository(tmp_path, monkeypatch, files):
-    """A Hub repository of these files; returns what was downloaded so far."""
+    """Mocks a Hub repository of these files; returns the set of files downloaded so far."""
     fetched = set()
 
     def snapshot_download(name, allow_patterns):
@@ -420,7 +420,7 @@ def repository(tmp_path, monkeypatch, files):
         ("text_encoder", ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
     ],
 )  # fmt: skip
-def test_one_kind_of_file_is_downloaded(tmp_path, monkeypatch, subfolder, there, wanted):
+def test_only_one_weight_format_is_downloaded(tmp_path, monkeypatch, subfolder, there, wanted):
     there, wanted = ({f"{subfolder}/{name.format(FILE.split('.')[0])}" for name in names} for names in (there, wanted))
     small = {"model_index.json", "scheduler/scheduler_config.json", f"{subfolder}/config.json"}
     fetched = repository(tmp_path, monkeypatch, there | small | {"vae/config.json", "v1-5-pruned.ckpt"})
@@ -429,7 +429,7 @@ def test_one_kind_of_file_is_downloaded(tmp_path, monkeypatch, subfolder, there,
 
 
 def test_init_is_pytorchs_default():
-    """U(+-1/sqrt(fan_in)) for kernels and their biases; norms 1 and 0; tables N(0, 1); conv_out 0 if asked."""
+    """U(+-1/sqrt(fan_in)) for kernels and their biases; norms 1 and 0; embeddings N(0, 1); conv_out 0 if asked."""
     wide = {"block_out_channels": [64, 64], "norm_num_groups": 4, "num_class_embeds": 500}
     net = models.init(TEXT | wide, seed=0)
     conv = net.params["down_blocks_0"]["resnets_0"]["conv1"]
@@ -450,6 +450,6 @@ def test_init_depends_on_the_seed_alone(net):
     assert models.init(TEXT, 0, DDPM(zero_snr=True), "v").predicts == "v"
 
 
-def test_every_unet_option_survives_its_config(net):
+def test_unet_config_round_trips(net):
     config = net.apply.module.to_config()
     assert UNet2DConditionModel.from_config(json.loads(json.dumps(config))) == net.apply.module

@@ -1,4 +1,4 @@
-"""Sources, splits and batches: nothing but seed and position may matter, and bad input must be named."""
+"""Sources, splits and batches: they depend only on seed and position, and errors name bad input."""
 
 import itertools
 import json
@@ -35,16 +35,16 @@ def join(halves):
 # --- splits
 
 
-def test_splits_are_disjoint_complete_and_never_change():
+def test_splits_are_disjoint_complete_and_fixed():
     parts = {split: splits.members(emoji.pack(), split) for split in splits.SPLITS}
     assert sorted(itertools.chain(*parts.values())) == sorted(emoji.pack())
     assert {split: len(names) for split, names in parts.items()} == {"train": 1490, "validation": 170, "test": 192}
-    assert splits.split_of("1f385") == "train"  # golden: another hash would leak test images of old runs into training
+    assert splits.split_of("1f385") == "train"  # fixed: another hash would leak test images of old runs into training
     assert parts["test"][:2] == ["1f1f2-1f1e6", "1f4e4"]
     assert all(splits.split_of(name) == split for split, names in parts.items() for name in names)
 
 
-def test_a_split_is_in_an_order_that_new_names_do_not_change():
+def test_adding_images_keeps_the_order_of_a_split():
     names = [f"{i}.png" for i in range(200)]
     few, many = splits.members(names[:100], "train"), splits.members(names, "train")
     assert [name for name in many if name in set(few)] == few
@@ -54,7 +54,7 @@ def test_a_split_is_in_an_order_that_new_names_do_not_change():
 # --- the embedded images
 
 
-def test_emoji_pack():
+def test_emoji_pack_contents():
     pack = emoji.pack()
     drawings = list(itertools.chain(*pack.values()))
     assert len(pack) == 1852
@@ -76,7 +76,7 @@ def test_skin_tones_are_random_in_training_only():
     assert not any("skin tone" in caption for caption in captions)
 
 
-def test_flip_mirrors_half_of_the_training_images_and_no_others():
+def test_flip_mirrors_training_images_with_probability_half():
     dataset, still = load(configure(), "train"), load(configure(flip=False), "train")
     i = next(i for i, base in enumerate(dataset.source.bases) if len(emoji.pack()[base]) == 1)
     plain = examples(configure(), "train")["x0"][i]
@@ -87,7 +87,7 @@ def test_flip_mirrors_half_of_the_training_images_and_no_others():
     assert all(np.array_equal(still.item(i, np.random.default_rng(k))["x0"], plain) for k in range(20))
 
 
-def test_smaller_emoji():
+def test_emoji_are_downscaled_but_not_upscaled():
     assert examples(configure(size=16), "test", 2)["x0"].shape == (2, 16, 16, 3)
     with pytest.raises(ValueError, match="emoji are 32 px; data.size must be at most that, not 64"):
         load(configure(size=64))
@@ -96,7 +96,7 @@ def test_smaller_emoji():
 # --- batches
 
 
-def test_batch_layout():
+def test_batch_shapes_dtypes_and_ranges():
     batch = next(batches(SR, batch_size=6, seed=0))
     assert {name: value.shape for name, value in batch.items() if name not in ("text", "null")} == {
         "x0": (6, 32, 32, 3), "cond": (6, 32, 32, 3), "index": (6,)}  # fmt: skip
@@ -111,7 +111,7 @@ def test_batch_layout():
     assert batch["index"].tolist() == list(range(6))
 
 
-def test_same_seed_same_batches_other_seed_others():
+def test_batches_depend_on_the_seed():
     a, b = take(3, SR, batch_size=8, seed=1), take(3, SR, batch_size=8, seed=1)
     for x, y in zip(a, b, strict=True):
         assert_same(x, y)
@@ -122,25 +122,25 @@ def test_same_seed_same_batches_other_seed_others():
 @pytest.mark.parametrize(
     ("config", "start"),
     [
-        (configure(), 400),  # 3200 images on: in the third epoch
+        (configure(), 400),  # after 3200 images: in the third epoch
         (SR, 3),
         (configure(task="sr", degradation="realesrgan"), 3),
     ],
 )
-def test_resuming_changes_nothing(config, start):
+def test_resumed_batches_are_identical(config, start):
     straight = take(start + 2, config, batch_size=8, seed=3)[start:]
     for x, y in zip(straight, take(2, config, batch_size=8, seed=3, start=start), strict=True):
         assert_same(x, y)
 
 
-def test_number_of_hosts_changes_nothing():
+def test_batches_do_not_depend_on_the_number_of_hosts():
     whole = take(3, SR, batch_size=8, seed=0)
     halves = [take(3, SR, batch_size=8, seed=0, rows=slice(4 * host, 4 * host + 4)) for host in range(2)]
     for step, batch in enumerate(whole):
         assert_same(batch, join([half[step] for half in halves]))
 
 
-def test_every_epoch_has_each_element_once_in_a_new_order():
+def test_every_epoch_is_a_new_permutation():
     class Numbers:
         def __len__(self):
             return 23
@@ -153,13 +153,13 @@ def test_every_epoch_has_each_element_once_in_a_new_order():
     orders = [[i for i, _ in epoch] for epoch in epochs]
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert len({tuple(order) for order in [*orders, list(range(23))]}) == 5
-    assert len({number for epoch in epochs for _, number in epoch}) == 4 * 23  # chance does not repeat either
+    assert len({number for epoch in epochs for _, number in epoch}) == 4 * 23  # random numbers do not repeat either
     other = [loader.shuffled(Numbers(), seed=6)[k] for k in range(23)]
     assert [i for i, _ in other] not in orders
     assert not {number for _, number in other} & {number for epoch in epochs for _, number in epoch}
 
 
-def test_examples_are_always_the_same():
+def test_examples_are_deterministic():
     config = configure(task="sr", degradation="realesrgan")
     a, b = examples(config, "test", 5), examples(config, "test", 5)
     assert a.pop("caption") == b.pop("caption")
@@ -181,12 +181,12 @@ def test_examples_are_always_the_same():
         ({"task": "sr", "scale": 5}, "data.size 32 must be divisible by data.scale 5"),
     ],
 )
-def test_wrong_config(changes, sentence):
+def test_invalid_configs_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         configure(**changes)
 
 
-def test_wrong_split_or_number_of_classes():
+def test_wrong_split_or_number_of_classes_is_refused():
     with pytest.raises(ValueError, match="split must be one of train, validation, test, not 'val'"):
         load(configure(), "val")
     with pytest.raises(ValueError, match="scenes has 24 labels; data.num_classes is 9"):
@@ -196,7 +196,7 @@ def test_wrong_split_or_number_of_classes():
 # --- scenes
 
 
-def test_scenes_are_pure_and_splits_differ():
+def test_scenes_are_deterministic_and_splits_differ():
     a, b = scenes.scene.__wrapped__((0, 7), 16), scenes.scene.__wrapped__((0, 7), 16)
     assert a.pop("caption") == b.pop("caption")
     assert_same({k: np.asarray(v) for k, v in a.items()}, {k: np.asarray(v) for k, v in b.items()})
@@ -211,11 +211,11 @@ def test_scenes_are_pure_and_splits_differ():
 
 
 def test_depth_is_the_distance_along_the_ray():
-    """A ball seen through the centre of the picture, and the floor under it, by school geometry."""
+    """A ball in the centre of the image and the floor behind it, by elementary geometry."""
     forward = np.array([0, -0.34, 1]) / np.hypot(0.34, 1)
     floor = scenes.EYE[1] / -forward[1]
     world = scenes.random_world(np.random.default_rng(0))
-    centre = scenes.render(world, [], 65)[1][32, 32]  # the mean over 2 x 2 rays round the axis
+    centre = scenes.render(world, [], 65)[1][32, 32]  # the mean over 2 x 2 rays around the axis
     assert centre == pytest.approx(floor, rel=1e-3)
     radius = scenes.SIZES["big"]
     rays = np.broadcast_to(forward, (1, 1, 3))
@@ -234,7 +234,7 @@ def test_depth_is_the_distance_along_the_ray():
         assert solids[mask[32, 32] - 1] is ball
 
 
-def test_flip_takes_depth_and_edit_along():
+def test_flip_also_mirrors_depth_and_edited_image():
     config = configure(source="scenes", size=16, num_classes=24)
     plain, dataset = examples(config, "train", 1), load(config, "train")
     items = [dataset.item(0, np.random.default_rng(k)) for k in range(8)]
@@ -330,7 +330,7 @@ def test_bad_image_is_named_before_the_first_step_or_skipped(folder, kind, caplo
     examples(of(folder, skip_bad=True), "train")
 
 
-def test_no_folder_no_images_and_bad_metadata(tmp_path, folder):
+def test_missing_folder_empty_folder_and_bad_metadata_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match="data.path '' is not a folder"):
         load(configure(source="folder"))
     (tmp_path / "empty").mkdir()
@@ -362,7 +362,7 @@ def latents(path, **changes):
     return configure(source="arrays", path=str(path), **changes)
 
 
-def test_arrays(arrays):
+def test_arrays_are_split_and_batched(arrays):
     x0, text = np.load(arrays / "x0.npy"), np.load(arrays / "text.npy")
     seen = []
     for split in splits.SPLITS:
@@ -414,7 +414,7 @@ def test_arrays_with_labels_and_their_own_splits(tmp_path):
         ("text_embeds.npy", np.zeros((40, 7)), "text_embeds.npy and time_ids.npy belong together"),
     ],
 )
-def test_arrays_that_do_not_fit(arrays, name, array, sentence):
+def test_inconsistent_arrays_are_refused(arrays, name, array, sentence):
     (arrays / name).unlink(missing_ok=True)
     if array is not None:
         np.save(arrays / name, array)
@@ -430,7 +430,7 @@ def test_task_on_arrays_needs_cond(arrays):
 # --- tensorflow-datasets
 
 
-def test_tfds():
+def test_tfds_datasets_load():
     tfds = pytest.importorskip("tensorflow_datasets")
     with tfds.testing.mock_data(num_examples=6):
         data = examples(configure(source="tfds", path="mnist", num_classes=10), "test", 3)
@@ -452,7 +452,7 @@ def test_tfds_splits():
     assert slices(["train", "validation", "test"])["train"] == "train[:100%]"
 
 
-def test_tfds_missing(monkeypatch):
+def test_missing_tfds_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
     with pytest.raises(ValueError, match=r"needs tensorflow-datasets: pip install cddistill\[tfds\]"):
         load(configure(source="tfds", path="mnist"))

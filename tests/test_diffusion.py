@@ -25,7 +25,7 @@ TIMES = {
 
 @pytest.mark.parametrize(("kind", "schedule"), list(itertools.product(["eps", "x0", "v", "flow"], TIMES)))
 def test_prediction_inverts_target(kind, schedule):
-    """A perfect network of any kind yields exactly the x0 and eps it was shown, and alpha x0 + sigma eps = z (I5)."""
+    """A perfect network of any prediction type yields the true x0 and eps, and alpha x0 + sigma eps = z (I5)."""
     x0, eps = tiny.randn(0, 5, 4, 4, 3), tiny.randn(1, 5, 4, 4, 3)
     alpha, sigma = (d.like(c, x0) for c in schedule.alpha_sigma(TIMES[schedule]))
     z_t = alpha * x0 + sigma * eps
@@ -36,8 +36,8 @@ def test_prediction_inverts_target(kind, schedule):
     np.testing.assert_allclose(alpha * pred.x0 + sigma * pred.eps, z_t, atol=5e-5)
 
 
-def test_all_kinds_agree():
-    """An eps, an x0 and a v network that know the same thing predict the same thing (I5)."""
+def test_all_prediction_types_agree():
+    """Equivalent eps, x0, v and flow networks give the same x0 (I5)."""
     alpha, sigma = (d.like(c, jnp.zeros((3, 2))) for c in d.DDPM().alpha_sigma(jnp.array([20, 500, 900])))
     z_t, x0_hat = tiny.randn(0, 3, 2), tiny.randn(1, 3, 2)
     eps_hat = (z_t - alpha * x0_hat) / sigma
@@ -46,7 +46,7 @@ def test_all_kinds_agree():
         np.testing.assert_allclose(pred.x0, x0_hat, atol=2e-5)
 
 
-def test_stable_diffusion_golden():
+def test_stable_diffusion_schedule_values():
     """alpha, sigma and SNR of SD's schedule (sqrt of diffusers' alphas_cumprod)."""
     t = jnp.array([0, 20, 200, 460, 500, 720, 980, 999])
     alpha, sigma = d.DDPM().alpha_sigma(t)
@@ -68,8 +68,8 @@ def test_zero_terminal_snr():
         np.testing.assert_allclose(alpha[0], plain[0], rtol=1e-6)
 
 
-def test_times_between_the_entries_of_the_table():
-    """sigma/alpha is linear there; a whole number is the entry itself, be it float or int."""
+def test_alpha_sigma_between_integer_timesteps():
+    """sigma/alpha is interpolated linearly; integers give the table's entry, as float or int."""
     for schedule in (d.DDPM(), d.DDPM(zero_snr=True, last_alpha=2.0**-12)):
         whole = jnp.array([0, 1, 498, 998, 999])
         for ours, table in zip(
@@ -85,7 +85,7 @@ def test_times_between_the_entries_of_the_table():
 
 
 @pytest.mark.parametrize("schedule", TIMES)
-def test_variance_and_order(schedule):
+def test_grids_decrease_in_noise_and_ddpm_preserves_variance(schedule):
     """sigma/alpha falls along every grid; variance-preserving schedules have alpha^2 + sigma^2 = 1."""
     for n in (1, 2, 4, 50, 999):
         times = schedule.grid(n)
@@ -96,7 +96,7 @@ def test_variance_and_order(schedule):
             np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, atol=1e-6)
 
 
-def test_karras_grid_golden():
+def test_karras_grid_values():
     """Karras et al. 2022, eq. 5 with N - 1 = 4: sigma_i of the first and last, and the geometric-like middle."""
     s = np.asarray(d.EDM().grid(5))
     want = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
@@ -104,13 +104,13 @@ def test_karras_grid_golden():
     np.testing.assert_allclose(s[[0, 4]], [80.0, 0.002], rtol=1e-4)
 
 
-def test_an_unknown_beta_schedule_is_named():
+def test_unknown_beta_schedule_is_named():
     with pytest.raises(ValueError, match="sigmoid"):
         d.DDPM(beta_schedule="sigmoid").alpha_sigma(jnp.array([0]))
 
 
-def test_guidance_order_and_linearity():
-    """I7: the halves the right way round (5.8, not -4.6), and guiding v, eps or x0 is the same."""
+def test_guidance_formula_and_linearity():
+    """I7: uncond + w (cond - uncond) (5.8; swapped: -4.6), and guiding v, eps or x0 is the same."""
     assert d.guide(1.0, 0.2, 7.0) == pytest.approx(5.8)
     assert d.guide(1.0, 0.2, 1.0) == 1.0
     assert d.guide(1.0, 0.2, 0.0) == pytest.approx(0.2)
@@ -123,7 +123,7 @@ def test_guidance_order_and_linearity():
 
 
 def vp(v):
-    """A v-network that always answers v, on SD's schedule."""
+    """A v-network with output v(z), on SD's schedule."""
     return Denoiser({}, lambda p, z, t: v(z), d.DDPM(), "v")
 
 
@@ -156,7 +156,7 @@ def gaussian(schedule, predicts="x0"):
 
 
 def exact(schedule, noise, times):
-    """Where the probability-flow ODE of N(MEAN, STD^2) has come by the last time (it keeps quantiles), denoised."""
+    """The exact probability-flow ODE of N(MEAN, STD^2) (it preserves quantiles) at the last time, denoised."""
     (alpha, last), (sigma, faint) = schedule.alpha_sigma(times[jnp.array([0, -1])])
     quantile = (jnp.maximum(sigma, 1.0) * noise - alpha * MEAN) / jnp.sqrt(alpha**2 * STD**2 + sigma**2)
     z = last * MEAN + quantile * jnp.sqrt(last**2 * STD**2 + faint**2)
@@ -169,7 +169,7 @@ WORLDS = [d.DDPM(), d.EDM(sigma_max=20.0), d.DDPM(beta_schedule="squaredcos_cap_
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("dpm_solver_pp", 2)])
 @pytest.mark.parametrize("schedule", WORLDS, ids=["sd", "edm", "zero snr"])
 def test_samplers_converge_to_the_exact_ode(name, order, schedule):
-    """On Gaussian data every sampler tends to the closed-form solution: four times the steps, 4^order less error."""
+    """On Gaussian data every sampler tends to the closed-form solution: 4 times the steps, 4^order less error."""
     if name == "heun" and getattr(schedule, "zero_snr", False):
         pytest.skip("Heun integrates over sigma/alpha, infinite at zero terminal SNR")
     net, noise, error = gaussian(schedule), tiny.randn(0, 64, 2), []
@@ -181,8 +181,8 @@ def test_samplers_converge_to_the_exact_ode(name, order, schedule):
     assert error[1] < error[0] / (4**order * 0.6), error
 
 
-def test_warped_times():
-    """power = 1 is the schedule's own grid; more lies closer to the data, and no time is visited twice."""
+def test_warped_timesteps():
+    """power = 1 is the schedule's own grid; a larger one is denser near the data; no timestep repeats."""
     np.testing.assert_array_equal(sampling.timesteps(d.DDPM(), 4), [999, 749, 499, 249])
     np.testing.assert_array_equal(sampling.timesteps(d.DDPM(), 4, 2.5), [999, 486, 176, 30])
     for n in (1, 2, 8, 50, 200):
@@ -191,8 +191,8 @@ def test_warped_times():
         assert np.all(np.diff(times) < 0)
 
 
-def test_the_consistency_boundary():
-    """f(z, 0) = z whatever the network says; from t = 1 on, 10 t being large, f is the network's x0."""
+def test_consistency_boundary_condition():
+    """f(z, 0) = z for any network; from t = 1 on, as 10 t is large, f is the network's x0."""
     x0, z = tiny.randn(0, 3, 2), tiny.randn(1, 3, 2)
     np.testing.assert_array_equal(sampling.boundary(x0, z, jnp.zeros((3, 1))), z)
     np.testing.assert_allclose(sampling.boundary(x0, z, 1), x0, atol=0.02)
@@ -201,14 +201,14 @@ def test_the_consistency_boundary():
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_one_step_is_the_networks_x0(name):
-    """I19: with a single time the answer is x^(z_T, T)."""
+    """I19: with a single timestep the result is x^(z_T, T)."""
     net, noise = gaussian(d.DDPM()), tiny.randn(0, 8, 2)
     x0 = sampling.SAMPLERS[name](net, d.DDPM(), noise, d.DDPM().grid(1))
     np.testing.assert_allclose(x0, net(noise, 999).x0, atol=1e-6)
 
 
-def test_a_consistent_model_needs_one_step():
-    """I19: if x^ (or eps^) is the same all along, any number of steps gives what one step gives."""
+def test_consistent_model_gives_the_same_result_in_one_and_many_steps():
+    """I19: if x^ (or eps^) is constant, any number of steps gives the result of one."""
     schedule = d.DDPM()
 
     noise = tiny.randn(0, 8, 2)
@@ -219,7 +219,7 @@ def test_a_consistent_model_needs_one_step():
         np.testing.assert_allclose(one, eight, atol=2e-4)  # eps networks divide by alpha = 0.068
 
 
-def test_guided_costs_one_call_at_scale_one():
+def test_guidance_scale_one_costs_one_call():
     calls = []
 
     def net(z, t, text):
@@ -233,7 +233,7 @@ def test_guided_costs_one_call_at_scale_one():
 
 
 def test_shapes_and_types_are_checked_in_tests():
-    """Without the option in pyproject.toml the first calls broadcast and the last ones pass a wrong type on."""
+    """Without the option in pyproject.toml the first calls broadcast and the last ones accept a wrong type."""
     x = jnp.zeros((2, 4, 4, 3))
     with pytest.raises(TypeError, match="Type-check error"):
         losses.mse(x, x[:1])

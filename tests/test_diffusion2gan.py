@@ -29,13 +29,13 @@ def linear(p, z, t, text=None):
 
 
 def judge(p, x, t, text, z):
-    """Two maps of logits, linear in x, text and z."""
+    """A discriminator with two maps of logits, linear in x, text and z."""
     seen = p["x"] * x + p["text"] * text.reshape(-1, 1, 1, 1) + p["z"] * z
     return seen, 3.0 * seen[:, :1, :1]
 
 
 def world(schedule=SD, predicts="x0", seed=0):
-    """n and batch with numbers in place of pictures: images [b, 2, 2, 1], texts [b]."""
+    """Roles n and a toy batch: images [b, 2, 2, 1], texts [b]."""
     n = types.SimpleNamespace(step=jnp.zeros((), jnp.int32), play=("critic", "student"))
     n.teacher = n.student = Denoiser({"a": jnp.float32(0.5), "b": jnp.float32(0.1)}, linear, schedule, predicts)
     n.disc = Net({"x": jnp.float32(0.7), "text": jnp.float32(0.3), "z": jnp.float32(-0.2)}, judge)
@@ -49,22 +49,22 @@ def softplus(x):
 
 
 @pytest.mark.parametrize(("time", "alpha", "sigma"), [(999, 0.06826, 0.99767), (399, 0.65275, 0.75757)])
-def test_the_first_student_is_one_step_of_the_teacher(time, alpha, sigma):
-    """D3: (z - sigma eps^) / alpha on pure noise, whatever level the network is told."""
+def test_initial_student_is_one_step_of_the_teacher(time, alpha, sigma):
+    """D3: (z - sigma eps^) / alpha on pure noise, at any timestep."""
     n, batch = world(predicts="eps")
     z = batch["pairs"]["noise"]
     drawn = method(time=time).generate(n.student, z, batch["pairs"]["text"])
     np.testing.assert_allclose(drawn, (z - sigma * (0.5 * z + 0.1)) / alpha, rtol=2e-3, atol=1e-3)
 
 
-def test_edms_student_sees_noise_of_its_level():
+def test_edm_student_input_is_noise_scaled_by_sigma_max():
     n, batch = world(EDM())
     z = batch["pairs"]["noise"]
     drawn = method().generate(n.student, z, batch["pairs"]["text"])
     np.testing.assert_allclose(drawn, 0.5 * 80.0 * z + 0.1, rtol=1e-4)
 
 
-def test_the_students_loss_is_distance_and_gan():
+def test_student_loss_is_regression_plus_gan():
     """D2, D6, D7."""
     n, batch = world()
     loss, logs = method(gan_weight=0.25, regression_weight=2.0).student_loss(n, batch, KEY)
@@ -77,8 +77,8 @@ def test_the_students_loss_is_distance_and_gan():
     np.testing.assert_allclose(loss, 2.0 * ((drawn - x) ** 2).mean() + 0.25 * gan, rtol=1e-5)
 
 
-def test_the_discriminators_loss():
-    """D8: real images are the pairs', drawn ones the student's."""
+def test_discriminator_loss():
+    """D8: real images are from the pairs, generated ones from the student."""
     n, batch = world()
     loss, logs = method().critic_loss(n, batch, KEY)
     z, x, text = (np.float64(a) for a in (batch["pairs"][k] for k in ("noise", "x0", "text")))
@@ -91,8 +91,8 @@ def test_the_discriminators_loss():
     np.testing.assert_allclose(logs["real_accuracy"], share, rtol=1e-6)
 
 
-def test_mixed_images_are_real_but_do_not_belong():
-    """Image: another pair's beside this pair's noise and text. The rest stays drawn."""
+def test_mixed_negatives_are_images_of_other_pairs():
+    """mix="image": another pair's image with this pair's noise and text; the others stay generated."""
     n, batch = world()
     drawn = 0.0 * batch["pairs"]["x0"]
     x, z, text = method(mix_share=0.25).mixed(batch, drawn, KEY)
@@ -103,7 +103,7 @@ def test_mixed_images_are_real_but_do_not_belong():
     np.testing.assert_array_equal(x[mixed], batch["others"]["x0"][mixed])
 
 
-def test_each_part_of_a_pair_can_be_swapped():
+def test_mix_each_swaps_exactly_one_part_of_a_pair():
     n, batch = world()
     ours, others = batch["pairs"], batch["others"]
     x, z, text = method(mix_share=1.0, mix="each").mixed(batch, 0.0 * ours["x0"], KEY)
@@ -114,14 +114,14 @@ def test_each_part_of_a_pair_can_be_swapped():
             [np.array_equal(a, b) for a, b in zip(z, others["noise"], strict=True)],
         ]
     )
-    assert (swapped.sum(0) == 1).all()  # one of them, and the rest is as it was
+    assert (swapped.sum(0) == 1).all()  # exactly one part
     assert (swapped.sum(1) > 10).all()
     assert all(np.array_equal(a, b) for a, b, s in zip(x, ours["x0"], swapped[0], strict=True) if not s)
     assert all(np.array_equal(a, b) for a, b, s in zip(z, ours["noise"], swapped[2], strict=True) if not s)
 
 
-def test_the_penalty_is_lazy_and_takes_one_image_in_some():
-    """D9: of the linear discriminator, 16 gamma / 2 of the sum over maps and pixels; of one image, not of the rest."""
+def test_r1_runs_every_16th_step_on_every_r1_stride_th_image():
+    """D9: the loss has 16 gamma R1, R1 = |gradient|^2 / 2 of the summed map means, of one image in r1_stride."""
     n, batch = world()
     plain, _ = method().critic_loss(n, batch, KEY)
     lazy = method(r1="exact", r1_weight=0.5, r1_stride=B)
@@ -140,7 +140,7 @@ def test_the_penalty_is_lazy_and_takes_one_image_in_some():
     np.testing.assert_allclose(loss - plain, 16 * 0.5 * logs["r1"], rtol=1e-4)
 
 
-def test_the_penalty_sees_no_other_image():
+def test_r1_gradient_reaches_only_the_penalised_images():
     n, batch = world()
     curved = lambda p, x, t, text, z: (p["x"] * x**2,)
     n.disc = n.disc.replace(apply=curved)
@@ -156,18 +156,18 @@ def test_the_penalty_sees_no_other_image():
     np.testing.assert_allclose(r1(x), 0.5 * ((2 * 0.7 * x[:: B // 2] / 4) ** 2).sum((1, 2, 3)).mean(), rtol=1e-5)
 
 
-def test_the_approximate_penalty_needs_no_second_derivative():
+def test_approximate_r1_is_the_squared_change_under_noise():
     """D10: |D(x + sigma e) - D(x)|^2."""
     n, batch = world()
     lazy = method(r1="approximate", r1_weight=100.0, r1_noise=0.01, r1_stride=1)
     n.play = active(lazy.turns(), 0)
     _, logs = lazy.critic_loss(n, batch, KEY)
     expected = 0.5 * ((0.7 * 0.01) ** 2 + (3 * 0.7 * 0.01) ** 2)
-    np.testing.assert_allclose(logs["r1"], expected, rtol=0.3)  # 64 draws of the noise
+    np.testing.assert_allclose(logs["r1"], expected, rtol=0.3)  # 64 noise samples
 
 
-def test_the_regression_knows_which_noise_made_an_image():
-    """Swapping the noise of pairs raises the loss of a student that is right."""
+def test_regression_depends_on_the_pairing_of_noise_and_image():
+    """Swapping the noise of pairs raises the loss of a perfect student."""
     n, batch = world()
     pairs = batch["pairs"] | {"x0": 0.5 * batch["pairs"]["noise"] + 0.1}
     right, _ = method(gan_weight=0.0).student_loss(n, batch | {"pairs": pairs}, KEY)
@@ -180,7 +180,7 @@ def test_the_regression_knows_which_noise_made_an_image():
 
 @pytest.mark.parametrize("regression", ["l2", "pseudo_huber", "teacher"])
 @pytest.mark.parametrize("policy", ["none", "bgo"])
-def test_equal_images_have_no_distance_and_no_slope(regression, policy):
+def test_equal_images_have_zero_distance_and_gradient(regression, policy):
     """D4, D5."""
     m, n, b = method(regression=regression, augment=policy), tiny.namespace("d2g"), tiny.make_batch(size=2)
     x, text = b["x0"], b["text"]
@@ -190,13 +190,13 @@ def test_equal_images_have_no_distance_and_no_slope(regression, policy):
     def distance(drawn):
         return m.distance(n, drawn, x, text, keys)
 
-    np.testing.assert_allclose(distance(x), 0.0, atol=1e-10)  # x is a constant there, and folded on the way
+    np.testing.assert_allclose(distance(x), 0.0, atol=1e-10)  # not exactly 0: XLA folds the constant x
     slope = jax.jit(jax.grad(lambda drawn: distance(drawn).sum()))(x)
     np.testing.assert_allclose(slope, 0.0, atol=1e-6)
     assert (np.asarray(distance(x + 0.1 * b["cond"])) > 0).all()
 
 
-def test_ensembles_draw_one_transform_for_both():
+def test_both_images_get_the_same_random_transform():
     n, batch = world()
     x = batch["pairs"]["x0"]
     m = method(augment="bg", l1_weight=0.5)
@@ -207,7 +207,7 @@ def test_ensembles_draw_one_transform_for_both():
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
-def test_the_discriminator_waits_for_the_warm_up():
+def test_warm_up_trains_the_student_without_the_gan():
     m = method(warmup=3)
     assert [active(m.turns(), step) for step in (0, 2, 3)] == [("student",), ("student",), ("critic", "student")]
     n, batch = world()
@@ -218,7 +218,7 @@ def test_the_discriminator_waits_for_the_warm_up():
     assert tuple(method(gan_weight=0.0).turns()) == ("student",)
 
 
-def test_the_student_draws_in_one_step():
+def test_student_samples_in_one_step_only():
     n, batch = world()
     m = method(ema_decay=0.0)
     given = {"text": batch["pairs"]["text"]}
@@ -245,7 +245,7 @@ def test_bad_options_are_named(options, sentence):
         method(**options)
 
 
-def test_pairs_and_partners_are_needed():
+def test_pairs_and_a_batch_of_two_are_required():
     assert tiny.VARIANTS["d2g"].requires().pairs
     with pytest.raises(ValueError, match="raise batch_size"):
         tiny.VARIANTS["d2g"].init(KEY, tiny.frozen(), tiny.make_batch(size=1))

@@ -1,4 +1,4 @@
-"""Diffusion2GAN from its pairs to its report and to a folder."""
+"""Diffusion2GAN end to end: pairs, training, report, resume and export."""
 
 import json
 
@@ -39,7 +39,7 @@ def run(teacher, pairs, tmp_path_factory):
     return workdir
 
 
-def test_a_run_leaves_what_scripts_rely_on(run):
+def test_run_writes_metrics_scores_and_report(run):
     first, *rest = health.read(run / "metrics.jsonl")
     assert not any(name.startswith("critic/") for name in first)  # the warm-up
     logged = {name for record in rest for name in record}
@@ -53,15 +53,15 @@ def test_a_run_leaves_what_scripts_rely_on(run):
 
 
 @pytest.mark.slow
-def test_going_on_is_as_if_never_stopped(run, teacher, pairs, tmp_path):
-    """Across the end of the warm-up: bit for bit the run of six steps, from what it had left after one."""
+def test_resuming_is_bit_exact(run, teacher, pairs, tmp_path):
+    """Resumed from step 1, within the warm-up, against the uninterrupted run of six steps."""
     again = tiny.until(1, run, tmp_path / "run")
     train.train(settings(teacher, pairs, report=False), again)
     for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher, pairs))) for w in (run, again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_student_leaves_as_a_folder(run, teacher, pairs, tmp_path, capsys):
+def test_export_writes_a_diffusers_folder(run, teacher, pairs, tmp_path, capsys):
     commands.export_run(settings(teacher, pairs), run, str(tmp_path / "out"))
     assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -71,8 +71,8 @@ def test_the_student_leaves_as_a_folder(run, teacher, pairs, tmp_path, capsys):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
-def test_every_row_has_the_next_ones_pair_beside_it(teacher, pairs):
-    """Also where another host has the next row: partners do not depend on the number of hosts."""
+def test_mismatched_pairs_are_those_of_the_next_row(teacher, pairs):
+    """Also where the next row is on another host."""
     c = config.resolve(settings(teacher, pairs)).data
     whole = next(data.batches(c, batch_size=8, seed=0))
     half = next(data.batches(c, batch_size=8, seed=0, rows=slice(4, 8)))
@@ -81,7 +81,7 @@ def test_every_row_has_the_next_ones_pair_beside_it(teacher, pairs):
         np.testing.assert_array_equal(half["others"][name], whole["others"][name][4:])
 
 
-def test_what_cannot_be_learnt_from_is_said_before_the_first_step(teacher, pairs, tmp_path):
+def test_bad_settings_are_refused_before_training(teacher, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"make them with --mode=pairs, and set data\.pairs"):
         train.train(settings(teacher, ""), tmp_path)
     with pytest.raises(ValueError, match=r"there is no manifest\.json"):

@@ -1,4 +1,4 @@
-"""Diffusion2GAN where the teacher's ODE is known: a mixture of two Gaussians on a line."""
+"""Diffusion2GAN with a known teacher ODE: a mixture of two Gaussians in one dimension."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ WEIGHTS, MEANS, STDS = (np.array(x) for x in ([0.4, 0.6], [-1.5, 1.0], [0.3, 0.5
 
 @functools.cache
 def table():
-    """Noise and what the ODE makes of it. On a line it keeps order, so it maps quantiles to quantiles."""
+    """Noise and the ODE's solutions. In one dimension the ODE is monotone: it maps quantiles to quantiles."""
     x = np.linspace(-4, 4, 20_001)
     normal = lambda v: 0.5 * (1 + np.vectorize(math.erf)(v / 2**0.5))
     below = sum(w * normal((x - m) / s) for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True))
@@ -32,7 +32,7 @@ def table():
 
 
 def ode(z):
-    """x of the noise z."""
+    """The ODE solution x0 from noise z."""
     return jnp.interp(z, *map(jnp.asarray, table()))
 
 
@@ -63,7 +63,7 @@ def weights(seed, *widths):
 
 
 def trained(method, steps, size=256):
-    """The error of the student on fresh noise, root mean square, against the spread of 1.3 of what it should draw."""
+    """RMS error of the trained student on fresh noise; the targets have standard deviation 1.3."""
     teacher = Denoiser({}, mixture, SCHEDULE, "x0")
     student = Denoiser(weights(0, 1, 64, 64, 1), lambda p, z, t, text: mlp(p, z), SCHEDULE, "x0")
     disc = Net(weights(1, 2, 64, 64, 1), lambda p, x, t, text, z: (mlp(p, x, z),))
@@ -92,8 +92,8 @@ def trained(method, steps, size=256):
     return float(jnp.sqrt(((drawn - ode(z)) ** 2).mean()))
 
 
-def test_the_sampler_follows_the_ode():
-    """What --mode=pairs stores is the map of quantiles, by Heun's and by Euler's method."""
+def test_ddim_solves_the_known_ode():
+    """500 steps give the quantile map, as --mode=pairs would store it."""
     z = jnp.linspace(-2.5, 2.5, 101).reshape(-1, 1)
     denoise = lambda z, t: Denoiser({}, mixture, SCHEDULE, "x0")(z, t)
     x = tiny.fast(lambda z: sampling.ddim(denoise, SCHEDULE, z, sampling.timesteps(SCHEDULE, 500)))(z)
@@ -101,8 +101,8 @@ def test_the_sampler_follows_the_ode():
 
 
 @pytest.mark.parametrize("gan_weight", [0.0, 0.1])
-def test_the_student_learns_the_ode(gan_weight):
-    """Regression alone finds the map, and the discriminator does not lead away from it."""
+def test_student_learns_the_ode(gan_weight):
+    """With regression only, and with the discriminator added."""
     method = Diffusion2GAN(
         regression="l2", augment="none", gan_weight=gan_weight, r1_weight=0.1, r1_stride=8, ema_decay=0.99
     )
@@ -110,8 +110,8 @@ def test_the_student_learns_the_ode(gan_weight):
 
 
 @pytest.mark.slow
-def test_mismatched_pairs_teach_the_discriminator_the_map():
-    """Without regression: seeing the noise, the discriminator alone tells the student which image is whose."""
+def test_gan_with_mismatched_pairs_learns_the_ode():
+    """Without regression: conditioned on the noise, the discriminator alone teaches the pairing."""
     method = Diffusion2GAN(
         regression_weight=0.0, regression="l2", gan_weight=1.0, mix_share=0.5, r1_weight=0.1, r1_stride=8,
         ema_decay=0.99,

@@ -29,7 +29,7 @@ G = np.array([1, -1, 1, -2, -0.8, 0, 0.8, 3.2])
 
 
 def says(x0, schedule=SD, predicts="x0", features=None):
-    """A network that answers x0 whatever it is asked; params only carry gradients."""
+    """A network with constant output x0; its params only carry gradients."""
 
     def apply(p, z, t, text=None, features=False):
         out = x0 + 0.0 * p["w"] + 0.0 * z
@@ -39,15 +39,15 @@ def says(x0, schedule=SD, predicts="x0", features=None):
 
 
 def world(method, x=X, real=REAL, fake=FAKE, schedule=SD):
-    """n, batch and key in which the student draws x and scores are real and fake."""
+    """Roles n, batch and key: the student generates x, teacher and critic predict real and fake."""
     n = types.SimpleNamespace(teacher=says(real, schedule), fake=says(fake, schedule), student=says(x, schedule))
     n.disc = Net({"w": jnp.ones(())}, lambda p, h: p["w"] * h.mean((1, 2, 3)))
     zeros = jnp.zeros(len(x), jnp.int32)
     return n, {"x0": x, "text": zeros, "null": zeros, "index": jnp.arange(len(x))}, jax.random.key(0)
 
 
-def test_the_gradient_is_the_released_codes():
-    """T1, T2: g, the loss 1.1575 and its slope g / 8 at the sample."""
+def test_dm_gradient_equals_the_released_code():
+    """T1, T2: g, the loss 1.1575 and its gradient g / 8 at the sample."""
     method = DMD2(gan_weight=0.0)
     n, batch, key = world(method)
     np.testing.assert_allclose(method.matching(n, X, batch, key)[0].ravel(), G, atol=1e-6)
@@ -61,8 +61,8 @@ def test_the_gradient_is_the_released_codes():
     np.testing.assert_allclose(jax.grad(of_sample)(X).ravel(), G / 8, atol=1e-7)
 
 
-def test_the_gradient_is_per_sample_and_scale_free():
-    """T3, T4: a sample's g does not know its neighbours; everything times 7 changes nothing; tiling halves slopes."""
+def test_dm_gradient_is_per_sample_and_scale_invariant():
+    """T3, T4: g depends neither on other samples of the batch nor on a factor of 7 in everything."""
     method = DMD2(gan_weight=0.0)
     n, batch, key = world(method)
     alone, one, _ = world(method, X[1:], REAL[1:], FAKE[1:])
@@ -71,8 +71,8 @@ def test_the_gradient_is_per_sample_and_scale_free():
     np.testing.assert_allclose(method.matching(scaled, 7 * X, batch, key)[0].ravel(), G, atol=1e-6)
 
 
-def test_the_step_goes_towards_the_teacher():
-    """T5, T6: descending g leads from the critic's mean to the teacher's; equal scores leave the sample alone."""
+def test_descent_moves_samples_towards_the_teacher():
+    """T5, T6: descending g moves from the critic's x0 to the teacher's; equal scores have loss 0."""
     method = DMD2(gan_weight=0.0)
     n, batch, key = world(method)
     moved = X - 0.1 * method.matching(n, X, batch, key)[0]
@@ -81,7 +81,7 @@ def test_the_step_goes_towards_the_teacher():
     assert method.student_loss(same, batch, key)[0] == 0
 
 
-def test_the_gradient_stays_finite_where_the_teacher_agrees():
+def test_dm_gradient_is_finite_where_the_teacher_agrees():
     """T30: |x - real| = 0, where the released code gives infinity."""
     method = DMD2(gan_weight=0.0)
     n, batch, key = world(method, real=X)
@@ -89,7 +89,7 @@ def test_the_gradient_stays_finite_where_the_teacher_agrees():
 
 
 def test_weightings():
-    """dmd1 has alpha_t more (DMD, eq. 8); none has the bare difference of the scores' x0."""
+    """dmd1 has a further factor alpha_t (DMD, eq. 8); none is the bare difference of the x0s."""
     n, batch, key = world(DMD2())
     np.testing.assert_allclose(DMD2(weighting="none").matching(n, X, batch, key)[0], FAKE - REAL, atol=1e-6)
     one_time = functools.partial(DMD2, dm_range=(500, 500))
@@ -97,7 +97,7 @@ def test_weightings():
     np.testing.assert_allclose(first[0] / first[1], SD.alpha_sigma(500)[0], rtol=1e-5)
 
 
-def test_guidance_is_the_teachers_alone():
+def test_guidance_applies_to_the_teacher_only():
     """T23: real = null + w (text - null); the critic is never guided."""
     method = DMD2(real_guidance=3.0, gan_weight=0.0)
     n, batch, key = world(method)
@@ -109,7 +109,7 @@ def test_guidance_is_the_teachers_alone():
     np.testing.assert_allclose(method.matching(n, X, batch, key)[0], expected, rtol=1e-5)
 
 
-def test_levels_are_the_released_codes():
+def test_noise_levels_equal_the_released_code():
     """T8, T22: EDM's Karras grid, least noisy first, and Stable Diffusion's alphas."""
     sigma = np.asarray(level_to_time(EDM(), range(1000)))
     want = {0: 0.002, 1: 0.0020502, 20: 0.00323159, 500: 2.5265076, 980: 72.0538712, 998: 79.5637894, 999: 79.9999847}
@@ -121,8 +121,8 @@ def test_levels_are_the_released_codes():
 
 
 @pytest.mark.parametrize("levels", [(20, 980), (0, 999), (7, 7)])
-def test_random_times_fill_their_range(levels):
-    """T9: both ends included, evenly."""
+def test_random_timesteps_cover_their_range(levels):
+    """T9: uniformly, both ends included."""
     n, batch, key = world(DMD2())
     t = DMD2().random_timesteps(n, key, {"index": jnp.arange(100_000)}, levels)
     assert (int(t.min()), int(t.max())) == levels
@@ -130,15 +130,15 @@ def test_random_times_fill_their_range(levels):
 
 
 @pytest.mark.parametrize(("levels", "golden"), [((0, 999), 39063.293), ((500, 20), 3741.2891)])
-def test_edms_critic_is_weighted(levels, golden):
+def test_edm_critic_loss_is_weighted(levels, golden):
     """T11, T12: mean of (sigma^-2 + 4) (critic - x)^2 with the two samples at these levels."""
     t = level_to_time(EDM(), levels)
     loss, _ = dmd2.denoising(says(FAKE, EDM()), X, jnp.zeros_like(X), t, jnp.zeros(2))
     np.testing.assert_allclose(loss, golden, rtol=1e-5)
 
 
-def test_other_critics_regress_on_what_they_predict():
-    """E13: plain mean squared error in the noise, or in v."""
+def test_eps_and_v_critics_use_plain_mse():
+    """E13: plain mean squared error in eps or in v."""
     eps, t = tiny.randn(1, *X.shape), jnp.array([100, 800])
     alpha, sigma = (c.reshape(2, 1, 1, 1) for c in SD.alpha_sigma(t))
     got, _ = dmd2.denoising(says(FAKE, predicts="eps"), X, eps, t, jnp.zeros(2))
@@ -148,7 +148,7 @@ def test_other_critics_regress_on_what_they_predict():
 
 
 def test_gan_losses(monkeypatch):
-    """T13, T14: logits [2, -1] for real and [0.5, -3] for drawn images."""
+    """T13, T14: logits [2, -1] for real and [0.5, -3] for generated images."""
     method = DMD2(dm_weight=0.0, gan_weight=1.0, critic_gan_weight=1.0)
     n, batch, key = world(method)
     batch["x0"] = X + 100.0
@@ -168,7 +168,7 @@ def test_gan_losses(monkeypatch):
 @pytest.mark.parametrize(
     ("channels", "size", "count"), [(768, 8, 18_879_745), (1280, 8, None), (1280, 32, None), (8, 5, None)]
 )
-def test_heads(channels, size, count):
+def test_discriminator_head_sizes(channels, size, count):
     """T15: one logit per sample; EDM's head has the released code's number of weights."""
     shape = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
     head = jax.eval_shape(lambda: discriminator.make_head(shape, jax.random.key(0)))
@@ -179,13 +179,13 @@ def test_heads(channels, size, count):
     assert jax.eval_shape(lambda h, x: h(x), head, shape).shape == (2,)
 
 
-def test_a_head_needs_a_map():
+def test_discriminator_head_refuses_a_small_bottleneck():
     with pytest.raises(ValueError, match="bottleneck is 2 x 2"):
         jax.eval_shape(lambda: discriminator.make_head(jnp.zeros((1, 2, 2, 8)), jax.random.key(0)))
 
 
 def affine(p, z, t, text):
-    """A student whose answer shows its input and its time."""
+    """A student whose output depends on its input and timestep."""
     return p["w"] * z + 0.001 * t.reshape(-1, 1, 1, 1)
 
 
@@ -215,8 +215,8 @@ def test_backward_simulation(step, monkeypatch):
     np.testing.assert_allclose(grad, z, rtol=1e-5)
 
 
-def test_every_step_is_trained():
-    """The number of steps taken beforehand is one for the batch, and even over steps."""
+def test_every_student_timestep_is_trained():
+    """The timestep is the same for the whole batch, and uniform over the student's timesteps."""
     method = DMD2(student_timesteps=(999, 749, 499, 249), gan_weight=0.0)
     n, batch, _ = world(method)
     n.student = Denoiser({}, lambda p, z, t, text: 0 * z + t.reshape(-1, 1, 1, 1), SD, "x0")
@@ -229,8 +229,8 @@ def test_every_step_is_trained():
     assert counts.min() > 70
 
 
-def test_without_simulation_inputs_are_noised_data():
-    """The ablation: t per sample, data behind that much noise, but noise alone at the first time."""
+def test_without_backward_simulation_inputs_are_noised_data():
+    """The ablation: t per sample, data noised to t as input, pure noise at the first timestep."""
     method = DMD2(student_timesteps=(999, 499), gan_weight=0.0, backward_simulation=False)
     n, batch, key = world(method)
     batch = {"x0": jnp.full((1000, 1, 1, 1), 50.0), "text": jnp.zeros(1000), "index": jnp.arange(1000)}
@@ -242,7 +242,7 @@ def test_without_simulation_inputs_are_noised_data():
     np.testing.assert_allclose(np.mean(seen[~late] - 499_000), 50 * SD.alpha_sigma(499)[0], rtol=0.02)
 
 
-def test_one_step_at_an_earlier_time():
+def test_one_step_student_at_an_earlier_timestep():
     """T25: with t = 399 the input is pure noise all the same, and x = (z - 0.757571 eps^) / 0.652753."""
     method = DMD2(student_timesteps=(399,), gan_weight=0.0)
     n, batch, _ = world(method)
@@ -252,14 +252,14 @@ def test_one_step_at_an_earlier_time():
     np.testing.assert_allclose(got, (z - 0.757571 * FAKE) / 0.652753, rtol=1e-5)
 
 
-def test_edms_student_starts_at_eighty():
+def test_edm_student_starts_at_sigma_80():
     """E4: x = D(80 z; 80)."""
     n, _, _ = world(DMD2(), schedule=EDM())
     z = tiny.randn(3, *X.shape)
     np.testing.assert_allclose(DMD2().start(n, z), 80.0 * z, rtol=1e-5)
 
 
-def test_a_four_step_student_also_samples_in_two():
+def test_four_step_student_also_samples_in_one_or_two_steps():
     method = DMD2(student_timesteps=(999, 749, 499, 249))
     assert method.sampling_levels(2) == (999, 499)
     assert method.sampling_levels(1) == (999,)
@@ -269,7 +269,7 @@ def test_a_four_step_student_also_samples_in_two():
 
 @functools.cache
 def played(**options):
-    """(moves, gradients of every net) of both turns at a state that is nobody's optimum."""
+    """{turn: its loss's gradients for every network}, at randomly perturbed weights."""
     method = DMD2(**options)
     frozen = tiny.frozen()
     batch = tiny.make_batch(size=4)
@@ -289,16 +289,16 @@ def moved(net):
     return {name for name, tree in net.params.items() if any(np.abs(x).max() > 0 for x in jax.tree.leaves(tree))}
 
 
-def test_who_hears_of_the_students_loss():
-    """T7, T17: even if the step did not see to it, only the student, although g and the logits come from others."""
+def test_student_loss_gradient_reaches_only_the_student():
+    """T7, T17: even without the step's restriction, although g and the logits come from other networks."""
     grads = played(gan_weight=0.1, real_guidance=2.0)["student"]
     assert moved(grads["student"])
     for name in ("teacher", "fake", "disc"):
         assert not moved(grads[name]), name
 
 
-def test_who_hears_of_the_critics_loss():
-    """T16, T18: critic and head; the student does not, nor the teacher."""
+def test_critic_loss_gradient_reaches_only_critic_and_head():
+    """T16, T18."""
     grads = played(gan_weight=0.1, real_guidance=2.0)["critic"]
     assert moved(grads["fake"])
     assert moved(grads["disc"])
@@ -306,7 +306,7 @@ def test_who_hears_of_the_critics_loss():
         assert not moved(grads[name]), name
 
 
-def test_the_gan_reaches_the_critics_encoder_alone():
+def test_gan_gradient_reaches_only_the_critics_encoder():
     """T16: features are taken before the decoder."""
     n = models.init(tiny.UNET | {"layers_per_block": 1}, zero_out=False)
     batch = tiny.make_batch(size=4)
@@ -315,21 +315,21 @@ def test_the_gan_reaches_the_critics_encoder_alone():
     assert "conv_out" not in moved(grad)
 
 
-def test_two_time_scales():
-    """T19: in 11 steps of ratio 5 the student plays at 0, 5 and 10, the critic always."""
+def test_two_time_scale_updates():
+    """T19: in 11 steps of ratio 5 the student is updated at 0, 5 and 10, the critic always."""
     turns = DMD2(ratio=5).turns()
     played_at = [active(turns, i) for i in range(11)]
     assert [i for i, names in enumerate(played_at) if "student" in names] == [0, 5, 10]
     assert all("critic" in names for names in played_at)
 
 
-def test_the_critic_plays_before_the_student():
+def test_critic_is_updated_before_the_student():
     """T20: on a student's step too, the critic sees samples from before the student's update."""
     assert [*DMD2().turns()] == ["critic", "student"]
 
 
-def test_three_roles_share_one_base():
-    """LoRA student and critic: only thin factors move, and at the start both are the teacher."""
+def test_lora_student_and_critic_share_the_teachers_weights():
+    """Only low-rank factors are trained, and the initial student equals the teacher."""
     method = DMD2(student_lora="blocks", fake_lora="attention", lora_rank=2, gan_weight=0.0)
     teacher = models.init(tiny.UNET | {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"],
                                        "attention_head_dim": 4}, 0, zero_out=False)  # fmt: skip
@@ -353,7 +353,7 @@ def test_three_roles_share_one_base():
         ({"gan_features": "vgg"}, "not one of fake, teacher"),
     ],
 )
-def test_bad_options(options, said):
+def test_bad_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         DMD2(**options)
 
@@ -369,14 +369,14 @@ def test_guidance_needs_a_conditional_teacher(tmp_path):
         build.build(config.resolve(c))
 
 
-def test_a_rank_too_large():
+def test_too_large_lora_rank_is_refused():
     with pytest.raises(ValueError, match="rank 64 is not between 1 and the full rank"):
         DMD2(student_lora="blocks").init(jax.random.key(0), {"teacher": tiny.teacher()}, tiny.make_batch(size=2))
 
 
 @pytest.mark.slow
-def test_edms_networks_are_teachers_too():
-    """T16: the same file with sigma for times, E12's weight, and features from before the middle."""
+def test_edm_networks_work_as_teachers():
+    """T16: with sigma as time, E12's weighting, and features from before the decoder."""
     config = {"_class_name": "DhariwalUNet", "img_resolution": 8, "label_dim": 4, "model_channels": 8, "num_blocks": 1,
               "channel_mult": [1, 2], "attn_resolutions": [], "channels_per_head": 8}  # fmt: skip
     teacher, method = models.init(config, 0, zero_out=False), DMD2(gan_weight=0.1, real_guidance=1.5)
@@ -395,7 +395,7 @@ def test_edms_networks_are_teachers_too():
     assert not {name for name in moved(look(teacher)) if name.startswith(("dec", "out"))}
 
 
-def test_the_optimiser_is_pytorchs_adamw():
+def test_optimiser_equals_pytorchs_adamw():
     """T27, T28: one step on a gradient of norm 20, clipped to 10, against AdamW's formulas (decoupled decay)."""
     config = OptimConfig(lr=1e-2, weight_decay=1e-2, clip=10.0)
     w, g = jnp.array([1.0, -2.0, 3.0]), jnp.array([0.0, 12.0, 16.0])
@@ -404,7 +404,7 @@ def test_the_optimiser_is_pytorchs_adamw():
     clipped = g * 0.5
     m, v = 0.1 * clipped / (1 - 0.9), 0.001 * clipped**2 / (1 - 0.999)
     np.testing.assert_allclose(w + update, w * (1 - 1e-4) - 1e-2 * m / (jnp.sqrt(v) + 1e-8), atol=1e-7)
-    eps = dataclasses.replace(config, eps=1.0)  # so that the size of the gradient shows
+    eps = dataclasses.replace(config, eps=1.0)  # so that the update depends on the size of the gradient
     small, large = (optimizer(eps, 10).update(x, optimizer(eps, 10).init(w), w)[0] for x in (g / 4, g))
     np.testing.assert_allclose(large[1:] + 1e-4 * w[1:], -1e-2 * clipped[1:] / (clipped[1:] + 1.0), rtol=1e-5)
     np.testing.assert_allclose(small[1:] + 1e-4 * w[1:], -1e-2 * (g / 4)[1:] / ((g / 4)[1:] + 1.0), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""DMD2 from its config to its report and to a folder; pairs, warm-up and a second stage."""
+"""DMD2 end to end: training, report, resume, export; pairs, warm-up and a second stage."""
 
 import json
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_scripts_rely_on(run):
+def test_run_writes_metrics_scores_and_report(run):
     logged = {name for record in records(run) for name in record}
     for name in ("critic/denoising", "critic/eps_error", "critic/real_accuracy", "critic/sample_mean", "critic/moved",
                  "student/dm", "student/gan", "student/gan_share", "student/moved", "val/diversity"):  # fmt: skip
@@ -54,15 +54,15 @@ def test_a_run_leaves_what_scripts_rely_on(run):
 
 
 @pytest.mark.slow
-def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
-    """Both optimisers, both time scales: bit for bit the run of six steps, from what it had left after three."""
+def test_resuming_is_bit_exact(run, teacher, tmp_path):
+    """Both optimisers, resumed from step 3, against the uninterrupted run of six steps."""
     again = tiny.until(3, run, tmp_path / "run")
     train.train(settings(teacher, report=False), again)
     for a, b in zip(*(jax.tree.leaves(tiny.newest(w, settings(teacher))) for w in (run, again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
+def test_export_writes_a_diffusers_folder(run, teacher, tmp_path, capsys):
     commands.export_run(settings(teacher), run, str(tmp_path / "out"))
     assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -73,8 +73,8 @@ def test_the_student_leaves_as_a_folder(run, teacher, tmp_path, capsys):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
-def test_what_is_exported_samples_alike(run, teacher, tmp_path):
-    """As `pretrained` reads it: LCM's boundary condition, which DMD2 does not have, is nothing at these times."""
+def test_exported_student_generates_the_same_images(run, teacher, tmp_path):
+    """As `pretrained` samples it: LCM's boundary condition, absent in DMD2, is negligible at these timesteps."""
     commands.export_run(settings(teacher), run, str(tmp_path / "out"))
     how = read_sampling(tmp_path / "out" / "scheduler" / "scheduler_config.json")
     parts = build(config.resolve(settings(teacher)))
@@ -89,7 +89,7 @@ def test_what_is_exported_samples_alike(run, teacher, tmp_path):
     )
 
 
-def test_steps_that_the_student_does_not_have_are_refused_before_the_first(teacher, tmp_path):
+def test_unsupported_step_counts_are_refused_before_training(teacher, tmp_path):
     with pytest.raises(ValueError, match="cannot be sampled in 4 steps"):
         train.train(settings(teacher, sample_steps=(1, 4)), tmp_path)
     with pytest.raises(ValueError, match="at least 1"):
@@ -98,7 +98,7 @@ def test_steps_that_the_student_does_not_have_are_refused_before_the_first(teach
 
 
 @pytest.mark.slow
-def test_a_lora_student_is_merged_on_export(teacher, tmp_path):
+def test_lora_student_is_merged_on_export(teacher, tmp_path):
     method = {"student_lora": "blocks", "fake_lora": "blocks", "lora_rank": 2, "gan_weight": 0.0}
     c = settings(teacher, method, steps=1, report=False)
     train.train(c, tmp_path / "run")
@@ -121,8 +121,8 @@ WARM = {"dm_weight": 0.0, "gan_weight": 0.0, "regression_weight": 1.0, "regressi
 
 
 @pytest.mark.slow
-def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
-    """The regression alone trains the student alone; the next run starts from it, with a fake and disc of its own."""
+def test_regression_warm_up_initialises_a_second_run(pairs, teacher, tmp_path):
+    """Regression trains only the student; the second run starts from it, with a new fake and disc."""
     warm = settings(teacher, WARM, steps=40, report=False)
     warm.update(eval_every=100, checkpoint_every=40)
     warm.method.ratio = 1
@@ -147,7 +147,7 @@ def test_a_warm_up_then_a_second_stage(pairs, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_texts_alone_are_enough_without_a_gan(teacher, tmp_path):
+def test_training_without_a_gan_needs_no_images(teacher, tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "texts" / split).mkdir(parents=True)
         np.save(tmp_path / "texts" / split / "class_labels.npy", np.arange(16) % 9)

@@ -1,4 +1,4 @@
-"""DMD2 where the right answer is known: a Gaussian with linear networks, a mixture in the plane with exact scores."""
+"""DMD2 on problems with known solutions: a Gaussian with linear networks, a 2-D mixture with exact scores."""
 
 import functools
 import types
@@ -15,13 +15,13 @@ from cddistill.methods.dmd2 import DMD2
 from cddistill.net import Denoiser
 from cddistill.step import active, init_state, train_step
 
-T = 8  # noise levels; a schedule of few is matched level by level, and small networks learn each of them sooner
+T = 8  # timesteps: few, so that small networks learn each of them sooner
 SCHEDULE = DDPM(T, "squaredcos_cap_v2", zero_snr=True)
 MEAN, STD = 1.5, 0.5
 
 
 def train(method, frozen, nets, real, steps, rates, seed=0, size=256, dim=1):
-    """Nets and the samples' mean over time after `steps` steps under lax.scan, `ratio` of them at a time."""
+    """Nets after `steps` steps, and the samples' mean during training; lax.scan over groups of `ratio` steps."""
     turns = method.turns()
     optimizers = {name: optax.adam(rates[name]) for name in turns}
     play = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema(), seed=seed)
@@ -45,7 +45,7 @@ def train(method, frozen, nets, real, steps, rates, seed=0, size=256, dim=1):
 
 
 def falling(method, steps, student, critic):
-    """Learning rates that end at 0, each counted in its own updates."""
+    """Cosine learning rates that end at 0, each over its own number of updates."""
     cosine = optax.cosine_decay_schedule
     return {"student": cosine(student, steps // method.ratio), "critic": cosine(critic, steps)}
 
@@ -74,20 +74,20 @@ def gaussian(mean, std):
 
 
 def steady(p, z, t, text=None):
-    """x^ with the same mean and spread at every time, if z is noised x^."""
+    """x^ with the same mean and standard deviation at every timestep, if z is noised x^."""
     alpha, sigma = (like(c, z) for c in SCHEDULE.alpha_sigma(t))
     return p["mean"] + p["std"] * (z - alpha * p["mean"]) / jnp.sqrt((alpha * p["std"]) ** 2 + sigma**2)
 
 
 def in_the_gaussian_world(steps=8000, seed=0, student=2e-2, critic=5e-3, **options):
-    """Mean and standard deviation of what is drawn by a student that starts at N(0, 1).
+    """Mean and standard deviation of samples of a student that starts at N(0, 1).
 
-    The critic takes the samples of all steps for one set, so DMD2 determines what these are together, not what each
-    step makes. Two steps with weights of their own find means of 1.35 and 1.66, with another seed 1.63 and 1.35, and
-    1.5 only together. Networks share their weights between times, and so do the steps of this student.
+    The critic is trained on the samples of all timesteps together, so DMD2 determines their mixture, not each
+    timestep's output. With separate weights, two timesteps reach means of 1.35 and 1.66 (another seed: 1.63 and 1.35),
+    and 1.5 only together. Real networks share weights between timesteps, and so does this student.
 
-    The critic's learning rate is the lower one, because its jitter hides the small differences of scores: at 2e-2,
-    with 1e-2 for the student, one seed of three came no further in two steps than (1.34, 1.03).
+    The critic's learning rate is the lower one, because its noise hides small differences of scores: at 2e-2, with
+    1e-2 for the student, one of three seeds of the two-step student reached only (1.34, 1.03).
     """
     method = DMD2(gan_weight=0.0, **options)
     shared = Denoiser({"mean": jnp.zeros(()), "std": jnp.ones(())}, steady, SCHEDULE, "x0")
@@ -99,21 +99,21 @@ def in_the_gaussian_world(steps=8000, seed=0, student=2e-2, critic=5e-3, **optio
     return x.mean(), x.std()
 
 
-OTHERS = [{"student_timesteps": (999, 499)}, {"weighting": "dmd1"}, {"weighting": "none"}]  # weights only scale
+OTHERS = [{"student_timesteps": (999, 499)}, {"weighting": "dmd1"}, {"weighting": "none"}]  # weightings only rescale g
 
 
 @pytest.mark.parametrize(
     "options",
     [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)],
 )
-def test_the_student_becomes_the_teachers_gaussian(options):
+def test_student_matches_the_teachers_gaussian(options):
     mean, std = in_the_gaussian_world(**options)
     assert mean == pytest.approx(MEAN, abs=0.05)
     assert std == pytest.approx(STD, abs=0.05)
 
 
-def test_a_wrong_sign_leads_away(monkeypatch):
-    """The mutant that every contract test lets through."""
+def test_wrong_gradient_sign_diverges(monkeypatch):
+    """A flipped sign passes every contract test (test_methods.py)."""
     right = DMD2.matching
     monkeypatch.setattr(DMD2, "matching", lambda self, *args: (-right(self, *args)[0], right(self, *args)[1]))
     mean, _ = in_the_gaussian_world(steps=1000)
@@ -131,12 +131,12 @@ def restlessness(ratio, steps=6000, student=0.05, critic=0.01, seed=0):
 
 
 @pytest.mark.slow
-def test_two_time_scales_calm_the_student():
-    """T33: after as many critic updates, one per student update oscillates and five do not (sec. 4.2)."""
+def test_five_critic_updates_per_student_update_reduce_oscillation():
+    """T33: after equally many critic updates, a ratio of 1 oscillates and one of 5 does not (sec. 4.2)."""
     assert restlessness(ratio=1) > 1.5 * restlessness(ratio=5)
 
 
-# ---- a mixture in the plane
+# ---- a 2-D mixture
 
 CENTRES = jnp.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
 WIDTH = 0.35
@@ -150,7 +150,7 @@ def mixture(key, shape):
 
 
 def exact(p, z, t, text=None):
-    """E[x | z_t] of the mixture, with its score in closed form."""
+    """E[x | z_t] of the mixture in closed form."""
     alpha, sigma = (c[:, None] for c in SCHEDULE.alpha_sigma(t))
     var = (alpha * WIDTH) ** 2 + sigma**2
     distance = ((z[:, None] - alpha[..., None] * CENTRES[None]) ** 2).sum(-1)
@@ -159,7 +159,7 @@ def exact(p, z, t, text=None):
 
 
 def perceptron(p, z, t, text=None):
-    """v^ of a small network that knows the time."""
+    """v^ of an MLP with the timestep as one-hot input."""
     h = jnp.concatenate([z, jax.nn.one_hot(t, T)], -1)
     for w, b in p[:-1]:
         h = jax.nn.relu(h @ w + b[None])
@@ -173,7 +173,7 @@ def random_perceptron(seed, widths=(2 + T, 64, 64, 2)):
 
 
 def pretrained(seed=0, steps=2000):
-    """A network that has learned the mixture's denoising, as a teacher's copy would have."""
+    """An MLP denoiser of the mixture, from which student and critic start, as from a teacher's copy."""
     net = Denoiser(random_perceptron(seed), perceptron, SCHEDULE, "v")
     opt = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
@@ -190,7 +190,7 @@ def pretrained(seed=0, steps=2000):
 
 
 def in_the_plane(steps=7500, seed=0, ratio=3, student=1e-2, critic=1e-2, size=512, **options):
-    """What a perceptron draws in one step that exact scores have trained, [200_000, 2]."""
+    """One-step samples of an MLP student distilled from the exact teacher, [200_000, 2]."""
     method = DMD2(gan_weight=0.0, ema_decay=0.999, ratio=ratio, **options)
     start = pretrained(seed)
     nets = {"student": start, "fake": jax.tree.map(jnp.copy, start)}
@@ -207,8 +207,8 @@ def sliced_wasserstein(a, b, projections=16):
 
 
 def ratio_to_exact(x, points):
-    """Distance of x from exact samples over that of other exact samples, with its standard error, in sets of so many
-    points."""
+    """Distance of x from exact samples relative to that of other exact samples, and its standard error, in sets of
+    `points` points."""
     truth, fresh = (np.asarray(mixture(jax.random.key(seed), x.shape)) for seed in (11, 12))
     x, truth, fresh = (a.reshape(-1, points, 2) for a in (x, truth, fresh))
     student, exact_samples = sliced_wasserstein(x, truth), sliced_wasserstein(fresh, truth)
@@ -217,11 +217,11 @@ def ratio_to_exact(x, points):
 
 
 @pytest.mark.slow
-def test_one_step_reaches_the_mixture():
+def test_one_step_student_matches_the_mixture():
     """At most 1.1 times the sliced Wasserstein distance of fresh exact samples.
 
-    Sets of n points are a distance of order n^-1/2 apart by chance: 0.05 for 1000, a seventh of a mode's width, which
-    would drown in larger distances between smaller sets. 200 sets bring the ratio's standard error below 0.03.
+    Exact sets of n points differ by O(n^-1/2) by chance: 0.05 for 1000, a seventh of a mode's width. Smaller sets
+    would hide errors of that size. 200 sets bring the ratio's standard error below 0.03.
     """
     ratio, error = ratio_to_exact(in_the_plane(), points=1000)
     assert error < 0.03

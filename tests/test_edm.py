@@ -1,4 +1,4 @@
-"""EDM's pixel networks: equal to an independent implementation, of the published sizes, clear about bad input."""
+"""EDM's pixel networks: parity with an independent implementation, published sizes, errors for bad input."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ def torch_shapes(module):
 
 
 def random_params(module):
-    """The weights that make_edm.py draws."""
+    """The weights that make_edm.py generates."""
     arrays = {name: golden.weight(name, shape) for name, shape in torch_shapes(module).items()}
     return convert.unflatten(
         convert.match(arrays, flat_shapes(module), convert.torch_name, convert.from_torch, "golden")
@@ -70,7 +70,7 @@ def test_output_features_and_every_gradient_equal_the_independent_implementation
     parity(network, "output", features, nhwc(RECORDED[f"{name}/features"]))
     parity(network, "input gradient", image, nhwc(RECORDED[f"{name}/grad"]))
     parity.weights(network, weights, RECORDED[f"{name}/grad_norm"])
-    np.testing.assert_array_equal(levels[0].skip, features)  # the first that the way up is joined with
+    np.testing.assert_array_equal(levels[0].skip, features)  # the decoder's first skip connection
     for level, seen in zip(module.levels()[::-1], levels, strict=True):
         assert seen.after.shape == (2, level.size, level.size, level.width)
         assert seen.before.shape[:3] == seen.skip.shape[:3] == seen.after.shape[:3]
@@ -84,15 +84,15 @@ def test_output_features_and_every_gradient_equal_the_independent_implementation
         ("edm-cifar10-32x32-cond-ve", 56_400_771),
     ],
 )
-def test_sizes_of_the_published_models(name, count, parity):
+def test_weight_counts_of_the_published_models(name, count, parity):
     shapes = flat_shapes(build(edm.PRESETS[name]))
     parity.size(name, shapes, count)
-    if name.endswith("adm"):  # what DMD2's discriminator runs and trains
+    if name.endswith("adm"):  # the part that DMD2's discriminator runs and trains
         sizes = {path: np.prod(x.shape) for path, x in shapes.items()}
         assert sum(n for path, n in sizes.items() if path[0] == "enc" or path[0].startswith("map")) == 91_805_376
 
 
-def test_names_in_the_published_models():
+def test_tensor_names_of_the_published_models():
     names = torch_shapes(build(edm.PRESETS["edm-imagenet-64x64-cond-adm"]))
     assert names["enc.64x64_conv.weight"] == (192, 3, 3, 3)
     assert names["enc.32x32_block0.skip.weight"] == (384, 192, 1, 1)
@@ -125,7 +125,7 @@ def test_preconditioning(kind, sigma, expected):
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_resampling(taps):
+def test_resampling_is_centred_and_upsampling_is_the_transpose(taps):
     x = np.random.default_rng(0).normal(size=(2, 6, 8, 3)).astype("f")
     resample = jax.jit(edm_blocks.resample, static_argnums=(1, 2))
     inside = (slice(None), slice(1, -1), slice(1, -1)) if len(taps) == 4 else ()
@@ -135,11 +135,11 @@ def test_resampling(taps):
         assert resample(x.astype(jnp.bfloat16), taps, up).dtype == jnp.bfloat16
         np.testing.assert_allclose(resample(np.full_like(x, 0.7), taps, up)[inside], 0.7, rtol=1e-6)
         np.testing.assert_allclose(y[:, ::-1, ::-1], resample(x[:, ::-1, ::-1], taps, up), atol=1e-6)  # no shift
-    adjoint = jax.linear_transpose(lambda x: resample(x, taps, False), x)  # doubling is halving backwards, times 4
+    adjoint = jax.linear_transpose(lambda x: resample(x, taps, False), x)  # up is the transpose of down, times 4
     np.testing.assert_allclose(resample(y, taps, True), 4 * jax.jit(adjoint)(y)[0], atol=1e-5)
 
 
-def test_the_simplest_filter_is_the_mean_and_the_nearest_pixel():
+def test_two_tap_filter_is_mean_pooling_and_nearest_upsampling():
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 2)).astype("f")
     resample = jax.jit(edm_blocks.resample, static_argnums=(1, 2))
     np.testing.assert_allclose(resample(x, (1, 1), False), x.reshape(1, 2, 2, 2, 2, 2).mean((2, 4)), atol=1e-6)
@@ -159,14 +159,14 @@ def apply():
     return jax.jit(small()[0].apply)
 
 
-def test_without_noise_the_image_comes_back():
+def test_output_approaches_the_input_at_low_noise():
     net, x, _ = small()
     for sigma in (1e-3, 1e-5):
         moved = np.abs(apply()(net.params, x, np.full(2, sigma, "f"), LABELS) - x)
         assert moved.max() < 10 * sigma  # c_out is sigma, F of order one
 
 
-def test_every_input_counts_and_the_null_label_is_no_class():
+def test_output_depends_on_the_class_and_the_null_label_adds_nothing():
     net, x, sigma = small()
     out = apply()(net.params, x, sigma, LABELS)
     for change in ({"class_labels": np.array([2, 5])}, {"class_labels": np.array([1, 0])}):
@@ -178,7 +178,7 @@ def test_every_input_counts_and_the_null_label_is_no_class():
     assert np.abs(zero[0] - out[0]).max() > 1e-3
 
 
-def test_absent_augmentation_is_zero_augmentation():
+def test_missing_augment_labels_equal_zeros():
     module = build(golden.CONFIGS["ddpmpp"] | {"channel_mult": [1]})
     params, x = random_params(module), golden.inputs(golden.CONFIGS["ddpmpp"])
     labels = {"class_labels": x["class_labels"]}
@@ -189,20 +189,20 @@ def test_absent_augmentation_is_zero_augmentation():
 
 @functools.cache
 def flat():
-    """(net, x, sigma) of one level: for what compiles slowly."""
+    """(net, x, sigma) with a single level, for functions that compile slowly."""
     module = build(SMALL | {"channel_mult": [1], "attn_resolutions": []})
     _, x, sigma = small()
     return Denoiser(random_params(module), Apply(module), EDM(), "x0"), x[:, :8, :8], sigma
 
 
-def test_features_move_the_encoder_and_the_embedding_only():
+def test_feature_gradients_reach_only_encoder_and_embedding():
     net, x, sigma = flat()
     grads = jax.jit(jax.grad(lambda p: (net.apply(p, x, sigma, LABELS, features=True)[1] ** 2).mean()))(net.params)
     moving = {p for p, g in flax.traverse_util.flatten_dict(grads).items() if np.any(np.asarray(g) != 0)}
     assert moving == {p for p in flax.traverse_util.flatten_dict(grads) if p[0] == "enc" or p[0].startswith("map")}
 
 
-def test_features_alone_cost_no_decoder():
+def test_features_alone_skip_the_decoder():
     net, x, sigma = flat()
 
     def flops(part):
@@ -212,7 +212,7 @@ def test_features_alone_cost_no_decoder():
     assert flops(1) < 0.4 * flops(0)
 
 
-def test_bfloat16_and_remat_compute_the_same():
+def test_bfloat16_with_remat_is_close_to_float32():
     net, x, sigma = flat()
     other = type(net.apply.module).from_config(net.apply.module.to_config(), dtype=jnp.bfloat16, remat=True)
     assert jax.tree.structure(weight_shapes(other)) == jax.tree.structure(net.params)
@@ -244,8 +244,8 @@ def test_remat_stores_less_for_the_backward_pass():
         (golden.CONFIGS["progressive"], [("dec", "16x16_aux_conv"), ("dec", "8x8_aux_conv")]),
     ],
 )
-def test_new_networks_know_their_schedule_and_start_as_c_skip_x(config, last):
-    """What is 0 are the layers whose sum is F, and nothing else."""
+def test_new_networks_use_the_edm_schedule_and_start_as_c_skip_x(config, last):
+    """Only the layers whose sum is F are initialised to 0."""
     net, drawn = models.init(config), models.init(config, zero_out=False)
     assert (net.schedule, net.predicts) == (EDM(), "x0")
     flat, whole = (flax.traverse_util.flatten_dict(n.params) for n in (net, drawn))
@@ -258,7 +258,7 @@ def test_new_networks_know_their_schedule_and_start_as_c_skip_x(config, last):
     np.testing.assert_array_equal(jax.jit(net.apply)(net.params, x0, sigma, labels), c_skip * x0)
 
 
-def test_new_networks_follow_edm_only(tmp_path):
+def test_new_networks_refuse_other_schedules(tmp_path):
     with pytest.raises(ValueError, match=r"DhariwalUNet predicts x0 on the schedule EDM\(\), not eps on DDPM"):
         models.init(SMALL, 0, DDPM(), "eps")
     with pytest.raises(ValueError, match=r"not v on EDM"):
@@ -271,7 +271,7 @@ def test_new_networks_follow_edm_only(tmp_path):
     assert Pipeline(str(tmp_path), random_seed=0).denoiser.schedule == EDM()
 
 
-def test_three_steps_by_heun_are_finite_and_depend_on_the_class():
+def test_heun_samples_are_finite_and_depend_on_the_class():
     net, x, _ = flat()
 
     @jax.jit
@@ -284,7 +284,7 @@ def test_three_steps_by_heun_are_finite_and_depend_on_the_class():
     assert np.abs(sample(net, np.array([2, 5])) - x0)[0].max() > 1e-3
 
 
-def test_nets_built_alike_share_one_structure_and_configs_round_trip():
+def test_configs_round_trip_and_give_equal_tree_structures():
     for config in golden.CONFIGS.values():
         module = build(config)
         assert build(json.loads(json.dumps(module.to_config()))) == module
@@ -344,11 +344,11 @@ def test_unsupported_options_are_named(change, sentence):
         weight_shapes(build(SMALL | change))
 
 
-def test_a_lopsided_filter_is_named():
+def test_asymmetric_filters_are_refused():
     for taps in ([1, 2, 1], [1, 2]):
         with pytest.raises(ValueError, match="is not symmetric with an even number of taps"):
             build(golden.CONFIGS["ncsnpp"] | {"resample_filter": taps})
 
 
-def test_what_only_training_from_scratch_uses_is_ignored():
+def test_options_for_training_from_scratch_are_ignored():
     assert build(SMALL | {"dropout": 0.1, "label_dropout": 0.1, "_note": 1}) == build(SMALL)

@@ -1,4 +1,4 @@
-"""T is the published one on recorded draws, the same for both images, linear, and blind to the rest of the batch."""
+"""The random transform T: as published, shared by both images, linear, independent of the rest of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def keys(n, seed=0):
 
 
 def still(n, **changes):
-    """Parameters that change nothing but what is given."""
+    """Parameters of the identity transform, apart from the given ones."""
     zeros, ones = jnp.zeros(n), jnp.ones(n)
     values = {"scale": ones, "rotation": zeros, "stretch": ones, "pre_rotation": zeros, "offset": jnp.zeros((n, 2))}
     values |= {"flip": zeros, "quarter_turns": zeros, "shift": jnp.zeros((n, 2))} | changes
@@ -38,7 +38,7 @@ def smooth(n=2, h=16, w=16):
 
 
 @pytest.mark.parametrize("policy", golden.AUGMENTED)
-def test_recorded_transforms(policy):
+def test_transforms_equal_the_recorded_ones(policy):
     want = golden.RECORDED[f"aug_{policy}"]
     a, b = (np.asarray(apply(golden.draws(policy), x), np.float64) for x in golden.images(4, 32))
     np.testing.assert_allclose(a[0, 5, :4, 0], want["x_head"], atol=5e-5)
@@ -48,12 +48,12 @@ def test_recorded_transforms(policy):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 12), (7, 5)])
-def test_the_filters_undo_each_other(shape):
+def test_identity_transform_returns_the_image(shape):
     x = randn(0, 2, *shape, 3)
     np.testing.assert_allclose(apply(still(2), x), x, atol=4e-6)
 
 
-def test_whole_pixels_shift_into_the_mirror():
+def test_integer_shifts_use_mirror_padding():
     x = randn(0, 1, 16, 16, 2)
     right, down = 3, -2
     got = apply(still(1, shift=jnp.array([[right / 16, down / 16]])), x)
@@ -61,8 +61,8 @@ def test_whole_pixels_shift_into_the_mirror():
     np.testing.assert_allclose(got, mirrored[:, 15 - down : 31 - down, 15 - right : 31 - right], atol=6e-6)
 
 
-def test_turns_and_flips_go_the_way_they_should():
-    """Nearly: sym6 is not symmetric."""
+def test_rotations_and_flips_have_the_right_direction():
+    """Approximately: sym6 is not symmetric."""
     x = smooth(4)
     got = apply(still(4, quarter_turns=jnp.arange(4.0)), x)
     for k in range(4):
@@ -72,7 +72,7 @@ def test_turns_and_flips_go_the_way_they_should():
     np.testing.assert_allclose(turned, got, atol=1e-4)
 
 
-def test_draws_follow_the_policy():
+def test_random_parameters_follow_the_policy():
     policy = ensemble.Policy(True, True, True, True, scale=0.1, offset=0.05, brightness=0.25, hole=0.3)
     parts = sample_transforms(keys(4000), policy)
     blit, geometric, colour, cutout = (parts[name] for name in ("blit", "geometric", "colour", "cutout"))
@@ -90,10 +90,10 @@ def test_draws_follow_the_policy():
     assert (cutout.side == np.float32(0.3)).all()
     parts["cutout"] = cutout.centre
     flat = np.concatenate([np.reshape(x, (4000, -1)) for x in jax.tree.leaves(parts)], 1)
-    assert np.abs(np.corrcoef(flat.T) - np.eye(flat.shape[1])).max() < 0.08  # no number is used twice
+    assert np.abs(np.corrcoef(flat.T) - np.eye(flat.shape[1])).max() < 0.08  # no random number is used twice
 
 
-def test_policies_are_their_letters():
+def test_policy_names_list_their_transforms():
     on = {
         name: {*jax.eval_shape(lambda k, p=policy: ensemble.sample_transforms(k, p), keys(1))}
         for name, policy in POLICIES.items()
@@ -113,7 +113,7 @@ def test_transforms_are_linear(policy):
     assert np.abs(want).max() > 1
 
 
-def test_a_transform_follows_its_key_and_nothing_else():
+def test_transform_depends_only_on_its_key():
     x, k = randn(0, 3, 8, 8, 2), keys(3)
     whole = apply(sample_transforms(k, POLICIES["bgco"]), x)
     order = np.array([2, 0, 1])
@@ -122,15 +122,15 @@ def test_a_transform_follows_its_key_and_nothing_else():
     np.testing.assert_array_equal(other[np.array([0, 2])], whole[np.array([0, 2])])
 
 
-def test_both_images_undergo_one_transform():
+def test_both_images_get_the_same_transform():
     x, k = randn(0, 4, 8, 8, 2), keys(4)
     assert (jax.jit(lambda x: ensemble.ensemble(losses.mse, x, x, k, POLICIES["bgco"], 1.0))(x) == 0).all()
-    assert (averaged(losses.mse, x, jnp.array(x), k, POLICIES["bg"], 0.0) < 1e-12).all()  # of two inputs, to rounding
-    same = averaged(losses.mse, x, x + 1, k, POLICIES["bg"], 0.0)  # T(a) - T(b) is T(1), 1 but for what it cannot see
+    assert (averaged(losses.mse, x, jnp.array(x), k, POLICIES["bg"], 0.0) < 1e-12).all()  # two inputs: up to rounding
+    same = averaged(losses.mse, x, x + 1, k, POLICIES["bg"], 0.0)  # T(x + 1) - T(x) = T(1), about 1
     np.testing.assert_allclose(same, 1, atol=1e-3)
 
 
-def test_the_l1_term_is_that_of_the_images_themselves():
+def test_l1_term_compares_the_untransformed_images():
     a, b, k = randn(0, 2, 8, 8, 2), randn(1, 2, 8, 8, 2), keys(2)
     plain, more = (averaged(losses.mse, a, b, k, POLICIES["o"], l1) for l1 in (0.0, 0.5))
     np.testing.assert_allclose(more - plain, 0.5 * np.abs(a - b).mean((1, 2, 3)), rtol=1e-5)
@@ -139,7 +139,7 @@ def test_the_l1_term_is_that_of_the_images_themselves():
     np.testing.assert_allclose(low, more, rtol=0.02)
 
 
-def test_pixel_lpips_on_small_images():
+def test_pixel_e_lpips_has_finite_gradients():
     """E-LPIPS, for distilling without an autoencoder; its gradient is finite where T leaves zeros and where a = b."""
     net = Net(random_lpips("alex"), lpips.alex)
     a, b, k = jnp.tanh(randn(0, 2, 32, 32, 3)), jnp.tanh(randn(1, 2, 32, 32, 3)), keys(2)

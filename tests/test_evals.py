@@ -1,4 +1,4 @@
-"""Metrics: published definitions, golden numbers of PyTorch on the same weights, valid standard errors; image grids."""
+"""Metrics: published definitions, PyTorch's values for the same weights, valid standard errors; image grids."""
 
 import hashlib
 import importlib.util
@@ -24,12 +24,12 @@ needs_efficientnet = pytest.mark.skipif(
 
 
 def blocks(seed, n, side, size):
-    """n seeded pictures [n, size, size, 3] of side x side squares."""
+    """n seeded images [n, size, size, 3] of side x side squares."""
     image = np.random.RandomState(seed).rand(n, side, side, 3).astype(np.float32)  # noqa: NPY002, the goldens' generator
     return image.repeat(size // side, 1).repeat(size // side, 2)
 
 
-# Metrics of pairs
+# Paired metrics
 
 
 def test_psnr_of_a_known_error():
@@ -54,7 +54,7 @@ def test_ssim_equals_scikit_image():
 
 
 def random_lpips(trunk):
-    """LPIPS with random weights: everything but the published numbers."""
+    """LPIPS with random weights of the published shapes."""
     r, shapes = np.random.default_rng(0), lpips.shapes(trunk)
     draw = lambda s: (r.standard_normal(s) * (2.0 / np.prod(s[:-1])) ** 0.5).astype(np.float32)
     convs = [(draw(kernel), np.full(bias, 0.01, np.float32)) for kernel, bias in shapes["convs"]]
@@ -71,10 +71,10 @@ def test_lpips_is_a_distance_with_finite_gradients():
     assert np.isfinite(jax.jit(jax.grad(lambda x: lpips.alex(params, x, a).sum()))(b)).all()
 
 
-def test_convolution_of_small_maps_is_a_convolution():
+def test_small_map_convolution_equals_lax():
     r = np.random.default_rng(0)
     w, bias = r.standard_normal((5, 5, 4, 6)).astype(np.float32), r.standard_normal(6).astype(np.float32)
-    for shape in ((2, 3, 2, 4), (1, 1, 1, 4)):  # below 16 pixels the code takes another way
+    for shape in ((2, 3, 2, 4), (1, 1, 1, 4)):  # below 16 pixels the code takes another path
         x = r.standard_normal(shape).astype(np.float32)
         axes = ("NHWC", "HWIO", "NHWC")
         want = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=axes) + bias.reshape(1, 1, 1, -1)
@@ -118,7 +118,7 @@ def test_weight_files_cannot_run_code(name):
         lpips.ArraysOnly(io.BytesIO(pickle.dumps({"w": Bomb()})), lpips.NUMPY).load()
 
 
-def test_numpy_arrays_come_through_the_unpickler():
+def test_unpickler_loads_numpy_arrays():
     tree = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(3)}
     for protocol in (3, 4):
         got = lpips.ArraysOnly(io.BytesIO(pickle.dumps(tree, protocol)), lpips.NUMPY).load()
@@ -140,7 +140,7 @@ def test_efficientnet_weights_equal_a_recorded_checksum():
     assert digest.hexdigest() == "f567dd068ea86c421be8e697f6c6403e72c42d07a9064ed333964325fbdd1ad0"
 
 
-def test_depthwise_taps_are_a_grouped_convolution():
+def test_depthwise_equals_a_grouped_convolution():
     r = np.random.default_rng(0)
     x, bias = r.standard_normal((2, 9, 6, 4)).astype(np.float32), np.zeros(4, np.float32)
     for k, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
@@ -162,7 +162,7 @@ def test_efficientnet_equals_pytorch():
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), [12.52411107, 8.42483312], rtol=2e-5)
 
 
-# Distances of sets
+# Set metrics
 
 
 def population_kid(mean, other):
@@ -178,8 +178,8 @@ def population_kid(mean, other):
 
 @pytest.mark.parametrize(("m", "paired"), [(60, False), (60, True), (45, False)])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_kid_is_unbiased_and_its_error_bar_covers(m, paired, shift):
-    """Also for outputs that resemble their own targets, where the usual estimator would be far too low."""
+def test_kid_is_unbiased_and_its_standard_error_covers(m, paired, shift):
+    """Also for outputs correlated with their targets, where the usual estimator is far too low."""
     r, d, repeats = np.random.default_rng(0), 8, 300
     mean, truth = np.full(d, shift), population_kid(np.full(d, shift), np.zeros(d))
     estimates = []
@@ -191,7 +191,7 @@ def test_kid_is_unbiased_and_its_error_bar_covers(m, paired, shift):
     assert abs(value.mean() - truth) < 4 * value.std() / repeats**0.5  # 4 standard errors of the mean
     covered = (np.abs(value - truth) < 2 * error).mean()
     assert covered > 0.9  # 0.95 if errors were Gaussian
-    assert error.mean() < 2.5 * value.std()  # wide where the sets are equal, never absurd
+    assert error.mean() < 2.5 * value.std()  # wider where the sets are equal, but bounded
 
 
 def test_kid_of_the_targets_themselves_is_zero():
@@ -201,7 +201,7 @@ def test_kid_of_the_targets_themselves_is_zero():
         kid.kid(real[:2], real)
 
 
-def test_kid_in_blocks_is_kid(monkeypatch):
+def test_kid_does_not_depend_on_the_block_size(monkeypatch):
     r = np.random.default_rng(0)
     x, real = r.standard_normal((25, 4)), r.standard_normal((30, 4))
     whole = kid.kid(x, real)
@@ -209,7 +209,7 @@ def test_kid_in_blocks_is_kid(monkeypatch):
     assert kid.kid(x, real) == pytest.approx(whole, rel=1e-12)
 
 
-def test_features_that_never_fire_do_not_explode():
+def test_constant_features_are_not_divided_by_zero():
     r = np.random.default_rng(0)
     real = r.standard_normal((50, 4)) * np.array([1.0, 1.0, 2.0, 0.0])
     assert kid.standardized(real, real)[:, :3].std(0) == pytest.approx(1.0)
@@ -238,7 +238,7 @@ def test_frechet_of_known_gaussians():
 
 
 def test_scores_do_not_depend_on_batches(monkeypatch):
-    """70 images are one batch and a padded rest."""
+    """70 images are one full batch and a padded one."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     scores.lpips_metric.cache_clear()
     scores.feature_extractor.cache_clear()
@@ -268,13 +268,13 @@ def test_scores_do_not_depend_on_batches(monkeypatch):
         (np.zeros((3, 16, 16, 3)), "their targets"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(images, sentence):
+def test_invalid_images_are_refused(images, sentence):
     with pytest.raises(ValueError, match=sentence):
         scores.evaluate({"outputs": images}, np.zeros((2, 16, 16, 3)))
 
 
-def test_distances_of_sets_take_unpaired_sets(monkeypatch):
-    """With a linear map for a network: its features see colour, and only whole sets are compared."""
+def test_unpaired_sets_get_set_metrics_only(monkeypatch):
+    """With a linear map in place of the feature network."""
     seen = []
     project = np.random.default_rng(1).standard_normal((8 * 8 * 3, 70)).astype(np.float32)
     extractor = lambda size: lambda x: seen.append(x.shape) or x.reshape(len(x), -1) @ project
@@ -287,27 +287,27 @@ def test_distances_of_sets_take_unpaired_sets(monkeypatch):
     assert same.n == 140
     assert abs(same.metrics["KID-EffLite0@64"][0]) < 3 * same.metrics["KID-EffLite0@64"][1]
     for metric, (value, error) in darker.metrics.items():
-        if metric != "Precision-EffLite0":  # dark pictures lie inside
+        if metric != "Precision-EffLite0":  # darker images lie inside the real set
             change = (value - same.metrics[metric][0]) * (-1 if scores.METRICS[metric].higher else 1)
             assert change > 5 * error, metric
     assert set(seen) == {(64, 8, 8, 3)}  # one shape, one program
-    assert len(seen) == 9  # the targets once
+    assert len(seen) == 9  # the targets are embedded once
     seen.clear()
     sets = {"teacher": other, "darker": other * 0.8}
     generated, student = (row.metrics for row in scores.evaluate(sets, real, paired=False, teacher="teacher"))
-    assert list(generated) == kinds  # and no distance from itself
+    assert list(generated) == kinds  # no distance of the teacher from itself
     assert student["KID-EffLite0@64"] == darker.metrics["KID-EffLite0@64"]
     direct = scores.evaluate({"darker": other * 0.8}, other, paired=False)[0].metrics
     assert {m: student[f"{m} to the teacher"] for m in kinds} == direct
     assert student["PSNR to the teacher"][0] == pytest.approx(
         float(np.mean(fidelity.psnr(other * 0.8, other))), rel=1e-5
     )
-    assert len(seen) == 9 + 6  # every picture once for the one table
+    assert len(seen) == 9 + 6  # every image is embedded once per table
 
 
 @needs_lpips
 @needs_efficientnet
-def test_every_metric_sees_blur():
+def test_every_metric_worsens_with_blur():
     real = blocks(0, 12, 8, 32)
     blurred = blur(real, 1)
     same, mild, strong = scores.evaluate({"same": real, "mild": blurred, "strong": blur(real, 3)}, real)
@@ -324,7 +324,7 @@ def test_every_metric_sees_blur():
 
 
 def blur(x, times):
-    """Means of 3 x 3 pixels, again and again."""
+    """A 3 x 3 box blur, repeated."""
     for _ in range(times):
         x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
         x = sum(x[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)) / 9
@@ -386,8 +386,8 @@ def test_images_are_written_atomically(tmp_path, monkeypatch):
 
 
 def test_precision_and_recall_by_hand():
-    """On a line: 3rd neighbours' radii of 0, 1, 2, 3, 10 are 3, 2, 2, 3, 9; of the images 0.5 and 30 the first lies
-    inside. Recall swaps the roles: of 0.5, 1, 1.5, 2, 30 the radii are 1.5, 1, 1, 1.5, 29."""
+    """In one dimension: the 3rd-neighbour radii of 0, 1, 2, 3, 10 are 3, 2, 2, 3, 9; of the images, 30 lies outside.
+    Recall swaps the roles: the radii of 0.5, 1, 1.5, 2, 30 are 1.5, 1, 1, 1.5, 29."""
     real = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
     few = np.array([[0.5], [1.0], [1.5], [2.0], [30.0]])
     assert precision_recall.precision(few, real)[0] == 4 / 5
@@ -407,7 +407,7 @@ def test_precision_falls_with_noise_and_recall_with_repetition():
     assert precision_recall.recall(other[:4].repeat(100, 0) + 1e-3 * real, real)[0] < 0.1
 
 
-def test_precision_of_many_rows_is_computed_in_blocks(monkeypatch):
+def test_precision_does_not_depend_on_the_block_size(monkeypatch):
     r = np.random.default_rng(0)
     x, real = r.normal(size=(2, 50, 3))
     whole = precision_recall.precision(x, real)

@@ -1,4 +1,4 @@
-"""What a stranger adds: a method, a task and a data format, each in one class and one line of a registry.
+"""User extensions: a method, a task and a data format, each one class and one line of a registry.
 
 The method's net is called `generator`; its loss is consistency distillation (Song et al. 2023, alg. 2; LCM's without
 the skip connection).
@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
 
 @dataclasses.dataclass(frozen=True)
 class Consistency(Generator):
-    """One turn: the generator at t agrees with its average at s, one step of the teacher's ODE later."""
+    """One turn: the generator at t matches its average at s, one step of the teacher's ODE later."""
 
     gap: float = 0.02  # t - s as a fraction of the schedule
 
@@ -78,7 +78,7 @@ class Consistency(Generator):
 
 @dataclasses.dataclass(frozen=True)
 class Colourise(Task):
-    """Colours from brightness."""
+    """Colourisation: the condition is the image's brightness."""
 
     gain: float = 1.0  # of the brightness
 
@@ -121,7 +121,7 @@ class NpzImages:
 
 @pytest.fixture(scope="module")
 def registered():
-    """The one line each."""
+    """Adds each of them to its registry."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "consistency", Consistency)
         patch.setitem(TASKS, "colourise", Colourise)
@@ -142,34 +142,34 @@ def run(registered, teacher, tmp_path_factory):
     settings.data.update(source="npz", task="colourise", path=str(folder / "pictures.npz"), key="pictures", size=8)
     train.train(settings, folder / "run")
     settings.update(steps=4)
-    settings.method.gap = 0.05  # declared as mutable
+    settings.method.gap = 0.05  # in mutable_on_resume
     train.train(settings, folder / "run")
     return settings, folder / "run"
 
 
-def test_it_trains_and_resumes(run):
+def test_an_added_method_trains_and_resumes(run):
     _, workdir = run
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "consistency/loss" in r] == [1, 2, 3, 4]
-    assert any("val/psnr" in r for r in records)  # the task's default chooses the best checkpoint by it
+    assert any("val/psnr" in r for r in records)  # the default best_metric of a task
 
 
-def test_it_is_evaluated_with_its_references_and_health(run):
+def test_evaluation_uses_its_references_and_health_rules(run):
     settings, workdir = run
     commands.evaluate_run(settings, workdir)
     assert [*json.loads((workdir / "scores.json").read_text())] == ["grey", "student, 2 steps"]
     assert "a loss has been logged" in (workdir / "report.html").read_text()
 
 
-def test_it_samples_from_a_file(run, tmp_path):
+def test_sampling_reads_the_condition_from_a_file(run, tmp_path):
     settings, workdir = run
     Image.new("RGB", (20, 30), (200, 30, 30)).save(tmp_path / "in.png")
     commands.sample(settings, workdir, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
     assert Image.open(tmp_path / "out.png").size == (8, 8)
 
 
-def test_its_generator_is_what_leaves(run, tmp_path):
-    """Formerly a net not called backbone, student or branch was skipped, and the teacher exported in its place."""
+def test_export_writes_the_trained_generator(run, tmp_path):
+    """Regression: a net not called backbone, student or branch was skipped and the teacher exported instead."""
     settings, workdir = run
     commands.export_run(settings, workdir, str(tmp_path / "out"))
     parts, state = commands.finished(settings, workdir)
@@ -179,7 +179,7 @@ def test_its_generator_is_what_leaves(run, tmp_path):
     assert written["conv_in"]["kernel"].shape[2] == parts.frozen["teacher"].params["conv_in"]["kernel"].shape[2] + 1
 
 
-def test_an_exported_program_takes_all_noise_as_an_input(run, tmp_path):
+def test_an_exported_program_takes_all_noise_as_input(run, tmp_path):
     """Equal inputs give equal images, other seeds other images, and the result is that of --mode=sample."""
     settings, workdir = run
     commands.export_run(settings, workdir, str(tmp_path / "out.stablehlo"))
@@ -194,14 +194,14 @@ def test_an_exported_program_takes_all_noise_as_an_input(run, tmp_path):
     np.testing.assert_array_equal(images, program(rows | {"noise": noise(5)}))
     assert np.abs(images - program(rows | {"noise": noise(6)})).max() > 1e-3
     after = noise(5).copy()
-    after[:, 1] = noise(6)[:, 1]  # what is added after the first step alone
+    after[:, 1] = noise(6)[:, 1]  # only the noise added after the first step
     assert np.abs(images - program(rows | {"noise": after})).max() > 1e-3
     whole = rows | {"x0": np.zeros((3, 8, 8, 3), "f"), "index": index}
     sampled = generate.sample(generate.student_of(parts, state), whole, 2, seed=5)
     np.testing.assert_allclose(images, sampled, atol=1e-5)
 
 
-def test_nothing_trained_is_nothing_to_export(run, tmp_path):
+def test_exporting_untrained_weights_is_refused(run, tmp_path):
     settings, workdir = run
     still = settings.copy_and_resolve_references()
     still.optim.lr = 0.0
@@ -211,7 +211,7 @@ def test_nothing_trained_is_nothing_to_export(run, tmp_path):
     assert not (tmp_path / "out" / "unet").exists()
 
 
-def test_a_generator_must_say_what_leaves(run):
+def test_a_generator_must_name_the_nets_it_exports(run):
     class Silent(Consistency):
         def exports(self):
             return {}
@@ -242,8 +242,8 @@ def test_a_checkpoint_is_chosen_by_name_or_step(run):
         weights("newest")
 
 
-def test_the_rest_of_the_package_knows_none_of_them_by_name():
-    """Neither a method nor a task nor a source: only its own file and its line in a registry do."""
+def test_no_other_code_names_a_method_task_or_source():
+    """Only its own file and its line in the registry do."""
     names = ({*METHODS} | {*TASKS} | {*SOURCES}) - {"none"}
 
     own = [ROOT / "methods", ROOT / "data" / "tasks", ROOT / "data" / "sources"]

@@ -1,4 +1,4 @@
-"""Weight files: every format reads the same and lazily, nothing is executed, everything broken is named."""
+"""Weight files: every format reads the same and lazily, no code in them runs, broken files are named in errors."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_every_format_reads_the_same(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["state_dict.pt", "state_dict_before_1_6.pt"])
-def test_files_by_pytorch_are_read_without_it(name):
+def test_pytorch_files_are_read_without_pytorch(name):
     recorded = dict(np.load(GOLDEN / "state_dict.npz"))
     dtypes = {k.removesuffix("/dtype"): str(recorded.pop(k)) for k in [*recorded] if k.endswith("/dtype")}
     tensors = files.read(GOLDEN / name).tensors
@@ -79,7 +79,7 @@ def test_files_by_pytorch_are_read_without_it(name):
     assert "torch" not in sys.modules
 
 
-def test_the_best_file_of_a_folder_is_read():
+def test_a_folders_preferred_file_is_chosen():
     stem = "diffusion_pytorch_model"
     best_first = [
         f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json",
@@ -94,8 +94,8 @@ def test_the_best_file_of_a_folder_is_read():
     assert files.choose(["a.pt", "b.ckpt"]) is None
 
 
-def test_opening_reads_no_numbers(tmp_path):
-    """A file of 1 TB, all but a few bytes of it a hole."""
+def test_opening_a_file_reads_no_tensor_data(tmp_path):
+    """A sparse file of 1 TB."""
     header = json.dumps({
         "huge": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]},
         "small": {"dtype": "F32", "shape": [2], "data_offsets": [2**40, 2**40 + 8]},
@@ -109,8 +109,8 @@ def test_opening_reads_no_numbers(tmp_path):
     assert np.asarray(tensors["small"]).tolist() == [1.0, 2.0]
 
 
-def test_jax_takes_over_what_was_read(tmp_path):
-    """On a CPU without a copy: one of every weight is all there ever is."""
+def test_jax_uses_arrays_without_a_copy(tmp_path):
+    """So loading on a CPU never holds two copies of a weight."""
     tensors = files.read(write_safetensors(tmp_path).parent).tensors
     for x in (np.asarray(tensors["a.kernel"].T, np.float32), np.asarray(tensors["a.bias"], np.float32)):
         assert x.flags.c_contiguous
@@ -118,7 +118,7 @@ def test_jax_takes_over_what_was_read(tmp_path):
 
 
 class Call:
-    """Pickles as a call, which unpickling makes."""
+    """Pickles as a function call, which unpickling executes."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -141,7 +141,7 @@ def zipped(file, pickled):
 
 
 @pytest.mark.parametrize("wrap", [bare, before_1_6, zipped])
-def test_no_code_of_a_file_is_run(tmp_path, wrap):
+def test_no_code_in_a_file_is_run(tmp_path, wrap):
     trap = tmp_path / "trap"
     attacks = {
         "posix.system": pickle.dumps({"w": Call(os.system, f"touch {trap}")}),
@@ -151,7 +151,7 @@ def test_no_code_of_a_file_is_run(tmp_path, wrap):
         "cddistill.models.files.read": b"ccddistill.models.files\nread\n(Va\ntR.",
     }  # fmt: skip
     pickle.loads(attacks["posix.system"])
-    assert trap.exists()  # the traps do work
+    assert trap.exists()  # plain pickle does run the code
     trap.unlink()
     for called, pickled in attacks.items():
         wrap(tmp_path / "model.pt", pickled)
@@ -161,7 +161,7 @@ def test_no_code_of_a_file_is_run(tmp_path, wrap):
 
 
 def test_a_file_cannot_change_the_reader(tmp_path):
-    """BUILD sets attributes of what a pickle has at hand, a function's defaults for example."""
+    """The pickle opcode BUILD sets attributes of allowed objects, such as a function's defaults."""
     for name in ("torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage", "collections\nOrderedDict"):
         bare(tmp_path / "model.pt", f"c{name}\n(N}}V__defaults__\n(I1\ntstb.".encode())
         before = files.TensorsOnly.tensor.__defaults__
@@ -185,7 +185,7 @@ def pytorch(change, name="state_dict.pt"):
 
 
 def longer(data):
-    """The 3 x 4 matrix, said to be 3 x 5."""
+    """Declares the 3 x 4 matrix as 3 x 5."""
     assert b"K\x03K\x04\x86" in data
     return data.replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86")
 
@@ -266,14 +266,14 @@ def two_files(folder):
         (pickled({"model": {}}), r"model\.pt is not a plain state dict: its 'model' is of type dict"),
     ],
 )
-def test_broken_files_are_told_apart(tmp_path, broken, sentence):
+def test_each_kind_of_broken_file_has_its_own_error(tmp_path, broken, sentence):
     broken(tmp_path)
     with pytest.raises(ValueError, match=sentence) as error:
         files.read(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_file_that_shrinks_is_noticed(tmp_path):
+def test_a_file_truncated_after_opening_is_refused(tmp_path):
     file = write_safetensors(tmp_path)
     tensors = files.read(tmp_path).tensors
     file.write_bytes(file.read_bytes()[:100])
@@ -300,7 +300,7 @@ print((memory("VmHWM") - before) / sum(x.nbytes for x in jax.tree.leaves(params)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """300 MB, most of them kernels, which must be transposed."""
+    """300 MB, mostly kernels, which must be transposed."""
     from cddistill import models
     from cddistill.models import convert
 

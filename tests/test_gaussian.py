@@ -1,7 +1,7 @@
-"""CoDi where the right answer is known: x | c ~ N(c, STD^2), c ~ N(0, 1), a network that is linear at every time.
+"""CoDi on a problem with a known solution: x | c ~ N(c, STD^2), c ~ N(0, 1), a network linear at each timestep.
 
-A linear network can represent the posterior mean E[x | z_t, c] exactly, so what training reaches is the objective's own
-optimum, and every number below follows from it.
+A linear network can represent the posterior mean E[x | z_t, c] exactly, so training reaches the optimum of the
+objective, from which every number below follows.
 """
 
 import functools
@@ -29,7 +29,7 @@ def linear(p, z, t, text, residuals=0.0):
 
 
 def teacher():
-    """The exact unconditional v-network of N(0, 1 + STD^2): it has never seen a condition."""
+    """The exact unconditional v-prediction for N(0, 1 + STD^2)."""
     alpha, sigma = SCHEDULE.alpha_sigma(jnp.arange(T))
     var = 1 + STD**2
     gain = alpha * var / (alpha**2 * var + sigma**2)  # x^ = gain z
@@ -38,7 +38,7 @@ def teacher():
 
 @functools.cache
 def trained(seed=0, **options):
-    """Nets after 3,000 steps of CoDi, under lax.scan."""
+    """(method, nets, losses) after 3,000 steps of CoDi."""
     method = METHODS["codi"](delta_t=50, ema_decay=0.99, **options)
     frozen = {"teacher": teacher(), "autoencoder": Autoencoder()}
     nets = {"backbone": teacher(), "branch": Net({"one": jnp.ones(())}, lambda p, z, t, text, cond: p["one"] * cond)}
@@ -63,7 +63,7 @@ def trained(seed=0, **options):
 
 
 def sample_statistics(method, n, steps, size=20000):
-    """(slope of the conditional mean on c, standard deviation around it) of samples in so many steps."""
+    """(slope of the conditional mean on c, standard deviation around it) of samples in `steps` steps."""
     k_z, k_c = jax.random.split(jax.random.key(7))
     c, noise, zero = jax.random.normal(k_c, (size, 1)), jax.random.normal(k_z, (size, 1)), jnp.zeros(size, jnp.int32)
     x0 = method.sample(n, noise, {"cond": c, "text": zero, "null": zero}, None, steps)
@@ -72,8 +72,8 @@ def sample_statistics(method, n, steps, size=20000):
 
 
 def test_codi_four_steps_match_the_conditional_distribution():
-    """I22: mean c and standard deviation 0.5 in 4 steps, where the same network without noise consistency (plain
-    conditional diffusion) has lost a third of the spread. Measured: 1.01, 0.50 against 1.00, 0.33."""
+    """I22: mean c and standard deviation 0.5 in 4 steps; without noise consistency (plain conditional diffusion) a
+    third of the standard deviation is lost. Measured: 1.01, 0.50 against 1.00, 0.33."""
     slope, std = sample_statistics(*trained()[:2], 4)
     assert slope == pytest.approx(1.0, abs=0.03)
     assert std == pytest.approx(STD, abs=0.03)
@@ -83,13 +83,13 @@ def test_codi_four_steps_match_the_conditional_distribution():
 
 
 def test_one_step_is_the_conditional_mean():
-    """At zero terminal SNR the first prediction can only be E[x | c]: no spread at all in one step."""
+    """At zero terminal SNR the first prediction is E[x | c], so one-step samples have no variance around it."""
     slope, std = sample_statistics(*trained()[:2], 1)
     assert slope == pytest.approx(1.0, abs=0.03)
     assert std < 0.03
 
 
-def test_the_signal_term_gives_the_mean_its_closed_form():
+def test_without_consistency_training_reaches_the_posterior_mean():
     """I14: without consistency the minimiser is E[x | z_t, c] = c + alpha STD^2 (z - alpha c) / (alpha^2 STD^2 +
     sigma^2)."""
     method, n, _ = trained(consistency_weight=0.0)
@@ -100,8 +100,8 @@ def test_the_signal_term_gives_the_mean_its_closed_form():
         np.testing.assert_allclose(method.target(n)(z, t, jnp.zeros(3, jnp.int32), c).x0, want, atol=0.03)
 
 
-def test_without_the_signal_term_the_condition_is_lost():
-    """Noise consistency alone is at its minimum wherever eps^ is constant; the d_x term is what prevents that."""
+def test_without_the_signal_term_samples_ignore_the_condition():
+    """Noise consistency alone is minimal for any constant eps^; the d_x term prevents that."""
     method, n, losses = trained(signal_weight=0.0)
     assert losses[-100:].mean() < 0.05
     assert sample_statistics(method, n, 1)[0] < 0.1

@@ -1,4 +1,4 @@
-"""Rules that read a run's metrics: each rings on its symptom, in plain words, once, and not before its window."""
+"""Health rules on a run's metrics: each raises one alarm on its symptom, when its window is full."""
 
 import json
 
@@ -39,7 +39,7 @@ ILL = {
 
 
 def records(changes, n=60):
-    """A run's log, a little noisy as they are."""
+    """A run's log with 2 % noise."""
     rng = np.random.default_rng(0)
     noisy = lambda: {k: v * (1 + 0.02 * rng.normal()) for k, v in (WELL | changes).items()}
     return [{"step": 10 * (i + 1), **noisy()} for i in range(n)]
@@ -49,12 +49,12 @@ def names(rows):
     return {alarm.name for alarm in health.diagnose(rows, RULES)}
 
 
-def test_a_healthy_run_is_left_alone():
+def test_a_healthy_run_raises_no_alarm():
     assert not names(records({}))
 
 
 @pytest.mark.parametrize("name", ILL)
-def test_an_illness_is_named_when_its_window_is_full(name):
+def test_each_symptom_raises_its_alarm_when_the_window_is_full(name):
     rows, window = records(ILL[name]), RULES[name].window
     assert names(rows) == {name}
     assert not names(rows[: window - 1])
@@ -62,7 +62,7 @@ def test_an_illness_is_named_when_its_window_is_full(name):
     assert alarm.step == 10 * window
 
 
-def test_swinging_brightness_is_told_from_a_steady_one():
+def test_oscillating_brightness_raises_only_its_alarm():
     rows = records({})
     for i, row in enumerate(rows):
         row["critic/sample_mean"] = 0.1 + 0.2 * np.sin(i)
@@ -70,20 +70,20 @@ def test_swinging_brightness_is_told_from_a_steady_one():
     assert names(rows) == {"brightness swings"}
 
 
-def test_every_rule_is_tested():
+def test_every_rule_has_a_test():
     assert {*ILL, "brightness swings"} == {*RULES}
 
 
-def test_numbers_that_are_missing_or_not_finite_raise_no_alarm():
+def test_missing_and_non_finite_metrics_raise_no_alarm():
     assert not names([{"step": i, "student/moved": None} for i in range(30)])
     assert not names([{"step": i, "student/loss": 1.0} for i in range(30)])
 
 
-def test_a_method_with_other_metrics_is_judged_by_what_it_has():
+def test_rules_without_their_metrics_are_skipped():
     assert names([{"step": i, "student/moved": 0.0, "student/loss": 1.0} for i in range(5)]) == {"student frozen"}
 
 
-def test_alarms_reach_the_terminal_once_and_survive_a_restart(tmp_path):
+def test_an_alarm_is_printed_once_and_counts_records_before_a_restart(tmp_path):
     rows = records(ILL["critic frozen"])
     writer = log.JsonlWriter(tmp_path)
     with (tmp_path / "out.txt").open("w") as out:
@@ -100,8 +100,8 @@ def test_alarms_reach_the_terminal_once_and_survive_a_restart(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["critic/moved"] == 0.0
 
 
-def test_a_torn_line_is_left_out(tmp_path):
-    """As a kill leaves it; a run can still be evaluated."""
+def test_incomplete_lines_are_skipped(tmp_path):
+    """A killed run leaves them; it can still be evaluated."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "student/moved": 0.0}\n[1]\n{"student/moved": 0.0}\n{"step": 20, "stu')
     assert health.read(path) == [{"step": 10, "student/moved": 0.0}]

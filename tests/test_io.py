@@ -1,4 +1,4 @@
-"""Files: all or nothing, JSON in one sentence, dotted names, and folders that cannot be written."""
+"""Files: atomic writes, JSON errors in one sentence, dotted names, and folders that cannot be written."""
 
 import os
 
@@ -8,14 +8,14 @@ from cddistill import io
 
 
 @pytest.mark.parametrize(("content", "stored"), [(b"\x00\xff", b"\x00\xff"), ("größer", "größer".encode())])
-def test_bytes_and_text_are_written_with_their_folder(tmp_path, content, stored):
+def test_writing_takes_bytes_or_text_and_creates_the_folder(tmp_path, content, stored):
     path = tmp_path / "a" / "b" / "file"
     io.write_atomic(path, content)
     assert path.read_bytes() == stored
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     io.write_atomic(path, "old")
 
@@ -29,7 +29,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_json_is_read_as_written(tmp_path):
+def test_json_round_trips(tmp_path):
     content = {"a": [1, 2.5], "b": {"c": "ä", "d": None}}
     io.write_json(tmp_path / "x.json", content)
     assert io.read_json(tmp_path / "x.json") == content
@@ -45,7 +45,7 @@ def test_json_is_read_as_written(tmp_path):
         (b"[1]", r"x\.json holds a list, not an object"),
     ],
 )
-def test_bad_json_is_named(tmp_path, content, sentence):
+def test_errors_for_bad_json_name_the_file(tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=sentence):
@@ -59,12 +59,12 @@ def test_flatten_joins_names_and_keeps_values():
     }  # fmt: skip
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+def test_ensure_writable_creates_an_empty_folder(tmp_path):
     io.ensure_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_its_flag(tmp_path):
+def test_the_error_for_an_unwritable_folder_names_its_flag(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"folder .*file/run cannot be written \(.*\); choose another with --output"):
         io.ensure_writable(tmp_path / "file" / "run", "--output")

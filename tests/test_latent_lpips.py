@@ -1,4 +1,4 @@
-"""LatentLPIPS is the published one on recorded weights, a distance, and loads nothing but what it should."""
+"""LatentLPIPS: equal to the published one on recorded values, a distance, strict about the files that it loads."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ measure = jax.jit(lambda net, a, b: net(a, b))
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Nets of the size of the published ones, through files like theirs."""
+    """Nets of the published size, loaded from files in the published format."""
 
     def load(family):
         file = tmp_path_factory.mktemp(family) / f"{family}_latest_vgg16_tuned.pth"
@@ -36,7 +36,7 @@ def published(tmp_path_factory):
 
 @jax.jit
 def compare(net, a, b):
-    """(distances, each layer's, their gradient with respect to b)."""
+    """(distances, distances per layer, gradient with respect to b)."""
 
     def distances(b):
         features = net.apply.features(net.params, a), net.apply.features(net.params, b)
@@ -50,17 +50,17 @@ def compare(net, a, b):
 
 @jax.jit
 def pull_back(parts, x, gradient):
-    """The gradient with respect to x of what has this one with respect to T(x)."""
+    """The gradient with respect to x from that with respect to T(x)."""
     return jax.vjp(lambda x: ensemble.apply(parts, x), x)[1](gradient)[0]
 
 
 def l1(a, b):
-    """The package's L1 term and its gradient with respect to b."""
+    """elatentlpips' L1 term and its gradient with respect to b."""
     return np.abs(a - b).mean((1, 2, 3)), np.sign(b - a) / b[0].size
 
 
 @pytest.mark.parametrize(("family", "size"), [("sd15", 16), ("sd15", 32), ("sd3", 16), ("sd3", 32)])
-def test_recorded_distances(published, family, size):
+def test_distances_and_gradients_equal_recorded_ones(published, family, size):
     want, net = golden.RECORDED[f"{family}_{size}"], published[family]
     a, b = golden.images(FAMILIES[family], size)
     value, layers, gradient = compare(net, a, b)
@@ -72,7 +72,7 @@ def test_recorded_distances(published, family, size):
 
 
 @pytest.mark.parametrize("policy", golden.AUGMENTED)
-def test_recorded_distances_of_transformed_latents(published, policy):
+def test_distances_of_transformed_latents_equal_recorded_ones(published, policy):
     want, parts, (a, b) = golden.RECORDED[f"aug_{policy}"], golden.draws(policy), golden.images(4, 32)
     transform = jax.jit(functools.partial(ensemble.apply, parts))
     value, _, gradient = compare(published["sd15"], transform(a), transform(b))
@@ -82,7 +82,7 @@ def test_recorded_distances_of_transformed_latents(published, policy):
 
 
 def narrow(seed=0, channels=4, width=8):
-    """Weights of a trunk that is narrow but otherwise whole."""
+    """Weights of a narrow trunk with all 13 layers."""
     r, inputs, convs = np.random.default_rng(seed), channels, []
     for _ in range(13):
         kernel = r.standard_normal((3, 3, inputs, width)) * (2 / (9 * inputs)) ** 0.5
@@ -98,14 +98,14 @@ def gradient(net, a, b):
     return jax.jit(jax.grad(lambda a, b: net(a, b).sum()))(a, b)
 
 
-def test_it_is_a_distance():
+def test_it_is_a_symmetric_distance_per_sample_and_linear_in_its_heads():
     a, b = randn(0, 3, 8, 8, 4), randn(1, 3, 8, 8, 4)
     d = measure(NET, a, b)
     assert d.dtype == jnp.float32
     assert (d > 1e-3).all()
     np.testing.assert_array_equal(measure(NET, b, a), d)
     assert (measure(NET, a, jnp.array(a)) == 0).all()
-    # Rounding of features in 13 layers, by one processor's instructions or another's.
+    # Not 0: features are rounded in 13 layers, differently on each processor.
     assert np.abs(gradient(NET, a, jnp.array(a))).max() < 1e-5 * np.abs(gradient(NET, a, b)).max()
     assert (jax.jit(lambda a: jax.grad(lambda x: NET(x, x).sum())(a))(a) == 0).all()
     order = np.array([2, 0, 1])
@@ -121,7 +121,7 @@ def test_gradient_is_finite_where_features_are_zero():
     assert np.isfinite(gradient(NET, jnp.zeros((1, 8, 8, 4)), randn(1, 1, 8, 8, 4))).all()
 
 
-def test_ensemble_of_a_net():
+def test_the_ensemble_is_zero_for_equal_latents_and_differs_from_one_distance():
     a, b, policy = randn(0, 3, 8, 8, 4), randn(1, 3, 8, 8, 4), ensemble.POLICIES["bgo"]
     averaged = jax.jit(lambda net, a, b: ensemble.ensemble(net, a, b, KEYS, policy))
     assert (jax.jit(lambda a: ensemble.ensemble(NET, a, a, KEYS, policy))(a) == 0).all()
@@ -130,7 +130,7 @@ def test_ensemble_of_a_net():
     assert np.abs(averaged(NET, a, b) - measure(NET, a, b)).min() > 1e-4
 
 
-def test_half_precision_stays_in_the_convolutions():
+def test_only_convolutions_run_in_half_precision():
     low = NET.replace(apply=LatentLPIPS("sd15", dtype=jnp.bfloat16))
     a, b = randn(0, 2, 8, 8, 4), randn(1, 2, 8, 8, 4)
     d = measure(low, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
@@ -139,11 +139,11 @@ def test_half_precision_stays_in_the_convolutions():
     for tap in jax.jit(low.apply.features)(low.params, a):
         assert tap.dtype == jnp.float32
         assert np.median(np.abs((tap**2).sum(-1) - 1)) < 1e-6
-    assert low.apply == LatentLPIPS("sd15", dtype=jnp.bfloat16)  # two nets built alike have one structure
+    assert low.apply == LatentLPIPS("sd15", dtype=jnp.bfloat16)  # equal options give one pytree structure
 
 
-def test_other_published_layouts():
-    """Pools behind the third and fourth stage, features before them, group norms."""
+def test_other_pools_and_group_norms():
+    """Max-pools after stages 3 and 4, features before them, group norms."""
     params = narrow(width=32)
     params["convs"] = [(kernel, bias, np.full(32, 1.5, "f"), bias) for kernel, bias in params["convs"]]
     other = LatentLPIPS("sd15", pools=(3, 4), pooled=False)
@@ -153,24 +153,24 @@ def test_other_published_layouts():
     assert [t.shape[1] for t in taps] == [8, 8, 8, 4, 2]
     assert [t.shape[1] for t in NET.apply.features(NET.params, x)] == [8, 8, 8, 4, 2]
     params["convs"] = [(5 * kernel, 5 * bias, *norm) for kernel, bias, *norm in params["convs"]]
-    for got, want in zip(features(params, x), taps, strict=True):  # a norm undoes it
+    for got, want in zip(features(params, x), taps, strict=True):  # group norms undo it
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 16), (1, 8, 8, 3), (1, 8, 3, 4)])
-def test_what_are_no_latents_of_the_family_is_refused(shape):
+def test_inputs_that_do_not_fit_the_family_are_refused(shape):
     with pytest.raises(ValueError, match=r"family sd15 takes latents \[n, h, w, 4\] of at least 4 x 4, not"):
         NET(jnp.zeros(shape), jnp.zeros(shape))
 
 
 @pytest.mark.parametrize(("family", "count"), [("sdxl", 14_733_632), ("flux", 14_740_544)])
-def test_published_sizes(family, count):
+def test_parameter_counts_equal_the_published_ones(family, count):
     assert sum(math.prod(shape) for shape in golden.shapes(family).values()) == count
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A state dict like the published ones but narrow, and what loads it after a change."""
+    """(narrow state dict in the published format, function that changes and loads it)."""
     monkeypatch.setattr(latent_lpips, "VGG", ((2, 2), (2, 2), (3, 3, 3), (4, 4, 4), (4, 4, 4)))
     state = golden.state_dict("sd15")
 
@@ -183,7 +183,7 @@ def small(monkeypatch, tmp_path):
     return state, load
 
 
-def test_published_state_dict_loads_and_is_saved_again(small, tmp_path):
+def test_a_published_state_dict_loads_and_round_trips(small, tmp_path):
     state, load = small
     assert len(state) == 101
     net, a, b = load(), randn(0, 1, 8, 8, 4), randn(1, 1, 8, 8, 4)
@@ -198,23 +198,23 @@ def test_published_state_dict_loads_and_is_saved_again(small, tmp_path):
     assert latent_lpips.load(file, dtype=jnp.bfloat16).apply == LatentLPIPS("sd15", dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="is LatentLPIPS of the family sd15, not sdxl"):
         latent_lpips.load(file, "sdxl")
-    safetensors.numpy.save_file(state, tmp_path / "sd15_mine.safetensors")  # neither folded nor with metadata
+    safetensors.numpy.save_file(state, tmp_path / "sd15_mine.safetensors")  # batch norms not folded, no metadata
     jax.tree.map(np.testing.assert_array_equal, latent_lpips.load(tmp_path / "sd15_mine.safetensors"), net)
 
 
 def test_a_trunk_to_train_has_the_published_size():
-    """Less the running statistics of batch norms, and the heads."""
+    """Without running statistics of batch norms and heads."""
     convs = jax.eval_shape(lambda key: latent_lpips.init_convs(key, 4, [64, 128, 256, 512, 512]), KEYS[0])
     channels = 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512
     assert sum(x.size for x in jax.tree.leaves(convs)) == 14_733_632 - 2 * channels - (64 + 128 + 256 + 512 + 512)
 
 
-def test_group_norms_widths_and_layout_are_saved_too(tmp_path):
-    """As methods.latent_lpips trains them, of an autoencoder that has no name here."""
+def test_group_norms_widths_and_layout_round_trip(tmp_path):
+    """As methods.latent_lpips trains them, for an autoencoder not in FAMILIES."""
     convs = jax.jit(lambda key: latent_lpips.init_convs(key, 3, [4, 8, 16, 8, 4]))(jax.random.key(0))
     heads = [np.random.default_rng(0).random(n).astype("f") for n in (4, 8, 16, 8, 4)]
     net = Net({"convs": convs, "heads": heads}, LatentLPIPS("mine", pools=(1, 2), pooled=False, groups=2))
-    back = latent_lpips.load(latent_lpips.save(net, tmp_path / "sd15_mine.safetensors"))  # what it says goes before
+    back = latent_lpips.load(latent_lpips.save(net, tmp_path / "sd15_mine.safetensors"))  # metadata wins over its name
     assert back.apply == net.apply
     assert jax.tree.structure(back) == jax.tree.structure(net)
     jax.tree.map(np.testing.assert_array_equal, back, net)
@@ -257,7 +257,7 @@ def test_broken_state_dicts_are_refused(small, change, match):
         small[1](change)
 
 
-def test_the_family_must_be_right(small, tmp_path):
+def test_the_family_must_match_the_file(small, tmp_path):
     _, load = small
     assert load(name="weights.pth", family="sdxl").apply.family == "sdxl"
     for name, family, match in (
@@ -270,7 +270,7 @@ def test_the_family_must_be_right(small, tmp_path):
             load(name=name, family=family)
 
 
-def test_missing_and_truncated_files(small, tmp_path):
+def test_missing_and_truncated_files_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match="is missing: download sdxl_latest_vgg16_tuned.pth"):
         latent_lpips.load(tmp_path / "sdxl.pth", "sdxl")
     with pytest.raises(ValueError, match="is missing: make one for the family mine with configs/latent_lpips.py"):

@@ -1,4 +1,4 @@
-"""A latent LPIPS of one's own: its losses, its distortions, and both runs up to the file that Diffusion2GAN takes."""
+"""Training a latent LPIPS: losses, distortions, and both runs up to the file that Diffusion2GAN loads."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from cddistill.perceptual import latent_lpips, lpips
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
-VAE = {f"{half}_block_out_channels": [4, 4] for half in ("encoder", "decoder")}  # 4 channels, half the size
+VAE = {f"{half}_block_out_channels": [4, 4] for half in ("encoder", "decoder")}  # 4 channels, downsampled by 2
 VAE |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1], "_class_name": "AutoencoderTiny"}
 measure = jax.jit(lambda net, a, b: net(a, b))
 distorted = jax.jit(distortions.distort)
@@ -32,7 +32,7 @@ distorted = jax.jit(distortions.distort)
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap():
-    """Something cheap in the place of LPIPS-VGG, and one convolution a stage in the trunk: compiling is what costs."""
+    """A cheap distance instead of LPIPS-VGG and one convolution per stage of the trunk, to save compile time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lpips, "load", lambda trunk: Net(None, tiny.coarse_l2))
         patch.setattr(latent_lpips, "VGG", tuple(stage[:1] for stage in latent_lpips.VGG))
@@ -43,7 +43,7 @@ def cheap():
 # ---- losses
 
 
-def test_the_rank_loss_does_not_care_which_of_the_two_comes_first():
+def test_the_rank_loss_is_symmetric_in_the_two_distortions():
     params, (a, b) = init_ranker(jax.random.key(0)), np.abs(randn(0, 2, 16))
     answer = jnp.float32(b < a)
     loss = jax.jit(lambda a, b, answer: rank_loss(rank(params, a, b), answer))
@@ -53,9 +53,9 @@ def test_the_rank_loss_does_not_care_which_of_the_two_comes_first():
     np.testing.assert_allclose(rank_loss(jnp.array([2.0, 2.0]), jnp.array([1.0, 0.0])), [0.126928, 2.126928], rtol=1e-5)
 
 
-def test_cross_entropy():
+def test_cross_entropy_skips_the_null_label():
     logits = jnp.log(jnp.array([[1.0, 2.0, 5.0], [1.0, 1.0, 1.0], [3.0, 1.0, 1.0]]))
-    labels = jnp.array([2, 0, 3])  # the last is the null label: nothing to learn
+    labels = jnp.array([2, 0, 3])  # the last is the null label: its loss is 0
     np.testing.assert_allclose(cross_entropy(logits, labels), [math.log(8 / 5), math.log(3), 0.0], atol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_heads_are_never_negative():
     heads = Net([jnp.array([-1.0, 0.0, 2.0])], non_negative)
     np.testing.assert_array_equal(heads()[0], [1.0, 0.0, 2.0])
     slope = jax.grad(lambda heads: heads()[0].sum())(heads)
-    np.testing.assert_array_equal(slope.params[0], [-1.0, 1.0, 1.0])  # also at 0, so that none is stuck there
+    np.testing.assert_array_equal(slope.params[0], [-1.0, 1.0, 1.0])  # not 0 at 0, so no head is stuck there
 
 
 # ---- distortions
@@ -72,8 +72,8 @@ def test_heads_are_never_negative():
 IMAGES, KEYS = jnp.clip(randn(0, 64, 16, 12, 3), -1, 1), per_sample(jax.random.key(0), jnp.arange(64))
 
 
-def test_a_distortion_is_its_keys():
-    """Not its place's in the batch, nor its neighbours'."""
+def test_a_distortion_depends_only_on_its_key():
+    """Not on the position in the batch nor on the other images."""
     whole, order = distorted(IMAGES, KEYS, 1.0), np.random.default_rng(0).permutation(64)
     np.testing.assert_allclose(distorted(IMAGES[order], KEYS[order], 1.0), whole[order], atol=1e-5)
     np.testing.assert_allclose(distorted(IMAGES.at[1:].set(0), KEYS, 1.0)[0], whole[0], atol=1e-5)
@@ -81,14 +81,14 @@ def test_a_distortion_is_its_keys():
     assert len(np.unique(np.abs(distorted(IMAGES[:1].repeat(64, 0), KEYS, 1.0)).mean((1, 2, 3)))) > 50
 
 
-def test_distortions_begin_at_the_identity():
-    """Tolerance: that of the filters with which augment.py resamples."""
+def test_distortions_grow_with_strength_from_the_identity():
+    """Tolerance: that of the filters with which ensemble.py resamples."""
     change = lambda strength: float(np.abs(distorted(IMAGES, KEYS, strength) - IMAGES).mean())
     np.testing.assert_allclose(distorted(IMAGES, KEYS, 0.0), IMAGES, atol=2e-5)
     assert change(0.0) < change(0.1) < change(1.0)
 
 
-def test_every_kind_of_distortion_is_drawn_and_left_out():
+def test_each_kind_of_distortion_has_probability_one_half():
     drawn = jax.jit(jax.vmap(lambda key: distortions._sample_distortion(IMAGES.shape[1:], 1.0, key)))(KEYS)
     colour, warp = drawn.transform["colour"], drawn.transform["geometric"]
     for on in (
@@ -105,14 +105,14 @@ def test_every_kind_of_distortion_is_drawn_and_left_out():
     assert spread[soft].mean() < 0.7 * spread[hard].mean()
 
 
-def test_softening():
-    """Without a blur, means over cells; without cells, a blur that keeps what is constant."""
+def test_blur_and_cell_means():
+    """Without a blur, means over cells; without cells, a Gaussian blur that preserves constants."""
     x = IMAGES[0]
     cells = x.reshape(8, 2, 6, 2, 3).mean((1, 3)).repeat(2, 0).repeat(2, 1)
     soften = jax.jit(distortions._blur_and_coarsen)
     np.testing.assert_allclose(soften(x, 0.0, 2.0), cells, atol=1e-6)
     np.testing.assert_allclose(soften(jnp.ones_like(x), 0.05, 1.0), 1.0, atol=1e-6)
-    impulse = soften(jnp.zeros_like(x).at[8, 6].set(1.0), 0.0625, 1.0)  # by one pixel, and by three quarters of one
+    impulse = soften(jnp.zeros_like(x).at[8, 6].set(1.0), 0.0625, 1.0)  # sigma: 1 pixel down, 0.75 pixels across
     np.testing.assert_allclose(impulse[9, 6] / impulse[8, 6], np.exp(-0.5), rtol=1e-4)
     np.testing.assert_allclose(impulse[8, 7] / impulse[8, 6], np.exp(-0.5 / 0.75**2), rtol=1e-3)
 
@@ -125,7 +125,7 @@ METHOD = tiny.VARIANTS["judge"]
 
 @jax.jit
 def score(n, batch, sign):
-    """The scores where the metric itself, or its opposite, gives the answers."""
+    """The scores with the metric itself (sign 1) or its negative (-1) in place of LPIPS-VGG."""
     n = SimpleNamespace(**n)
     n.lpips = lambda a, b: sign * METHOD.metric(n)(a, b)
     return METHOD.scores(n, batch, jax.random.key(0))
@@ -148,7 +148,7 @@ def test_a_metric_agrees_with_itself(nets):
     assert alike["agreement_l2"].mean() > 0.5
 
 
-def test_scores_follow_the_sample_not_its_place(nets):
+def test_scores_do_not_depend_on_the_position_in_the_batch(nets):
     batch = tiny.make_batch()
     whole, turned = score(nets, batch, 1.0), score(nets, jax.tree.map(lambda x: x[::-1], batch), 1.0)
     for name in whole:
@@ -164,12 +164,12 @@ def test_scores_follow_the_sample_not_its_place(nets):
         ({"pools": (3, 6)}, r"method.pools \(3, 6\) must be stages in 1 ... 5"),
     ],
 )
-def test_bad_options_are_named(options, match):
+def test_bad_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         LatentMetric(**options)
 
 
-def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path):
+def test_unsuitable_data_is_refused_before_the_first_step(tmp_path):
     def refused(match, **changes):
         with pytest.raises(ValueError, match=match):
             build.build(config.resolve(settings("emoji", **changes)))
@@ -190,7 +190,7 @@ def encoded(folder):
 
 @pytest.mark.parametrize("variant", ["classify", "judge"])
 @pytest.mark.parametrize("file", ["latent_lpips", "latent_lpips_sd15"])
-def test_every_variant_resolves(file, variant):
+def test_every_config_variant_resolves(file, variant):
     settings = load(f"{file}:{variant}")
     settings.data.num_classes = 77
     method = config.resolve(settings).method
@@ -234,7 +234,7 @@ def runs(vae, tmp_path_factory):
     return first, second
 
 
-def test_a_run_leaves_scores_and_no_pictures(runs):
+def test_a_run_writes_scores_and_no_samples(runs):
     first, second = ({k for record in health.read(run / "metrics.jsonl") for k in record} for run in runs)
     assert {"classify/loss", "classify/accuracy"} <= first
     assert {"judge/loss", "judge/agreement", "val/agreement", "val/agreement_l2", "val/rank_loss"} <= second
@@ -247,7 +247,7 @@ def test_a_run_leaves_scores_and_no_pictures(runs):
     assert not (runs[1] / "samples").exists()
 
 
-def test_the_second_run_keeps_the_trunk_of_the_first_and_its_metric_leaves_as_a_file(runs, vae, tmp_path, capsys):
+def test_the_second_run_keeps_the_trunk_of_the_first_and_exports_its_metric(runs, vae, tmp_path, capsys):
     first, second = runs
     classified = commands.finished(settings(vae, "classify"), first)[1].nets
     judged = commands.finished(settings(vae, init_from_run=first), second)[1].nets
@@ -270,7 +270,7 @@ def test_the_second_run_keeps_the_trunk_of_the_first_and_its_metric_leaves_as_a_
         latent_lpips.load(tmp_path / "tiny.safetensors", "sd15")
 
 
-def test_other_modes_say_what_this_method_is_not_for(runs, vae, tmp_path):
+def test_unsupported_modes_are_refused(runs, vae, tmp_path):
     first, second = runs
     judge = settings(vae, init_from_run=first)
     with pytest.raises(ValueError, match="this method generates no images: use --mode=evaluate"):
@@ -282,6 +282,6 @@ def test_other_modes_say_what_this_method_is_not_for(runs, vae, tmp_path):
     assert not (tmp_path / "half.safetensors").exists()
 
 
-def test_a_tuned_trunk_moves_with_the_heads():
+def test_tune_trains_the_trunk_with_the_heads():
     assert LatentMetric(stage="judge", tune=True).turns()["judge"].moves == ("heads", "ranker", "trunk")
     assert LatentMetric(tune=True).turns()["classify"].moves == ("trunk", "classifier")

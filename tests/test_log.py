@@ -28,11 +28,11 @@ def events(folder):
             data = data[16 + size :]
 
 
-def test_jsonl_resumes_without_records_after_the_checkpoint_nor_a_torn_line(tmp_path):
+def test_resuming_drops_incomplete_lines_and_records_after_the_checkpoint(tmp_path):
     first = JsonlWriter(tmp_path)
     for step in (10, 20, 30):
         first.write_scalars(step, {"student/loss": np.float32(step)})
-    assert [r["step"] for r in records(tmp_path)] == [10, 20, 30]  # on disk although nobody closed the file
+    assert [r["step"] for r in records(tmp_path)] == [10, 20, 30]  # flushed although the file is open
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 31, "tim')
 
@@ -40,17 +40,17 @@ def test_jsonl_resumes_without_records_after_the_checkpoint_nor_a_torn_line(tmp_
     again.write_scalars(30, {"student/loss": jnp.float32(3.0), "critic/r1": float("inf")})
     again.close()
     assert [(r["step"], r["student/loss"]) for r in records(tmp_path)] == [(10, 10.0), (20, 20.0), (30, 3.0)]
-    assert records(tmp_path)[-1]["critic/r1"] is None  # strict JSON
+    assert records(tmp_path)[-1]["critic/r1"] is None  # JSON has no inf
     assert abs(records(tmp_path)[-1]["time"] - records(tmp_path)[0]["time"]) < 60
 
 
-def test_a_run_from_step_zero_in_an_old_folder_begins_anew(tmp_path):
+def test_a_run_from_step_zero_drops_old_records(tmp_path):
     JsonlWriter(tmp_path).write_scalars(10, {"student/loss": 1.0})
     JsonlWriter(tmp_path).close()
     assert records(tmp_path) == []
 
 
-def test_tensorboard_files_hold_what_was_written(tmp_path):
+def test_tensorboard_files_have_scalars_and_images(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write_scalars(5, {"student/loss": 0.25})
     writer.write_images(5, {"grid": np.zeros((2, 8, 8, 3), np.uint8), "floats": np.ones((1, 8, 8, 3), np.float32)})
@@ -62,7 +62,7 @@ def test_tensorboard_files_hold_what_was_written(tmp_path):
     assert {"grid", "floats"} <= written.keys()
 
 
-def test_terminal_prints_plain_lines_when_it_is_none(capsys):
+def test_without_a_terminal_plain_lines_are_printed(capsys):
     writer = Terminal(total_steps=300, batch_size=8, console=rich.console.Console(width=40), seconds=0.0)
     writer.write_scalars(100, {"student/loss": 0.5, "student/grad_norm": 1.0})
     writer.write_scalars(200, {"student/loss": 0.25, "critic/loss": 2.0})
@@ -76,14 +76,14 @@ def test_terminal_prints_plain_lines_when_it_is_none(capsys):
     assert lines[2] == "200/300  eval/kid 1.5"
 
 
-def test_terminal_prints_seldom_but_always_the_last_step(capsys):
+def test_plain_lines_are_rare_but_include_the_last_step(capsys):
     writer = Terminal(total_steps=30, batch_size=8, console=rich.console.Console(width=40))
     for step in range(1, 31):
         writer.write_scalars(step, {"student/loss": 1.0})
     assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines()] == ["1", "30"]
 
 
-def test_terminal_draws_a_bar_on_a_terminal(capsys):
+def test_a_terminal_shows_a_progress_bar(capsys):
     writer = Terminal(10, 8, console=rich.console.Console(force_terminal=True, width=100))
     writer.write_scalars(10, {"student/loss": 0.5})
     writer.close()
@@ -93,7 +93,7 @@ def test_terminal_draws_a_bar_on_a_terminal(capsys):
 
 
 class Duck:
-    """Has clu's method names and nothing of ours."""
+    """A writer with clu's method names, not derived from ours."""
 
     def __init__(self):
         self.calls = []
@@ -110,7 +110,7 @@ class Duck:
     write_images = close = ignore
 
 
-def test_a_writer_with_clus_methods_drops_in(tmp_path):
+def test_a_writer_with_clus_methods_can_be_used(tmp_path):
     duck = Duck()
     writer = MultiWriter(JsonlWriter(tmp_path), duck)
     writer.write_scalars(1, {"a": 1.0})
@@ -130,7 +130,7 @@ def test_only_host_0_writes(tmp_path):
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
-def test_delayed_gives_the_step_before_and_never_waits_for_this_one(monkeypatch):
+def test_delayed_returns_the_previous_step_without_waiting_for_this_one(monkeypatch):
     asked = []
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: asked.append(tree) or device_get(tree))
@@ -146,7 +146,7 @@ def test_delayed_gives_the_step_before_and_never_waits_for_this_one(monkeypatch)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_metric_that_is_not_finite_stops_the_run_in_a_sentence(bad):
+def test_a_non_finite_metric_raises_with_step_and_checkpoint(bad):
     delayed = Delayed(lambda: "/runs/a/checkpoints/400")
     delayed.push(
         412, {"student/loss": jnp.float32(1.0), "student/dmd": jnp.float32(bad), "critic/dsm": jnp.float32(bad)}
@@ -155,7 +155,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_in_a_sentence(bad):
         delayed.push(413, {"student/loss": jnp.float32(1.0)})
 
 
-def test_means_are_over_the_steps_that_had_the_metric():
+def test_means_are_over_the_steps_that_logged_the_metric():
     means = Means()
     for step in range(10):
         means.add({"critic/loss": float(step)} | ({"student/loss": 1.0 + step} if step % 5 == 0 else {}))

@@ -1,4 +1,4 @@
-"""LoRA: equal to PyTorch diffusers, a net of its own, one shared base, files of every style, clear about bad ones."""
+"""LoRA: equal to PyTorch diffusers, trained over a shared base, read from files of every style, bad files refused."""
 
 import functools
 import json
@@ -62,7 +62,7 @@ def files():
 
 
 def written(folder, tensors, metadata=None):
-    """The path of a file that holds these."""
+    """Write these to a LoRA file; returns its path."""
     safetensors.numpy.save_file(tensors, folder / "lora.safetensors", metadata=metadata)
     return folder / "lora.safetensors"
 
@@ -102,7 +102,7 @@ def program(name):
 
 
 @pytest.mark.parametrize("style", ["peft", "dotted", "processor", "kohya", "kohya_xl"])
-def test_files_of_every_style_compute_what_diffusers_computes(style, tmp_path, parity):
+def test_files_of_every_style_equal_diffusers(style, tmp_path, parity):
     net, adapter = read_style(tmp_path, style)
     (_, grad), out = program(files()[style][0])(lora.adapt(net, adapter).params)
     assert 2 * len(lora.factors(adapter.params)) == RECORDED[f"{style}/num"]
@@ -122,7 +122,7 @@ def test_gradients_of_down_and_up_equal_diffusers(tmp_path, parity):
     parity.weights("UNet with a LoRA of style peft", grads, RECORDED["peft/grad_norm"], name_of=lambda path: path[0])
 
 
-def test_text_encoders_have_loras_too(tmp_path, parity):
+def test_a_text_encoders_lora_equals_diffusers(tmp_path, parity):
     tensors, params = files()["kohya"][1], weights_of(encoder())
     loras = lora.read_lora(written(tmp_path, tensors), {"text_encoder": params, "unet": None})
     assert list(loras) == ["text_encoder"]
@@ -152,7 +152,7 @@ def moved_lora(params, rank=2, alpha=None, targets=("to_q", "to_out.0", "conv1",
     return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), adapter)
 
 
-def test_a_new_lora_changes_nothing_and_starts_as_pytorchs_layers():
+def test_a_new_lora_has_no_effect_and_pytorchs_initialisation():
     params = tree({"to_q": (400, 300), "conv1": (3, 3, 40, 30)})
     make = functools.partial(lora.make_lora, net_of(params), rank=20, targets=("to_q", "conv1"))
     adapter = make(jax.random.key(0))
@@ -199,7 +199,7 @@ def size(tree):
 
 
 def test_teacher_fake_score_and_student_share_one_base():
-    """Two turns of a distillation with the base as an argument once, and only down and up in the state."""
+    """Two turns of a distillation: the step takes the base once, and the state has only down and up."""
     teacher, x = recorded_net("small"), np.random.default_rng(0)
     make = functools.partial(lora.make_lora, teacher, rank=2, targets=("to_q", "to_out.0", "conv1", "time_emb_proj"))
     nets = {"student": make(jax.random.key(0)), "fake": make(jax.random.key(1))}
@@ -223,9 +223,9 @@ def test_teacher_fake_score_and_student_share_one_base():
     memory = compiled.memory_analysis()
     assert size(state) < 0.5 * size(teacher)
     assert memory.argument_size_in_bytes == size((state, frozen, batch))  # the base once, not three times
-    assert memory.output_size_in_bytes < 2 * size(state)  # and never among what a step returns
+    assert memory.output_size_in_bytes < 2 * size(state)  # a step does not return the base
 
-    for expected in (["up"], ["down", "up"]):  # up starts at 0, which hides down from the first gradient
+    for expected in (["up"], ["down", "up"]):  # up starts at 0, so down's first gradient is 0
         before, (state, _) = state, compiled(state, frozen, batch)
         changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.nets, state.nets)
         for name in turns:
@@ -233,7 +233,7 @@ def test_teacher_fake_score_and_student_share_one_base():
             assert sorted({path[-1] for path, moved in halves.items() if moved}) == expected
 
 
-def test_saved_files_are_named_as_diffusers_names_them_and_read_back(tmp_path):
+def test_saved_files_have_diffusers_names_and_round_trip(tmp_path):
     net, adapter = read_style(tmp_path, "peft")
     file = lora.save_lora(tmp_path, {"unet": adapter}, dtype=np.float32)
     held = safetensors.numpy.load_file(file)
@@ -243,7 +243,7 @@ def test_saved_files_are_named_as_diffusers_names_them_and_read_back(tmp_path):
     assert all(map(jnp.array_equal, jax.tree.leaves(back), jax.tree.leaves(adapter)))
 
 
-def test_alpha_is_in_a_saved_file_by_value(tmp_path):
+def test_alpha_is_multiplied_into_saved_weights(tmp_path):
     params = tree()
     adapter = moved_lora(params, rank=2, alpha=5.0)
     file = lora.save_lora(tmp_path, {"unet": adapter, "text_encoder": moved_lora(params)})
@@ -275,15 +275,15 @@ def test_alpha_comes_from_the_layer_then_the_metadata_then_the_rank(tmp_path):
     np.testing.assert_allclose(ups(two, metadata(lora_alpha=8, use_rslora=True)), [8 / 2**0.5] * 2)
 
 
-def test_names_without_the_network_are_the_unets(tmp_path):
+def test_names_without_a_prefix_belong_to_the_unet(tmp_path):
     net, adapter = read_style(tmp_path, "processor")
     bare = {key.removeprefix("unet."): x for key, x in files()["processor"][1].items()}
     other = lora.read_lora(written(tmp_path, bare), {"unet": net.params})["unet"]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, other, adapter))
 
 
-def test_original_names_of_the_real_networks():
-    """Blocks of SD 1.5 (up_blocks.0 has no attention) and SDXL; the second are those of published SDXL LoRAs."""
+def test_original_layer_names_of_the_real_networks():
+    """Of SD 1.5 (up_blocks.0 has no attention) and SDXL; the latter are those of published LoRAs."""
     resnets = lambda side, blocks, n: [f"{side}_blocks.{b}.resnets.{j}.conv1" for b in range(blocks) for j in range(n)]
     sd15 = {
         "down_blocks.0.attentions.0.proj_in": "input_blocks.1.1.proj_in",
@@ -321,12 +321,12 @@ def test_original_names_of_the_real_networks():
         (2, (), "no targets"),
     ],
 )
-def test_loras_that_cannot_be_made_are_named(rank, targets, sentence):
+def test_bad_ranks_and_targets_are_refused(rank, targets, sentence):
     with pytest.raises(ValueError, match=sentence):
         lora.make_lora(net_of(tree()), jax.random.key(0), rank, targets=targets)
 
 
-def test_targets_may_be_spelled_as_paths():
+def test_targets_may_be_parameter_paths():
     make = functools.partial(lora.make_lora, net_of(tree()), jax.random.key(0), 1)
     assert list(lora.factors(make(targets=("to_out_0",)).params)) == [("block", "to_out_0")]
     assert list(lora.factors(make(targets=("block.to_q",)).params)) == [("block", "to_q")]
@@ -357,12 +357,12 @@ def test_another_networks_lora_is_refused():
         (arrays() | {"unet.block.conv1.lora_mid.weight": np.ones((2, 2, 3, 3))}, "is a LoCon with a Tucker core"),
     ],
 )  # fmt: skip
-def test_bad_files_are_named(tensors, sentence, tmp_path):
+def test_bad_files_are_refused(tensors, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         lora.read_lora(written(tmp_path, tensors), {"unet": tree()})
 
 
-def test_missing_and_broken_files_are_named(tmp_path):
+def test_missing_and_broken_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pytorch_lora_weights.safetensors is missing"):
         lora.read_lora(tmp_path, {"unet": tree()})
     (tmp_path / "x.safetensors").write_bytes(b"not at all")

@@ -1,4 +1,4 @@
-"""The command line as a shell sees it: exit codes, one sentence, nothing written."""
+"""The command line on mistakes: exit status 2, one sentence, nothing written."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def cddistill(*flags, cwd):
         ([f"--config={ROOT}/configs/ccd_sr.py", "--mode=export", "--output=student"], "holds no run: train first"),
     ],
 )
-def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path):
+def test_mistakes_exit_with_one_sentence(flags, sentence, tmp_path):
     done = cddistill(*flags, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -59,5 +59,5 @@ def test_mistakes_end_in_one_sentence(flags, sentence, tmp_path):
         (OSError("one\n  two"), "one two"),
     ],
 )
-def test_what_the_disk_says_is_put_into_words(error, said):
+def test_os_errors_become_one_sentence(error, said):
     assert sentence(error).startswith(said)

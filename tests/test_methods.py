@@ -1,4 +1,4 @@
-"""The contract that every method keeps, on every layout of devices."""
+"""The contract of methods, tested for every method on every layout of devices."""
 
 from types import SimpleNamespace
 
@@ -18,9 +18,9 @@ LAYOUTS = {
     "pmap over 8": dict(parallel="pmap"),
     "2 micro-batches": dict(devices=8, accumulate=2),
 }
-# A layout goes wrong where a loss is no mean over rows (pmap and micro-batches show it), where random numbers follow a
-# row's place, or where a net has weights that cannot be split (fsdp shows it). One method with a branch and an average
-# shows all four. The others repeat that: slow.
+# A layout changes the result if a loss is no mean over samples (seen with pmap and micro-batches), if random numbers
+# depend on the position in the batch, or if weights cannot be sharded (seen with fsdp). One method with a branch and an
+# average shows all of these; the others repeat it as slow tests.
 DEFAULT = {
     "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),  # jit over 8: test_sharding
     "judge": ("jit over 8",),
@@ -37,14 +37,14 @@ every_variant = pytest.mark.parametrize("name", tiny.VARIANTS)
 
 
 @every_variant
-def test_it_draws_or_it_compares(name):
+def test_a_method_is_either_a_generator_or_scored(name):
     method = tiny.VARIANTS[name]
     assert isinstance(method, Generator) != isinstance(method, Scored)
 
 
 @every_variant
 def test_losses_are_finite_scalars(name):
-    """And the norms of their gradients."""
+    """And so are gradient norms and all other metrics."""
     d, turns = tiny.driver(name, devices=1), tiny.parts(name)[1]
     state, held, batch = d.put_state(tiny.start(name)), d.put_frozen(tiny.frozen()), d.put_batch(tiny.make_batch())
     _, metrics = d.step(state, held, batch, active(turns, 0))
@@ -53,10 +53,10 @@ def test_losses_are_finite_scalars(name):
 
 
 @every_variant
-def test_a_turn_moves_its_nets_and_only_those(name):
+def test_a_step_updates_the_nets_of_its_turns_and_no_others(name):
     before, (after, _) = tiny.start(name), tiny.run(name, 1, devices=1)
     moves = {net for turn in tiny.parts(name)[1].values() for net in turn.moves}
-    assert set(before.nets) - moves == ({"trunk"} if name == "judge" else set())  # of the run before, to be exported
+    assert set(before.nets) - moves == ({"trunk"} if name == "judge" else set())  # of the previous run, kept for export
     for net in before.nets:
         pairs = zip(leaves(before.nets[net]), leaves(after.nets[net]), strict=True)
         moved = np.mean([not np.array_equal(a, b) for a, b in pairs])
@@ -64,11 +64,10 @@ def test_a_turn_moves_its_nets_and_only_those(name):
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_every_layout_is_one_device(name, layout):
+def test_every_layout_equals_one_device(name, layout):
     """Three steps give the same losses and weights. Tolerance: sums of 16 samples in another order differ by a few
     float32 ulps (1e-6 relative in the loss); Adam divides gradients by their own size, so where a gradient is itself
-    rounding noise a weight may differ by up to its step, lr = 1e-3, hence the mean, with 1 % of weights allowed to
-    stray."""
+    rounding noise a weight may differ by up to its step, lr = 1e-3. Hence 1 % of the weights may differ by more."""
     one, logs = tiny.run(name, devices=1)
     many, others = tiny.run(name, **LAYOUTS[layout])
     for a, b in zip(logs, others, strict=True):
@@ -80,7 +79,7 @@ def test_every_layout_is_one_device(name, layout):
 
 
 @every_variant
-def test_resume_is_bit_identical(name):
+def test_resuming_is_bit_exact(name):
     straight, _ = tiny.run(name, 4, devices=1)
     half, _ = tiny.run(name, 2, devices=1)
     resumed, _ = tiny.run(name, 2, state=half, first=2, devices=1)
@@ -89,8 +88,8 @@ def test_resume_is_bit_identical(name):
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_samples_follow_their_number_not_their_place(name):
-    """The same sample drawn in a batch of 16, alone, or in reverse order is the same image (I21)."""
+def test_samples_do_not_depend_on_their_position_in_the_batch(name):
+    """I21: the same image in a batch of 16, alone, and in reversed order."""
     method, n = tiny.parts(name)[0], tiny.namespace(name)
     batch, noise, steps = tiny.make_batch(), tiny.randn(0, 16, 8, 8, 3), 1 if name == "d2g" else 2
     draw = jax.jit(
@@ -110,8 +109,8 @@ def test_samples_follow_their_number_not_their_place(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in ("d2g", "dmd2_lora") else ()) for n in tiny.VARIANTS]
 )
-def test_a_tiny_loss_falls(name):
-    """Fifty steps on one batch: the last ten losses are below the first ten."""
+def test_the_loss_falls(name):
+    """60 steps on one batch: the mean of the last 15 losses is below that of the first 15."""
     d, (_, turns, _) = tiny.driver(name, devices=1), tiny.parts(name)
     state, held, batch, losses = (
         d.put_state(tiny.start(name)),
@@ -119,15 +118,15 @@ def test_a_tiny_loss_falls(name):
         d.put_batch(tiny.make_batch()),
         [],
     )
-    turn = next(iter(turns))  # of two, the critic's: the student stays as it is, for a game has no falling loss
+    turn = next(iter(turns))  # of two, the critic's with a fixed student: an adversarial loss need not fall
     for _ in range(60):
         state, metrics = d.step(state, held, batch, (turn,))
         losses.append(float(metrics[f"{turn}/loss"]))
     assert np.mean(losses[-15:]) < np.mean(losses[:15])
 
 
-def test_random_numbers_follow_the_sample():
-    """Reversing the rows of a batch reverses the noise: nothing depends on a row's place."""
+def test_noise_depends_on_the_index_of_the_sample():
+    """Reversing a batch reverses its noise: the position in the batch has no effect."""
     from cddistill.method import normal
 
     index = jnp.arange(6)

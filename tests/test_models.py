@@ -1,4 +1,4 @@
-"""UNet and branches: equal to PyTorch diffusers, harmless at the start, clear about bad input."""
+"""UNets and branches: equal to PyTorch diffusers, no effect of new branches, bad input refused."""
 
 import functools
 from pathlib import Path
@@ -57,14 +57,14 @@ def recorded_net(name):
     return Denoiser(recorded_weights(module), Apply(module), DDPM(), "eps"), nhwc(x.pop("sample")), x.pop("timestep"), x
 
 
-# One of every structure: attention to text, deeper transformers with added conditions, attention of a pixel model with
-# classes, a guidance scale. That further channels are channels is tested below, options of blocks in test_modules.
+# One of every structure: cross-attention, deeper transformers with added conditions, a class-conditional pixel model
+# with self-attention, a guidance embedding. Extra input channels are tested below, block options in test_modules.
 USUAL = ("sd15", "sdxl", "pixel", "lcm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in USUAL else SLOW) for x in golden.UNETS])
 def test_unet_and_every_gradient_equal_diffusers(name, parity):
-    """Editing and inpainting models see z_t and what is concatenated to it."""
+    """Editing and inpainting models take z_t and a concatenated condition."""
     (net, sample, t, text), network = recorded_net(name), f"UNet2DConditionModel, {name}"
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
@@ -79,7 +79,7 @@ def test_unet_and_every_gradient_equal_diffusers(name, parity):
     parity.weights(network, weights, RECORDED[f"{name}/grad_norm"])
 
 
-@pytest.mark.parametrize("name", ["sd15", pytest.param("pixel", marks=SLOW)])  # blocks as in its UNet
+@pytest.mark.parametrize("name", ["sd15", pytest.param("pixel", marks=SLOW)])  # same blocks as its UNet
 def test_controlnet_and_every_gradient_equal_diffusers(name, parity):
     (net, z_t, t, text), network = recorded_net(name), f"ControlNetModel, {name}"
     config = golden.controlnet_config(name)
@@ -103,7 +103,7 @@ def test_controlnet_and_every_gradient_equal_diffusers(name, parity):
 @pytest.mark.parametrize(
     ("name", "config", "unet", "controlnet"),
     [
-        ("Stable Diffusion 1.5", SD1, 859_520_964, 361_279_120),  # the others are this one with options: slow
+        ("Stable Diffusion 1.5", SD1, 859_520_964, 361_279_120),  # the others are variants of it: slow
         pytest.param("Stable Diffusion 2.1", SD2, 865_910_724, 364_228_240, marks=SLOW),
         pytest.param("SDXL", SDXL, 2_567_463_684, None, marks=SLOW),
         pytest.param("InstructPix2Pix", SD1 | {"in_channels": 8}, 859_532_484, None, marks=SLOW),
@@ -111,7 +111,7 @@ def test_controlnet_and_every_gradient_equal_diffusers(name, parity):
         pytest.param("Stable Diffusion 1.5 inpainting", SD1 | {"in_channels": 9}, 859_535_364, None, marks=SLOW),
     ],
 )
-def test_sizes_of_the_real_models(name, config, unet, controlnet, parity):
+def test_parameter_counts_equal_the_published_models(name, config, unet, controlnet, parity):
     module, shapes = models.abstract(config)
     parity.size(f"UNet of {name}", shapes, unet)
     if controlnet:
@@ -123,7 +123,7 @@ def test_sizes_of_the_real_models(name, config, unet, controlnet, parity):
 
 @functools.cache
 def small(seed=0):
-    """(teacher, z_t, t, text) with two blocks, the second with attention: enough for what compiles often."""
+    """(teacher, z_t, t, text) with two levels, the second with attention; small, since many tests compile it."""
     module = UNet2DConditionModel.from_config(SMALL)
     rng = np.random.default_rng(seed)
     z_t, t = rng.normal(size=(2, 8, 8, 3)).astype(np.float32), np.array([20, 900])
@@ -151,27 +151,27 @@ def small_outputs():
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "mu_blend"])
-def test_a_new_branch_changes_nothing_and_a_used_one_does(kind):
+def test_a_branch_has_no_effect_until_its_weights_change(kind):
     branch, student, cond = small_branch(kind)
     _, *x = small()
     residuals = jax.jit(branch.apply)(branch.params, *x, cond)
     features = jax.tree.map(lambda r: jax.random.normal(jax.random.key(0), r.shape), (residuals.down, residuals.mid))
     adjusted = adjust(residuals, *features)
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, adjusted, features)))  # not one bit
-    for c in (cond, None):  # as whole programs they are fused differently, so equal but for rounding
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, adjusted, features)))  # bit for bit
+    for c in (cond, None):  # whole programs are fused differently, so equal up to rounding
         np.testing.assert_allclose(student(branch.params, c), small_outputs(), atol=1e-5)
     moved = jax.tree.map(lambda x: x + 0.1, branch.params)
     assert jnp.abs(student(moved, cond) - small_outputs()).max() > 1e-2
-    assert jnp.abs(student(moved, cond) - student(moved, None)).max() > 1e-3  # the image matters
+    assert jnp.abs(student(moved, cond) - student(moved, None)).max() > 1e-3  # cond has an effect
     np.testing.assert_allclose(student(moved, cond, 0.0), small_outputs(), atol=1e-5)  # conditioning_scale
 
 
 def moving(grads):
-    """Which parts of a branch receive gradient."""
+    """The parts of a branch with a non-zero gradient."""
     return {name for name, part in grads.items() if any(jnp.any(g != 0) for g in jax.tree.leaves(part))}
 
 
-def test_gradient_reaches_a_controlnet_from_its_end():
+def test_gradients_reach_a_controlnet_from_its_zero_convolutions_backwards():
     branch, student, cond = small_branch("controlnet")
     grad = jax.jit(jax.grad(lambda params: (student(params, cond) ** 2).mean()))
     params, seen = branch.params, []
@@ -186,7 +186,7 @@ def test_gradient_reaches_a_controlnet_from_its_end():
     assert seen[2] == seen[1] | {"E/conv_in"}
 
 
-def test_a_blend_is_the_papers_equation_and_only_mu_moves_at_first():
+def test_a_blend_is_the_papers_equation_and_only_mu_has_a_gradient_at_first():
     branch, student, cond = small_branch("mu_blend")
     _, *x = small()
     apply = jax.jit(branch.apply)
@@ -195,7 +195,7 @@ def test_a_blend_is_the_papers_equation_and_only_mu_moves_at_first():
     blended, mid = adjust(quarter, tuple(jnp.ones_like(h) for h in whole.down), 2 * jnp.ones_like(whole.mid))
     np.testing.assert_allclose(blended[3], 0.75 + 0.25 * whole.down[3], rtol=1e-5)
     np.testing.assert_allclose(mid, 1.5 + 0.25 * whole.mid, rtol=1e-5)
-    assert "conv_in" not in branch.params  # it sees E(c) alone
+    assert "conv_in" not in branch.params  # its input is E(c), not z_t
     noise = apply(branch.params | {"mu": jnp.float32(1.0)}, x[0] + 1.0, *x[1:], cond)
     assert jnp.array_equal(noise.mid, whole.mid)
     grads = jax.jit(jax.grad(lambda params: (student(params, cond) ** 2).mean()))(branch.params)
@@ -210,7 +210,7 @@ def test_branch_copies_share_no_buffer_with_the_teacher():
         assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in zip(ours, theirs, strict=True))
 
 
-def test_remat_and_bfloat16_compute_the_same():
+def test_remat_and_bfloat16_change_only_rounding():
     net, *x = small()
     other = UNet2DConditionModel.from_config(SMALL, dtype=jnp.bfloat16, remat=True)
     assert jax.tree.structure(weight_shapes(other)) == jax.tree.structure(net.params)
@@ -220,8 +220,8 @@ def test_remat_and_bfloat16_compute_the_same():
     assert jnp.abs(half - small_outputs()).max() > 1e-4
 
 
-def test_levels_are_what_enters_what_is_joined_and_what_leaves():
-    """With constants for the skips and the middle it shows which of them are seen; the layers behind give the rest."""
+def test_features_are_the_input_skip_and_output_of_each_level():
+    """Distinct constants for skips and middle identify them; the next layers, applied to `after`, check the rest."""
     net, z_t, t, text = small()
     shapes = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 4, 4, 8), (2, 4, 4, 16), (2, 4, 4, 16)]
     *down, mid = (jnp.full(shape, float(i)) for i, shape in enumerate(shapes))
@@ -250,20 +250,20 @@ def test_remat_stores_less_for_the_backward_pass():
     assert stored(remat=True) < 0.5 * stored()
 
 
-def test_concatenated_channels_are_channels_and_time_may_be_a_float():
+def test_concat_is_further_channels_and_time_may_be_a_float():
     net, z_t, t, text = small()
     split = jax.jit(net.apply)(net.params, z_t[..., :1], t.astype(np.float32), text | {"concat": z_t[..., 1:]})
     np.testing.assert_allclose(split, small_outputs(), atol=1e-6)
 
 
-def test_text_may_be_a_bare_array_a_dict_or_nothing():
+def test_text_may_be_an_array_a_dict_or_none():
     tokens = np.zeros((2, 5, 12))
     assert conditioning(tokens) == {"encoder_hidden_states": tokens}
     assert conditioning(LABELS) == LABELS
     assert conditioning(None) == {}
 
 
-def test_nets_built_alike_share_one_structure():
+def test_equal_configs_give_one_pytree_structure():
     a, b = models.init(SMALL, seed=0), models.init(SMALL, seed=1)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert hash(a.apply) == hash(b.apply)
@@ -289,13 +289,13 @@ def test_branch_class_is_preserved_by_its_config():
         ("sdxl", (2, 8, 8, 4), np.zeros((2, 5, 12), np.float32), "added_cond_kwargs with text_embeds"),
     ],
 )
-def test_bad_inputs_are_named(name, shape, text, sentence):
+def test_bad_inputs_are_refused(name, shape, text, sentence):
     net, _, t, _ = recorded_net(name)
     with pytest.raises(ValueError, match=sentence):
         jax.eval_shape(net.apply, net.params, np.zeros(shape, np.float32), t, text)
 
 
-def test_bad_conditions_are_named():
+def test_bad_conditions_are_refused():
     teacher, z_t, t, text = small()
     branch = models.make_branch(teacher, jax.random.key(0), embedding_channels=(8, 8))
     with pytest.raises(ValueError, match=r"needs \(2, 16, 16, 3\): 3 channels and 2 times the size of z_t"):
@@ -307,7 +307,7 @@ def test_bad_conditions_are_named():
         jax.eval_shape(teacher.apply, teacher.params, z_t, t, text, Residuals(r.down[::-1], r.mid))
 
 
-def test_branches_that_cannot_be_made_are_named():
+def test_unsupported_branches_are_refused():
     teacher = small()[0]
     with pytest.raises(ValueError, match="'control' is not one of controlnet, mu_blend"):
         models.make_branch(teacher, jax.random.key(0), "control")
@@ -333,7 +333,7 @@ def test_branches_that_cannot_be_made_are_named():
         ({"attention_head_dim": 5}, "32 channels cannot be split into heads of width attention_head_dim = 5"),
     ],
 )
-def test_unsupported_options_are_named(change, sentence):
+def test_unsupported_options_are_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         models.abstract(golden.PIXEL | change)
 

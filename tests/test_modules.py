@@ -17,7 +17,7 @@ RECORDED = np.load(Path(golden.__file__).parent / "modules.npz")
 
 
 class Silu(nn.Module):
-    """An EDM block, whose embedding diffusers activates inside the block."""
+    """An EDM block after SiLU of the embedding, which diffusers' block includes."""
 
     block: nn.Module
 
@@ -26,7 +26,7 @@ class Silu(nn.Module):
 
 
 class Doubled(nn.Module):
-    """An up block without the feature before its upsampler, which diffusers does not give."""
+    """An up block without the feature before its upsampler, which diffusers does not return."""
 
     block: nn.Module
 

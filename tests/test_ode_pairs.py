@@ -59,7 +59,7 @@ def whole(folder):
     return loader.stack([opened.item(i) for i in range(len(opened))])
 
 
-# --- what is made
+# --- generation
 
 
 def ode(net, rows, sampler=sampling.ddim, steps=3, scale=1.5):
@@ -68,7 +68,7 @@ def ode(net, rows, sampler=sampling.ddim, steps=3, scale=1.5):
     return jax.jit(lambda z: sampler(denoise, net.schedule, z, net.schedule.grid(steps)))(rows["noise"])
 
 
-def test_pairs_are_the_teachers_trajectories(pairs, teacher):
+def test_x0_is_the_teachers_ode_sample_of_the_noise(pairs, teacher):
     assert sorted(p.name for p in pairs.iterdir()) == [*SHARDS, "manifest.json", "null.safetensors"]
     rows = whole(pairs)
     assert {x.dtype for x in (rows["noise"], rows["x0"])} == {np.dtype(np.float32)}
@@ -80,8 +80,8 @@ def test_pairs_are_the_teachers_trajectories(pairs, teacher):
     np.testing.assert_allclose(rows["x0"], ode(models.load(teacher), rows), rtol=1e-3, atol=1e-3)  # float16
 
 
-def test_another_sampler_and_shard_size(pairs, teacher, tmp_path):
-    """One shard of all rows, in three batches: the same noise, sampled with DPM-Solver++."""
+def test_noise_does_not_depend_on_sampler_or_shard_size(pairs, teacher, tmp_path):
+    """One shard of all rows, sampled with DPM-Solver++."""
     c = settings(teacher, pairs_shard=100, teacher_sampler="dpm_solver_pp", teacher_steps=(4,))
     commands.make_pairs(c, tmp_path)
     rows, others = whole(tmp_path), whole(pairs)
@@ -96,8 +96,8 @@ def test_another_sampler_and_shard_size(pairs, teacher, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("dpm_solver_pp", 2)])
-def test_the_report_and_pairs_share_edms_samplers(name, order):
-    """x0 ~ N(0, 1/4) in closed form: the ODE scales noise; halving the steps' size gains what the order says."""
+def test_samplers_converge_with_their_order(name, order):
+    """For x0 ~ N(0, 1/4) the ODE scales the noise, in closed form; half the step size divides the error by 2^order."""
     net = Denoiser({}, lambda params, z, t, text: z / (1 + 4 * t.reshape(-1, 1, 1, 1) ** 2), EDM(), "x0")
     student = generate.Student(None, None, {}, {}, {})
     method = generate.teacher_as_student(config.Run(teacher_sampler=name), student).method
@@ -110,7 +110,7 @@ def test_the_report_and_pairs_share_edms_samplers(name, order):
     assert errors[1] < errors[0] / 2 ** (order - 0.4)
 
 
-def test_pairs_are_of_the_teacher_with_its_lora(teacher, tmp_path):
+def test_pairs_are_sampled_from_the_teacher_with_its_lora(teacher, tmp_path):
     net = models.load(teacher)
     made = lora.make_lora(net, jax.random.key(0), 1, targets=("conv1",))
     made = made.replace(params=jax.tree.map(lambda x: x + 0.3, made.params))
@@ -132,11 +132,11 @@ def test_pairs_are_of_the_teacher_with_its_lora(teacher, tmp_path):
             build.check_pairs(experiment, used)
 
 
-def test_noise_is_a_rows_own():
-    """Golden: Philox with key 3 and counter [0, 0, 5, 0]. Neighbours share no number, wherever they are shifted to."""
+def test_each_row_has_its_own_noise():
+    """Golden: Philox with key 3 and counter [0, 0, 5, 0]. The noise of neighbouring rows does not overlap."""
     np.testing.assert_allclose(ode_pairs.noise(3, 5, (4,)), GOLDEN, rtol=1e-6)
     near, next_to_it = ode_pairs.noise(0, 0, (64, 64, 4)), ode_pairs.noise(0, 1, (64, 64, 4))
-    assert np.intersect1d(near, next_to_it).size < 20  # two sets of 16,384 float32 numbers have some in common
+    assert np.intersect1d(near, next_to_it).size < 20  # some of 16,384 float32 numbers coincide by chance
     assert abs(np.corrcoef(near.ravel(), next_to_it.ravel())[0, 1]) < 0.03
     np.testing.assert_array_equal(ode_pairs.noise(0, 1, (2, 2, 1)).ravel(), next_to_it.ravel()[:4])
 
@@ -147,8 +147,8 @@ GOLDEN = [0.2622267007827759, 0.4752792418003082, -1.1798605918884277, 0.4803639
 # --- resuming, several hosts
 
 
-def test_pairs_resume_where_they_stopped(pairs, teacher, copy, capsys):
-    """A missing shard, a truncated one and drafts of a killed process: complete shards are not written again."""
+def test_resuming_generates_only_incomplete_shards(pairs, teacher, copy, capsys):
+    """After a missing and a truncated shard and temporary files; complete shards are not written again."""
     kept = copy / SHARDS[0]
     before = kept.stat()
     (copy / SHARDS[1]).unlink()
@@ -203,7 +203,7 @@ def test_hosts_share_the_shards(pairs, teacher, tmp_path, monkeypatch):
     assert contents(tmp_path) == contents(pairs)
 
 
-def test_another_command_is_refused(teacher, copy, capsys):
+def test_resuming_with_other_settings_is_refused(teacher, copy, capsys):
     before = contents(copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_another_command_is_refused(teacher, copy, capsys):
     with pytest.raises(ValueError, match="pairs must be at least 1"):
         commands.make_pairs(settings(teacher, num_pairs=0), copy)
     assert contents(copy) == before
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"made_by": "cddistill 0.0.9"}))  # may change meanwhile
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"made_by": "cddistill 0.0.9"}))  # the version may differ
     commands.make_pairs(settings(teacher), copy)
     assert "all 20 rows exist" in capsys.readouterr().out
 
@@ -227,7 +227,7 @@ def test_another_command_is_refused(teacher, copy, capsys):
 # --- reading
 
 
-def test_a_row_is_read_alone_and_by_threads(pairs, monkeypatch):
+def test_rows_are_read_one_by_one_and_by_several_threads(pairs, monkeypatch):
     opened, sizes, read = OdePairs(pairs), [], np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda *x, **kw: sizes.append((y := read(*x, **kw)).nbytes) or y)
     opened.item(17)
@@ -246,12 +246,12 @@ def test_batches_have_pairs(pairs):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), batch, host)
 
 
-def test_embeddings_and_sizes_are_kept(tmp_path):
-    """SDXL's text: float16, sizes in pixels as they are; the null text has the sizes of its row."""
+def test_embeddings_and_sizes_round_trip(tmp_path):
+    """SDXL's text: float16, sizes in pixels exactly; the null text has the sizes of its row."""
     rng = np.random.default_rng(0)
     arrays = {"x0": rng.normal(size=(5, 4, 4, 4)), "text": rng.normal(size=(5, 3, 6)), "null": rng.normal(size=(3, 6))}
     arrays |= {"text_embeds": rng.normal(size=(5, 7)), "null_text_embeds": np.zeros(7)}
-    arrays |= {"time_ids": 2049 + np.arange(30).reshape(5, 6)}  # no float16
+    arrays |= {"time_ids": 2049 + np.arange(30).reshape(5, 6)}  # float16 cannot hold it
     (tmp_path / "arrays" / "train").mkdir(parents=True)
     for name, x in arrays.items():
         np.save(tmp_path / "arrays" / "train" / f"{name}.npy", np.float32(x))
@@ -272,7 +272,7 @@ def test_embeddings_and_sizes_are_kept(tmp_path):
 
 
 def flip(file):
-    """One bit of the last number."""
+    """Flip one bit of the last number."""
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -300,7 +300,7 @@ FAULTS = SHARD_FAULTS | {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_bad_folders_are_refused_in_a_sentence(copy, name):
+def test_bad_folders_are_refused(copy, name):
     harm, sentence = FAULTS[name]
     harm(copy / SHARDS[1])
     with pytest.raises(ValueError, match=sentence):
@@ -308,7 +308,7 @@ def test_bad_folders_are_refused_in_a_sentence(copy, name):
 
 
 @pytest.mark.parametrize("name", SHARD_FAULTS)
-def test_bad_shards_may_be_left_out(copy, pairs, name, capsys):
+def test_bad_shards_may_be_skipped(copy, pairs, name, capsys):
     SHARD_FAULTS[name][0](copy / SHARDS[1])
     opened, every = OdePairs(copy, skip_bad=True), OdePairs(pairs)
     assert capsys.readouterr().out.startswith("skipped: ")
@@ -321,7 +321,7 @@ def test_bad_shards_may_be_left_out(copy, pairs, name, capsys):
         OdePairs(copy, skip_bad=True)
 
 
-def test_a_shard_of_another_folder_is_refused_and_made_again(pairs, teacher, copy, tmp_path):
+def test_a_shard_of_another_folder_is_refused_and_generated_again(pairs, teacher, copy, tmp_path):
     commands.make_pairs(settings(teacher, teacher_steps=(2,)), tmp_path / "other")
     shutil.copy(tmp_path / "other" / SHARDS[0], copy)
     with pytest.raises(ValueError, match="does not hold rows 0 to 7 of the pairs that manifest.json describes"):
@@ -330,7 +330,7 @@ def test_a_shard_of_another_folder_is_refused_and_made_again(pairs, teacher, cop
     assert contents(copy) == contents(pairs)
 
 
-def test_other_versions_are_refused(copy, monkeypatch):
+def test_other_noise_and_format_versions_are_refused(copy, monkeypatch):
     path = copy / "manifest.json"
     with monkeypatch.context() as patch:
         patch.setattr(ode_pairs, "noise", lambda seed, row, shape: np.zeros(shape, np.float32))
@@ -343,7 +343,7 @@ def test_other_versions_are_refused(copy, monkeypatch):
         OdePairs(copy)
 
 
-def test_the_sampler_reproduces_the_rows(pairs, teacher):
+def test_rows_generated_again_equal_the_stored_ones(pairs, teacher):
     run = config.resolve(settings(teacher)).run
     generate_x0 = making.sampler(run, models.load(teacher), 8)
     assert making.check_regenerated(OdePairs(pairs), generate_x0) == (pytest.approx(0.0, abs=1e-3), 4)
@@ -353,7 +353,7 @@ def test_the_sampler_reproduces_the_rows(pairs, teacher):
         other([OdePairs(pairs).item(0) | {"noise": np.full((8, 8, 3), np.inf, np.float32)}])
 
 
-# --- whose pairs they are
+# --- pairs of another teacher
 
 
 def test_a_run_refuses_pairs_of_another_teacher(pairs, teacher, tmp_path):
@@ -374,7 +374,7 @@ def test_a_run_refuses_pairs_of_another_teacher(pairs, teacher, tmp_path):
         build.build(config.resolve(nowhere))
 
 
-def test_fingerprints_see_every_bit_and_name_and_nothing_else():
+def test_fingerprints_depend_on_every_bit_and_name_but_not_on_sharding():
     rng = np.random.default_rng(0)
     params = {"a": {"kernel": rng.normal(size=(16, 24)).astype("f"), "bias": np.zeros(24, "f")},
               "b": {"kernel": rng.normal(size=(16, 24)).astype("f")}}  # fmt: skip

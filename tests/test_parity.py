@@ -1,4 +1,4 @@
-"""The instrument itself: what differs from PyTorch fails, what was compared is in the table."""
+"""The fixture `parity`: differences from PyTorch fail, and every comparison is in the table."""
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ def test_errors_are_relative_to_the_largest_value(compare, noted):
             compare("net", "output", ours, theirs)
 
 
-def test_every_weights_gradient_counts_for_itself(compare, noted):
+def test_the_gradient_of_every_weight_is_compared(compare, noted):
     grads = {"b": {"kernel": np.array([[3.0, 4.0]])}, "a": {"scale": np.array([1e-9])}}
-    norms = np.array([0.0, 5.0])  # a.weight, b.weight; that of the first is 0 but for rounding
+    norms = np.array([0.0, 5.0])  # of a.weight and b.weight; the first is 0 up to rounding
     compare.weights("net", grads, norms)
     assert noted[0] == ("net", "weight gradients", pytest.approx(2e-7), 1e-3, 2)
     with pytest.raises(AssertionError, match="weight gradients"):
@@ -38,13 +38,13 @@ def test_every_weights_gradient_counts_for_itself(compare, noted):
         compare.weights("net", grads, norms[1:])
 
 
-def test_a_size_is_exact(compare):
+def test_parameter_counts_must_be_equal(compare):
     compare.size("net", {"a": np.zeros((2, 3)), "b": np.zeros(4)}, 10)
     with pytest.raises(AssertionError):
         compare.size("net", {"a": np.zeros((2, 3))}, 7)
 
 
-def test_the_table_has_the_largest_error_and_every_number():
+def test_the_table_has_the_largest_error_and_counts_all_numbers():
     output = [("net", "output", 1e-6, 1e-5, 4), ("net", "output", 2.34e-6, 1e-5, 2)]
     rows = table([*output, ("a net", "trajectory", 1e-4, 3e-4, 1000)]).splitlines()
     assert rows[0] == "| | output | trajectory | numbers |"

@@ -1,4 +1,4 @@
-"""Students made elsewhere: sampled as their folder's scheduler says, evaluated without training."""
+"""Pretrained few-step students: sampled with their folder's scheduler, evaluated without training."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 def folder(tmp_path, **scheduler):
-    """A tiny network whose scheduler is the one given."""
+    """A tiny network with these scheduler options."""
     tiny.save_teacher(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
@@ -31,8 +31,8 @@ def draw(method, net, steps, key=0):
     )
 
 
-def test_the_scheduler_in_the_folder_decides(tmp_path):
-    """An LCM redraws its noise between steps, so the key matters; DDIM's does not."""
+def test_the_folders_scheduler_selects_the_sampler(tmp_path):
+    """LCM adds new noise between steps, so its samples depend on the key; those of DDIM do not."""
     path = folder(tmp_path, _class_name="LCMScheduler", rescale_betas_zero_snr=False, beta_schedule="scaled_linear")
     net, lcm = models.load(path), Pretrained(scheduler=str(path))
     assert not np.allclose(draw(lcm, net, 2, key=0), draw(lcm, net, 2, key=1))
@@ -40,7 +40,7 @@ def test_the_scheduler_in_the_folder_decides(tmp_path):
     np.testing.assert_array_equal(draw(Pretrained(), net, 2, key=0), draw(Pretrained(), net, 2, key=1))
 
 
-def test_own_times_serve_their_number_of_steps():
+def test_own_timesteps_apply_to_their_number_of_steps():
     net, method = tiny.teacher(), Pretrained(timesteps=(399,))
     assert method.sampling(net.schedule, 1).timesteps == (399,)
     assert method.sampling(net.schedule, 2).timesteps is None
@@ -51,18 +51,18 @@ def test_own_times_serve_their_number_of_steps():
     np.testing.assert_allclose(draw(method, net, 1), expected(noise), atol=1e-5)
 
 
-def test_guidance_is_told_as_consistency_models_expect_it():
+def test_the_guidance_embedding_is_that_of_lcm():
     """Sinusoids of 1000 (w - 1), all sines first: by hand for width 4 at w = 1.002."""
     got = guidance_embedding(1.002, 4, 1)
     np.testing.assert_allclose(got, [[np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)]], atol=1e-3)
 
 
-def test_calls_are_counted():
+def test_guidance_doubles_network_evaluations():
     assert Pretrained().nfe(4) == 4
     assert Pretrained(guidance=2.0).nfe(4) == 8
 
 
-def test_it_is_evaluated_without_training(tmp_path):
+def test_a_pretrained_student_can_be_evaluated_but_not_trained(tmp_path):
     settings = config.defaults("pretrained")
     path = str(folder(tmp_path / "teacher"))
     settings.update(teacher=path, batch_size=8, sample_steps=(2,), eval_images=8)

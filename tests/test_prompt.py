@@ -1,4 +1,4 @@
-"""Prompts: what diffusers' pipelines give to their UNets, to the number."""
+"""Prompts: equal to the text inputs that diffusers' pipelines pass to their UNets."""
 
 import functools
 import json
@@ -65,10 +65,10 @@ def test_text_and_null_of_sdxl_equal_diffusers(parity):
     assert zeros["encoder_hidden_states"].shape == text["encoder_hidden_states"].shape
     assert not zeros["encoder_hidden_states"].any()
     assert not zeros["added_cond_kwargs"]["text_embeds"].any()
-    np.testing.assert_array_equal(zeros["added_cond_kwargs"]["time_ids"], sizes)  # the picture's size stays
+    np.testing.assert_array_equal(zeros["added_cond_kwargs"]["time_ids"], sizes)  # sizes are kept
 
 
-def test_sizes_are_one_pair_or_one_for_each_text():
+def test_sizes_are_one_pair_or_one_per_text():
     np.testing.assert_array_equal(time_ids(2, (512, 640)), [[512, 640, 0, 0, 512, 640]] * 2)
     originals = np.array([[300, 400], [900, 800]])
     expected = [[300, 400, 8, 0, 256, 256], [900, 800, 8, 0, 256, 256]]
@@ -78,12 +78,12 @@ def test_sizes_are_one_pair_or_one_for_each_text():
 
 
 @pytest.mark.parametrize("texts", ["a cat", [], [b"dog!"]])
-def test_prompts_are_a_list_of_strings(texts):
+def test_prompts_must_be_a_list_of_strings(texts):
     with pytest.raises(ValueError, match="prompts are a list of at least one string"):
         recorded_prompts("sd15")(texts)
 
 
-def test_a_tokenizer_of_another_model_is_named():
+def test_a_tokenizer_of_another_model_is_refused():
     net = recorded_net("clip_l")
     prompts = Prompts((Lookup(RECORDED["sd15/ids"] + 40),), (net,))
     with pytest.raises(ValueError, match="gives id 101 but the text encoder has vocab_size = 62"):
@@ -113,13 +113,13 @@ def change_index(folder, **change):
 
 @pytest.fixture
 def encoders(monkeypatch):
-    """`models.load` gives the recorded encoders; the list of what was asked for."""
+    """Makes `models.load` return the recorded encoders; a list of its calls."""
     asked, names = [], dict(zip(("text_encoder", "text_encoder_2"), golden.PIPELINES["sdxl"], strict=True))
     monkeypatch.setattr(models, "load", lambda *x, dtype: asked.append((*x, dtype)) or recorded_net(names[x[1]]))
     return asked
 
 
-def test_a_pipelines_folder_is_read(folder, encoders):
+def test_prompts_load_from_a_pipelines_folder(folder, encoders):
     prompts = load_prompts(folder, dtype=jnp.bfloat16)
     assert encoders == [(folder, "text_encoder", jnp.bfloat16), (folder, "text_encoder_2", jnp.bfloat16)]
     for ids, suffix in zip(prompts.tokenize(golden.PROMPTS), ("", "_2"), strict=True):
@@ -134,7 +134,7 @@ def test_a_pipelines_folder_is_read(folder, encoders):
     np.testing.assert_array_equal(prompts.tokenize(golden.PROMPTS)[0], RECORDED["sd15/ids"])
 
 
-def test_what_a_folder_lacks_is_named(folder, encoders):
+def test_incomplete_and_unsupported_folders_are_refused(folder, encoders):
     (folder / "tokenizer_2" / "merges.txt").unlink()
     (folder / "tokenizer" / "vocab.json").unlink()
     with pytest.raises(ValueError, match="tokenizer holds neither vocab.json with merges.txt nor tokenizer.json"):

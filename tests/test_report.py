@@ -69,7 +69,7 @@ def test_report_is_self_contained_and_escaped(page):
         assert text in page
 
 
-def test_report_shows_what_it_was_given(page):
+def test_report_shows_scores_config_timings_and_versions(page):
     assert "on 100 images" in page.lower()
     for text in (
         "student, 4 steps",
@@ -81,7 +81,7 @@ def test_report_shows_what_it_was_given(page):
         "not computed (why)",
     ):
         assert text in page
-    assert page.count("<svg") == 2 + 1  # curves; quality against speed; neither lr (not a turn's) nor time
+    assert page.count("<svg") == 2 + 1  # two metrics, and quality against speed; not lr or time
     assert "0.025" in page  # the last loss; the incomplete line is skipped
     assert "currentColor" in page
     assert report.FOREGROUND not in page
@@ -98,7 +98,7 @@ def test_best_of_each_column_is_marked():
     assert not any(best for _, cells in report.table(ROWS[:1])["lines"] for *_, best in cells)
 
 
-def test_headline_compares_few_calls_with_none_and_with_many():
+def test_headline_compares_the_student_with_bicubic_and_the_teacher():
     first, second = report.headline(ROWS)
     assert first == (
         "student, 4 steps: perceptual distance (LPIPS-VGG) 0.125, against 0.35 for bicubic and 0.12 for undistilled, "
@@ -116,7 +116,7 @@ def test_headline_compares_few_calls_with_none_and_with_many():
     assert report.headline(ROWS[:1]) == report.headline([]) == report.headline(ROWS[2:]) == []
 
 
-def test_metrics_are_read_past_gaps_and_restarts(tmp_path):
+def test_reading_metrics_skips_bad_lines_and_handles_restarts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
         '{"step": 2, "a/x": 2.0}',
@@ -133,7 +133,7 @@ def test_metrics_are_read_past_gaps_and_restarts(tmp_path):
     assert report.read_metrics(tmp_path / "none") == {}
 
 
-def test_running_mean_follows_the_values():
+def test_curves_have_a_running_mean_or_a_log_scale():
     drawn = []
 
     class Axes:
@@ -156,7 +156,7 @@ def test_units_of_timings():
     assert report.quantity("speed, images/s", 1234.5) == ("speed", "1,234 images/s")
 
 
-def test_an_empty_report_is_a_report(tmp_path):
+def test_a_report_can_be_empty(tmp_path):
     text = write_report(
         tmp_path / "deep" / "report.html", title="Nothing yet", metrics_path=tmp_path / "none"
     ).read_text()

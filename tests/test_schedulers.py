@@ -1,4 +1,4 @@
-"""Scheduler configs mean what they mean to PyTorch diffusers: tables, times and whole trajectories."""
+"""Scheduler configs: the same alphas, timesteps and whole trajectories as in PyTorch diffusers."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def recorded(name, kind):
 
 
 def loop(step, carry, xs):
-    """jax.lax.scan in the open, for loops that are to show every evaluation."""
+    """jax.lax.scan in Python, to record every evaluation."""
     for x in xs:
         carry, _ = step(carry, x)
     return carry, None
@@ -69,7 +69,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("name", [k.split("/")[0] for k in RECORDED if k.endswith("alphas_cumprod")])
-def test_alphas_are_diffusers(name, write):
+def test_alphas_equal_diffusers(name, write):
     theirs = RECORDED[f"{name}/alphas_cumprod"]
     schedule, _ = schedulers.read_scheduler(write(golden.CONFIGS[name] | {"prediction_type": "v_prediction"}))
     alpha, sigma = schedule.alpha_sigma(jnp.arange(len(theirs)))
@@ -80,7 +80,7 @@ def test_alphas_are_diffusers(name, write):
 
 
 @pytest.mark.parametrize("name", golden.CONFIGS)
-def test_times_are_diffusers(name, write):
+def test_timesteps_equal_diffusers(name, write):
     schedule, _, how = read(write(golden.CONFIGS[name] | {"prediction_type": "v_prediction"}))
     most = how.original_inference_steps if how.sampler == "lcm" else schedule.num_timesteps
     times = [how.times(schedule, n) for n in golden.GRIDS if n <= most]
@@ -89,17 +89,17 @@ def test_times_are_diffusers(name, write):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trajectories_are_diffusers(name, write, parity):
-    """Euler at zero SNR is coarser: z/alpha is in the thousands in diffusers, of which float32 keeps 1e-4."""
+def test_trajectories_equal_diffusers(name, write, parity):
+    """Euler at zero SNR is less exact: diffusers' z/alpha is in the thousands, so float32 keeps 1e-4."""
     for kind in golden.kinds(ALL[name]):
         schedule, predicts, how = read(write(ALL[name] | {"prediction_type": kind}))
         for n, theirs in recorded(name, kind).items():
             ours = trajectory(how, schedule, predicts, n)
-            np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])  # the network sees the same times, and the same z
+            np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])  # the network gets the same t, and below the same z
             parity(name, "trajectory", ours[:, 1:], theirs[:, 1:], 3e-4 if name == "euler zero snr" else None)
 
 
-def test_ddim_with_fresh_noise_is_diffusers(write, parity):
+def test_ddim_with_eta_equals_diffusers(write, parity):
     schedule, predicts, how = read(write(golden.DDIM | golden.LEADING))
     for n, theirs in recorded("ddim eta", "epsilon").items():
         ours = trajectory(dataclasses.replace(how, eta=golden.ETA), schedule, predicts, n)
@@ -109,7 +109,7 @@ def test_ddim_with_fresh_noise_is_diffusers(write, parity):
 
 @pytest.mark.parametrize("name", ["sd15", "euler", "lcm"])
 def test_sampling_compiles_with_a_real_denoiser(name, write):
-    """As it is used: one program, in which the network gets t per sample, of whatever dtype the times have."""
+    """One program, in which the network gets t per sample, in the dtype of the timesteps."""
     schedule, predicts, how = read(write(golden.CONFIGS[name] | {"prediction_type": "v_prediction"}))
     seen = []
 
@@ -126,7 +126,7 @@ def test_sampling_compiles_with_a_real_denoiser(name, write):
 
 
 def test_eulers_method_is_ddim():
-    """In y = z/alpha and k = sigma/alpha, Euler's y + (k_s - k) eps is DDIM's step; so there is no second function."""
+    """In y = z/alpha and k = sigma/alpha, Euler's y + (k_s - k) eps is DDIM's step, so one function serves both."""
     schedule = DDPM()
     times = Sampling(spacing="linspace", fractional=True).times(schedule, 7)
     net = Denoiser({}, lambda p, z, t: jnp.sin(3.0 * z) + diffusion.like(t, z) / 1000, schedule, "eps")
@@ -137,9 +137,9 @@ def test_eulers_method_is_ddim():
     np.testing.assert_allclose(jax.jit(lambda: sampling.ddim(net, schedule, NOISE, times))(), y, atol=3e-5)
 
 
-def test_students_keep_their_own_times(write, tmp_path):
-    """write_scheduler writes what golden/ ran in diffusers with timesteps=config["_timesteps"]: our ddim, and 1e-3 at
-    zero SNR, where diffusers' class has alpha = 2^-12 and we 0."""
+def test_timesteps_of_students_round_trip_and_sample_as_in_diffusers(write, tmp_path):
+    """write_scheduler writes the configs that golden/ sampled in diffusers with timesteps=config["_timesteps"]. The
+    tolerance at zero SNR is 1e-3, as diffusers has alpha = 2^-12 and we 0."""
     cosine = DDPM(beta_schedule="squaredcos_cap_v2", zero_snr=True)
     for name, schedule, tolerance in (("student", DDPM(), 1e-5), ("student zero snr", cosine, 1e-3)):
         times = golden.STUDENT["_timesteps"]
@@ -155,7 +155,7 @@ def test_students_keep_their_own_times(write, tmp_path):
         assert (dataclasses.replace(back, last_alpha=0.0), predicts, how.timesteps) == (schedule, "v", tuple(times))
         np.testing.assert_array_equal(how.times(back), times)
         np.testing.assert_array_equal(how.times(back, 4), times)
-        np.testing.assert_array_equal(how.times(back, 2), [999, 499])  # any other number: the spacing
+        np.testing.assert_array_equal(how.times(back, 2), [999, 499])  # others: by spacing
         net = Denoiser({}, lambda p, z, t: golden.network(z, diffusion.like(jnp.cos(t / 1000.0), z)), schedule, "v")
         x0 = jax.jit(functools.partial(sampling.ddim, net, schedule))(NOISE, jnp.array(times))
         np.testing.assert_allclose(x0.ravel(), recorded(name, "v_prediction")[4][-1, 1:], atol=tolerance)
@@ -171,7 +171,7 @@ def test_students_keep_their_own_times(write, tmp_path):
     ],
 )
 def test_schedules_round_trip(tmp_path, schedule, predicts):
-    """And without times of its own a student samples on the trailing grid, to x0, unclipped."""
+    """Without timesteps of its own a student samples on the trailing grid, to x0, unclipped."""
     schedulers.write_scheduler(tmp_path, schedule, predicts)
     *back, how = read(tmp_path / "scheduler" / "scheduler_config.json")
     assert back == [schedule, predicts]
@@ -179,7 +179,7 @@ def test_schedules_round_trip(tmp_path, schedule, predicts):
     np.testing.assert_array_equal(how.times(schedule, 3), schedule.grid(3))
 
 
-def test_a_missing_file_means_stable_diffusion_and_our_defaults(tmp_path):
+def test_without_a_file_the_schedule_is_stable_diffusions(tmp_path):
     assert read(tmp_path / "none.json") == (DDPM(), "eps", Sampling())
     np.testing.assert_array_equal(Sampling().times(DDPM(), 4), [999, 749, 499, 249])
     net = Denoiser({}, lambda p, z, t: 0.3 * z, DDPM(), "v")
@@ -187,7 +187,7 @@ def test_a_missing_file_means_stable_diffusion_and_our_defaults(tmp_path):
     np.testing.assert_array_equal(ours, sampling.ddim(net, DDPM(), NOISE, DDPM().grid(4)))
 
 
-def test_pndm_is_replaced_aloud(write, caplog):
+def test_pndm_is_replaced_by_ddim_with_a_warning(write, caplog):
     assert schedulers.read_sampling(write(golden.SD15)).sampler == "ddim"
     assert "PNDM is not supported, sampling with DDIM at its timesteps" in caplog.text
 
@@ -221,7 +221,7 @@ def test_pndm_is_replaced_aloud(write, caplog):
         (golden.DDIM | {"_timesteps": [9.5]}, "timesteps .* are not strictly decreasing integers"),
     ],
 )
-def test_unsupported_sampling_is_named(write, config, sentence):
+def test_unsupported_sampling_is_refused(write, config, sentence):
     with pytest.raises(ValueError, match=f"scheduler_config.json: .*{sentence}"):
         schedulers.read_sampling(write(config))
 
@@ -239,12 +239,12 @@ def test_unsupported_sampling_is_named(write, config, sentence):
         (golden.DDIM | golden.ZERO_SNR, "with rescale_betas_zero_snr .* epsilon cannot recover x0"),
     ],
 )
-def test_unsupported_schedules_are_named(write, config, sentence):
+def test_unsupported_schedules_are_refused(write, config, sentence):
     with pytest.raises(ValueError, match=f"scheduler_config.json: {sentence}"):
         schedulers.read_scheduler(write(config))
 
 
-def test_writing_what_no_folder_can_hold_is_refused(tmp_path):
+def test_writing_unsupported_schedules_and_timesteps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="diffusers folders hold DDPM schedules, not EDM"):
         schedulers.write_scheduler(tmp_path, diffusion.EDM(), "x0")
     for times in ([], [1000, 3], [5, 5], [3, 7], [1.5]):
@@ -268,7 +268,7 @@ def test_impossible_numbers_of_steps_are_refused(how, n, sentence):
         how.times(DDPM(), n)
 
 
-def test_samplers_that_add_noise_ask_for_it():
+def test_samplers_that_add_noise_require_step_noise():
     net = Denoiser({}, lambda p, z, t: z, DDPM(), "v")
     with pytest.raises(ValueError, match="lcm adds noise between its steps: pass step_noise"):
         sampling.sample(Sampling(sampler="lcm", spacing="lcm"), net, DDPM(), NOISE, 2)
@@ -276,8 +276,8 @@ def test_samplers_that_add_noise_ask_for_it():
         sampling.sample(Sampling(eta=0.5), net, DDPM(), NOISE, 2)
 
 
-def test_fresh_noise_keeps_the_distribution():
-    """DDIM with eta = 1 draws from the data: N(0.7, 0.4^2) of the exact denoiser, in 400 steps."""
+def test_ddim_with_eta_1_samples_the_data_distribution():
+    """N(0.7, 0.4^2), from its exact denoiser in 400 steps."""
     schedule = DDPM()
 
     def posterior_mean(params, z, t):

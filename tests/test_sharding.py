@@ -1,4 +1,4 @@
-"""Devices and hosts: layouts by shape, rows by host, and two real processes that agree with one."""
+"""Devices and hosts: sharding by shape, rows per host, and two real processes that agree with one."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from cddistill import sharding
 HERE = pathlib.Path(__file__).parent
 
 
-def test_weights_are_split_along_their_largest_divisible_axis():
+def test_weights_are_sharded_along_their_largest_divisible_axis():
     mesh = sharding.make_mesh(4)
     tree = {"kernel": jnp.zeros((3, 3, 64, 128)), "odd": jnp.zeros((1023, 513)), "small": jnp.zeros((8, 8))}
     got = sharding.by_shape(mesh, tree, min_elements=4096)
@@ -28,7 +28,7 @@ def test_weights_are_split_along_their_largest_divisible_axis():
     assert sharding.by_shape(sharding.make_mesh(1), tree)["kernel"].spec == P()
 
 
-def test_fsdp_really_divides_the_memory():
+def test_fsdp_shards_weights_and_moments():
     """With fsdp = 8 a device holds an eighth of a large kernel, and of its Adam moments."""
     d = tiny.driver("codi", devices=8, fsdp=8)
     state = d.put_state(tiny.start("codi"))
@@ -38,7 +38,7 @@ def test_fsdp_really_divides_the_memory():
     assert moment.addressable_shards[0].data.size == kernel.size // 8
 
 
-def test_batches_that_do_not_divide_are_refused():
+def test_indivisible_batches_are_refused():
     with pytest.raises(ValueError, match=r"batch_size 12 is not divisible by 8 devices.*8"):
         sharding.local_rows(12)
     with pytest.raises(ValueError, match="2 micro-batches"):
@@ -46,7 +46,7 @@ def test_batches_that_do_not_divide_are_refused():
     assert sharding.local_rows(24) == slice(0, 24)
 
 
-def test_meshes_and_drivers_that_do_not_exist_are_refused():
+def test_impossible_meshes_and_drivers_are_refused():
     with pytest.raises(ValueError, match="fsdp=3 does not divide the 8 devices"):
         sharding.make_mesh(3)
     with pytest.raises(ValueError, match="pmap"):
@@ -55,13 +55,13 @@ def test_meshes_and_drivers_that_do_not_exist_are_refused():
         sharding.make_driver("xmap", print, sharding.make_mesh(), None)
 
 
-# Rows and weights cross processes alike whatever the loss: one turn and a branch show it.
+# Data and weights cross processes in the same way for every loss: one method with a branch shows it.
 REPEATED = [pytest.param(name, marks=pytest.mark.slow) for name in ("diffusion", "dmd2", "dmd2_lora", "d2g", "judge")]
 
 
-@pytest.mark.parametrize("name", ["codi", *REPEATED])  # all methods, not options
-def test_two_processes_of_four_devices_are_one_of_eight(name):
-    """The same losses and weights over a real network boundary. Tolerance as in test_methods: the order of sums."""
+@pytest.mark.parametrize("name", ["codi", *REPEATED])
+def test_two_processes_of_four_devices_equal_one_of_eight(name):
+    """The same losses and weights in real processes. Tolerance as in test_methods: the order of sums."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The whole program on a UNet of a few thousand weights: train, stop, go on, evaluate, sample, export, and say no."""
+"""The whole program on a UNet of a few thousand weights: train, stop, resume, evaluate, sample, export, refuse."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def weights(workdir, step, teacher, **changes):
     return [np.asarray(x) for x in jax.tree.leaves(saved)]
 
 
-def test_a_run_leaves_what_scripts_rely_on(run):
+def test_a_run_writes_config_metrics_checkpoints_samples_and_report(run):
     assert json.loads((run / "config.json").read_text())["method"]["name"] == "codi"
     steps = [r["step"] for r in records(run) if "student/loss" in r]
     assert steps == [2, 4, 6]
@@ -62,8 +62,8 @@ def test_a_run_leaves_what_scripts_rely_on(run):
         assert word in report
 
 
-def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
-    """Four steps, then two more by the same command: bit for bit the run of six, also its metrics."""
+def test_resuming_is_bit_exact(run, teacher, tmp_path):
+    """Four steps and two more by the same command equal a run of six, also in its metrics."""
     train.train(settings(teacher, steps=4, report=False), tmp_path)
     train.train(settings(teacher, report=False), tmp_path)
     for a, b in zip(weights(run, 6, teacher), weights(tmp_path, 6, teacher), strict=True):
@@ -75,15 +75,15 @@ def test_going_on_is_as_if_never_stopped(run, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_going_on_under_another_layout(run, teacher, tmp_path):
-    """Started under jit, continued under pmap: the same weights to rounding."""
+def test_resuming_under_another_layout_is_exact_to_rounding(run, teacher, tmp_path):
+    """Started under jit, resumed under pmap."""
     again = tiny.until(4, run, tmp_path / "run")
     train.train(settings(teacher, report=False, parallel="pmap"), again)
     for a, b in zip(weights(run, 6, teacher), weights(again, 6, teacher), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)  # Adam's first steps are lr = 1e-4 whatever the gradient's size
 
 
-def test_another_config_is_refused_by_name(run, teacher):
+def test_resuming_with_another_config_is_refused(run, teacher):
     with pytest.raises(ValueError, match=r"batch_size: 8 in the workdir, 16 now"):
         train.train(settings(teacher, batch_size=16), run)
 
@@ -106,8 +106,8 @@ def test_evaluate_sample_and_export_of_a_finished_run(run, teacher, tmp_path):
             np.testing.assert_allclose(a, b, atol=2e-3)  # float16
 
 
-def test_the_readmes_python(run, tmp_path, monkeypatch, capsys):
-    """The lines of README.md as they stand, with this run in the place of the main job's."""
+def test_the_python_example_in_the_readme_runs(run, tmp_path, monkeypatch, capsys):
+    """The unchanged lines of README.md, with this run as runs/ccd_sr."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "ccd_sr").symlink_to(run)
     Image.new("RGB", (20, 30), (200, 30, 30)).save(tmp_path / "image.png")
@@ -118,14 +118,14 @@ def test_the_readmes_python(run, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Denoiser(UNet2DConditionModel, 3.1 M weights")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(teacher, tmp_path):
+def test_a_non_finite_loss_stops_the_run(teacher, tmp_path):
     bad = settings(teacher, report=False)
     bad.optim.update(lr=1e30, clip=0.0)
     with pytest.raises(FloatingPointError, match=r"student/\w+ is (nan|inf) at step \d+; last good checkpoint"):
         train.train(bad, tmp_path)
 
 
-def test_bad_input_is_one_sentence_before_the_first_step(teacher, tmp_path):
+def test_bad_input_is_refused_before_the_first_step(teacher, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file").write_text("")
@@ -166,7 +166,7 @@ train.train(settings, pathlib.Path({str(workdir)!r}))
 
 
 def wait_for_checkpoint(process, workdir, above=0):
-    """Until a checkpoint newer than `above` is there, as long as the process runs."""
+    """Wait for a checkpoint after step `above` and return its step; fails if the process ends first."""
     while process.poll() is None:
         found = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
         if found and max(found) > above:
@@ -175,8 +175,8 @@ def wait_for_checkpoint(process, workdir, above=0):
     raise AssertionError(process.communicate()[0])
 
 
-def test_sigterm_saves_and_kill_does_not_matter(teacher, tmp_path):
-    """SIGTERM: a checkpoint of the last step and exit 0. kill -9: the next start goes on from a complete checkpoint."""
+def test_sigterm_and_sigkill_leave_a_complete_checkpoint(teacher, tmp_path):
+    """SIGTERM: a checkpoint of the last step and exit status 0. SIGKILL: a complete checkpoint remains."""
     process = command(teacher, tmp_path)
     wait_for_checkpoint(process, tmp_path)
     process.send_signal(signal.SIGTERM)

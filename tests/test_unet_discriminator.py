@@ -1,4 +1,4 @@
-"""Diffusion2GAN's discriminator: the teacher's features at first, its heads, its second derivatives; GAN losses."""
+"""Diffusion2GAN's discriminator: initialised from the teacher, heads, second derivatives; GAN losses."""
 
 import functools
 
@@ -34,7 +34,7 @@ KINDS = {
     "adm": (ADM, jnp.float32(0.3), {"class_labels": jnp.array([0, 3])}),
     "song": (SONG, jnp.float32(0.3), {"class_labels": jnp.array([0, 3])}),
 }
-FLAT = {  # one level each, with attention in the middle: for what compiles slowly
+FLAT = {  # one level each, with attention in the middle: for tests that compile slowly
     "text": TEXT | {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
                     "layers_per_block": 0},
     "adm": ADM | {"channel_mult": [1], "attn_resolutions": []},
@@ -52,7 +52,7 @@ def made(kind):
 
 @functools.cache
 def flat(kind):
-    """(teacher, discriminator of one map) of a single level."""
+    """(teacher, discriminator with one logit map) of a single level."""
     teacher = models.init(FLAT[kind], zero_out=False, remat=True)
     return teacher, make_discriminator(teacher, jax.random.key(0), scales=False)
 
@@ -63,7 +63,7 @@ def weights(net):
 
 @functools.cache
 def program():
-    """One for all that is asked of a discriminator at its pair x, z and, behind it, at x and another z."""
+    """Compiled (disc, x, t, text, z) -> (logits, logits with another z, gradients of both GAN losses)."""
 
     def look(disc, x, t, text, z):
         twice = lambda tree: jax.tree.map(lambda a: jnp.concatenate([a, a]), tree)
@@ -86,17 +86,17 @@ def seen(kind):
 
 
 def apart(a, b):
-    """How far maps are from each other, one by one."""
+    """The largest difference between the maps of each pair."""
     return np.array([np.abs(x - y).max() for x, y in zip(a, b, strict=True)])
 
 
-# One interface, `levels`, serves the discriminator: what it makes of another network's is slow.
+# All networks have the same interface, `level_input` and levels, so a second one is a slow test.
 BOTH = ["text", pytest.param("song", marks=pytest.mark.slow)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
-def test_at_first_the_features_are_the_teachers(kind):
+def test_initial_features_are_the_teachers(kind):
     """Three maps of logits per level, coarsest first: the heads on Denoiser.decoder_features."""
     teacher, disc, (x, t, text, _) = made(kind)
     heads = [disc.params[f"heads_{j}_{part}"] for j in (0, 1) for part in ("before", "skip", "after")]
@@ -113,7 +113,7 @@ def test_at_first_the_features_are_the_teachers(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_z_and_smaller_images_change_nothing_yet_and_can_be_learned(kind):
+def test_z_and_resized_images_have_no_effect_but_a_gradient_at_first(kind):
     _, disc, _ = made(kind)
     logits, others, grads = seen(kind)
     assert apart(logits, others).max() < 1e-6
@@ -124,8 +124,8 @@ def test_z_and_smaller_images_change_nothing_yet_and_can_be_learned(kind):
         assert np.abs(weights(grads)[path]).max() > 1e-6
 
 
-def test_z_smaller_images_and_text_are_seen():
-    """Where: z by all, the smaller image by all but the skip of the larger, text by what follows the middle."""
+def test_logits_depend_on_z_resized_images_and_text():
+    """z affects all maps, the resized image all but the finest skip, text all but the skips."""
     _, disc, (x, t, text, z) = made("text")
 
     def taught(name):
@@ -164,7 +164,7 @@ def test_weights_are_copies_of_the_teachers_without_its_last_layers(kind):
 
 
 def test_weights_share_no_buffer_with_the_teacher():
-    """Outside of jit, too: either may be donated."""
+    """Also outside of jit, so that either may be donated."""
     held, ours = ({x.unsafe_buffer_pointer() for x in jax.tree.leaves(net)} for net in flat("adm"))
     assert not held & ours
 
@@ -177,8 +177,8 @@ def test_weights_share_no_buffer_with_the_teacher():
         ({"noise": False, "scales": False}, {"heads_1_after"}, 1),
     ],
 )
-def test_the_ablations(options, new, count):
-    """Without scales the finest level's last feature is judged alone; without noise there need be no z."""
+def test_ablations_remove_their_layers_and_heads(options, new, count):
+    """Without scales only the finest level's output has a head; without noise z may be omitted."""
     teacher, _, (x, t, text, z) = made("text")
     disc = jax.eval_shape(functools.partial(make_discriminator, **options), teacher, jax.random.key(0))
     names = {*disc.params} - {*teacher.params}
@@ -196,7 +196,7 @@ def test_the_ablations(options, new, count):
         pytest.param(SDXL, 2_567_463_684, 17_749_893, (16, 32, 64), marks=pytest.mark.slow),
     ],
 )
-def test_heads_of_the_real_models(config, teacher, more, sizes):
+def test_logits_and_parameter_counts_of_the_real_models(config, teacher, more, sizes):
     """K = 12 for Stable Diffusion 1.5 and 9 for SDXL, which also takes sizes and pooled text; nothing is computed."""
     module = UNetDiscriminator.from_config(config)
     _, kwargs = module.example()
@@ -206,8 +206,8 @@ def test_heads_of_the_real_models(config, teacher, more, sizes):
     assert sum(x.size for x in jax.tree.leaves(variables)) == teacher + more
 
 
-def test_editing_models_judge_what_they_draw():
-    """x and z have the channels of the output, the picture that is edited has the rest of the input's."""
+def test_discriminators_of_editing_models_take_the_output():
+    """x and z have the channels of the output, the image to edit has the others of the input."""
     disc = jax.eval_shape(lambda: make_discriminator(models.init(TEXT | {"in_channels": 8}), jax.random.key(0)))
     assert [disc.params[name]["kernel"].shape[2] for name in ("conv_in", "conv_z", "conv_x_1")] == [8, 4, 4]
     _, _, (x, t, text, z) = made("text")
@@ -223,7 +223,7 @@ def test_precision_and_remat_are_the_teachers_and_attention_is_never_fused():
     assert {y.dtype for y in logits} == {jnp.dtype("float32")}
 
 
-def test_teachers_without_skips_and_wrong_noise_are_refused():
+def test_unsupported_teachers_and_wrong_noise_are_refused():
     toy = Denoiser({}, lambda p, z, t, text: z, DDPM(), "x0")
     with pytest.raises(ValueError, match="needs a teacher that is one of UNet2DConditionModel, DhariwalUNet, SongUNet"):
         make_discriminator(toy, jax.random.key(0))
@@ -244,7 +244,7 @@ def test_gan_losses_are_log_sigmoids():
     assert np.isfinite(losses.gan((jnp.full((1, 2, 2, 1), -500.0),), True)).all()
 
 
-def test_r1_of_a_linear_score_is_its_squared_weight():
+def test_r1_of_a_linear_score_is_its_squared_weight_norm():
     w, x = randn(0, 4, 4, 2), randn(1, 3, 4, 4, 2)
     expected = np.full(3, (w**2).sum())
     np.testing.assert_allclose(losses.r1(lambda x: (x * w[None]).sum((1, 2, 3)), x), expected, rtol=1e-5)
@@ -253,7 +253,7 @@ def test_r1_of_a_linear_score_is_its_squared_weight():
     np.testing.assert_allclose(maps, expected * (3.0 / w.size) ** 2, rtol=1e-5)
 
 
-def test_r1_is_of_each_sample():
+def test_r1_is_computed_per_sample():
     x = randn(1, 3, 4, 4, 2)
     score = lambda x: (jnp.sin(x) * x).sum((1, 2, 3))
     before, after = losses.r1(score, x), losses.r1(score, x.at[1].add(1.0))
@@ -261,7 +261,7 @@ def test_r1_is_of_each_sample():
     assert before[1] != after[1]
 
 
-def test_approximate_r1_is_r1_in_the_mean():
+def test_approximate_r1_equals_r1_in_expectation():
     """A linear logit <w, x>: E <w, sigma eps>^2 = sigma^2 |w|^2; over maps, the mean."""
     w, x, eps = randn(0, 8), jnp.zeros((20_000, 8)), randn(1, 20_000, 8)
     got = losses.approximate_r1(lambda x: (x @ w[:, None], 3.0 * x @ w[:, None]), x, 0.1 * eps)
@@ -271,7 +271,7 @@ def test_approximate_r1_is_r1_in_the_mean():
 
 @pytest.mark.parametrize("kind", ["text", pytest.param("adm", marks=pytest.mark.slow)])
 def test_r1_has_a_gradient_through_attention_and_remat(kind):
-    """Against a finite difference, with weights that are nobody's optimum."""
+    """Against a finite difference, away from the initial weights."""
     _, t, text = KINDS[kind]
     _, disc = flat(kind)
     x = randn(0, 2, 4, 4, 4 if kind == "text" else 3)

@@ -1,4 +1,4 @@
-"""Autoencoders: equal to PyTorch diffusers; latents scaled as the diffusion expects them."""
+"""Autoencoders: equal to PyTorch diffusers; latents scaled for the diffusion model."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ def assert_close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
 
 
-# sd3 and odd are sd with other channels and scales: slow, as are the scales of sd, which the posterior's test has.
+# sd3 and odd are sd with other channels and scales: slow. So is the scaling of sd, which the posterior's test covers.
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in ("sd", "tiny") else SLOW) for x in golden.CONFIGS])
 def test_outputs_and_every_gradient_equal_diffusers(name, parity):
     autoencoder, x, z = recorded(name)
@@ -96,7 +96,7 @@ def test_outputs_and_every_gradient_equal_diffusers(name, parity):
 
 
 @pytest.mark.parametrize("name", [pytest.param("sd", marks=SLOW), "sd3", "odd", "tiny"])
-def test_latents_are_scaled_for_the_diffusion(name):
+def test_latents_are_scaled_for_the_diffusion_model(name):
     """Pipelines compute vae.decode(z / scaling_factor + shift_factor), or z * std / scaling_factor + mean."""
     (autoencoder, x, z), config = recorded(name), golden.CONFIGS[name]
     scale = np.array(config.get("scaling_factor", 1.0 if name == "tiny" else 0.18215))
@@ -106,15 +106,15 @@ def test_latents_are_scaled_for_the_diffusion(name):
     assert_close(decode(autoencoder, np.float32((z - mean) * scale / std)), nhwc(RECORDED[f"{name}/decoded"]))
 
 
-def test_a_key_samples_the_posterior():
+def test_encoding_with_a_key_samples_the_posterior():
     autoencoder, x, _ = recorded("sd")
     to_latent, moments = autoencoder.encoder.module.to_latent, nhwc(RECORDED["sd/encoded"])
     mean, logvar = np.split(moments, 2, -1)
-    keys = per_sample(jax.random.key(5), jnp.array([7, 3]))  # the sample follows the image
+    keys = per_sample(jax.random.key(5), jnp.array([7, 3]))  # one key per image
     noise = np.stack([jax.random.normal(k, mean.shape[1:]) for k in keys])
     assert_close(encode(autoencoder, x, keys), 0.18215 * (mean + np.exp(0.5 * logvar) * noise))
     noise = (to_latent(moments, jax.random.key(5)) / 0.18215 - mean) / np.exp(0.5 * logvar)
-    assert abs(np.corrcoef(noise.reshape(2, -1))[0, 1]) < 0.5  # with one key, too, images do not share it
+    assert abs(np.corrcoef(noise.reshape(2, -1))[0, 1]) < 0.5  # also with a single key, images have different noise
     extreme = jnp.broadcast_to(jnp.array([0.0] * 4 + [-1e9, 0.0, 2.0, 1e9]).reshape(1, 1, 1, 8), (4, 32, 32, 8))
     std = np.exp([-15.0, 0.0, 1.0, 10.0])  # log variances are clipped to [-30, 20]
     np.testing.assert_allclose(to_latent(extreme, jax.random.key(0)).std((0, 1, 2)), 0.18215 * std, rtol=0.05)
@@ -123,7 +123,7 @@ def test_a_key_samples_the_posterior():
 
 
 @pytest.mark.parametrize("name", ["sd", "tiny"])
-def test_bfloat16_and_remat_compute_the_same(name):
+def test_bfloat16_and_remat_change_only_rounding(name):
     autoencoder, _, z = recorded(name)
     other = build(name, dtype=jnp.bfloat16, remat=True)
     assert jax.tree.structure(weight_shapes(other)) == jax.tree.structure(autoencoder.params)
@@ -155,14 +155,14 @@ def test_remat_stores_less_for_the_backward_pass(name):
         ("TAESD3", AutoencoderTiny, {"latent_channels": 16}, 2_458_899),
     ],
 )
-def test_sizes_of_the_real_models(name, cls, config, published, parity):
+def test_parameter_counts_equal_the_published_models(name, cls, config, published, parity):
     module = cls.from_config(config)
     parity.size(name, weight_shapes(module), published)
     assert module.factor == 8
 
 
 def test_older_names_are_read():
-    """Those of older folders, whose attentions may even be 1x1 convolutions, and of the former Flax classes."""
+    """Those of older folders, where attention layers may be 1x1 convolutions, and of the former Flax classes."""
     module, today = build("sd"), torch_weights(build("sd"))
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -179,7 +179,7 @@ def test_older_names_are_read():
 
 
 @pytest.mark.parametrize("name", sorted(golden.CONFIGS))
-def test_configs_come_back(name):
+def test_configs_round_trip(name):
     module = build(name)
     config = module.to_config()
     assert config["_class_name"] == type(module).__name__
@@ -191,14 +191,14 @@ def test_configs_come_back(name):
     assert dataclasses.replace(changed, force_upcast=module.force_upcast) == module
 
 
-def test_nets_built_alike_share_one_structure():
+def test_equal_configs_give_one_pytree_structure():
     a, b = (Autoencoder({}, Encode(build("sd")), Decode(build("sd"))) for _ in range(2))
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert jax.tree.structure(a) != jax.tree.structure(a.replace(decoder=Decode(build("sd", remat=True))))
     assert Encode(build("sd")) != Decode(build("sd"))
 
 
-def test_pixel_models_have_the_identity():
+def test_pixel_models_have_an_identity_autoencoder():
     x = jnp.ones((1, 2, 2, 3))
     assert Autoencoder().decode(Autoencoder().encode(x)) is x
     assert Autoencoder().encode(x, jax.random.key(0)) is x
@@ -224,13 +224,13 @@ def test_pixel_models_have_the_identity():
         ("tiny", {"num_decoder_blocks": [1], "decoder_block_out_channels": [8]}, "same number of entries"),
     ],
 )
-def test_unsupported_options_are_named(name, change, sentence):
+def test_unsupported_options_are_refused(name, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         type(build(name)).from_config(golden.CONFIGS[name] | change)
 
 
 @pytest.mark.parametrize("name", ["sd", "tiny"])
-def test_bad_inputs_are_named(name):
+def test_bad_inputs_are_refused(name):
     autoencoder, x, z = recorded(name)
     with pytest.raises(ValueError, match=r"height 7 and width \d+ must be divisible by [24]"):
         jax.eval_shape(Autoencoder.encode, autoencoder, x[:, :7])

@@ -1,4 +1,4 @@
-"""A UNet of a few thousand weights, batches for it, and every method as the contract tests run it."""
+"""A UNet of a few thousand weights, batches for it, and small variants of every method for the contract tests."""
 
 import functools
 import shutil
@@ -17,7 +17,7 @@ from cddistill.net import Autoencoder, Net
 from cddistill.step import active, init_state, train_step
 
 UNET = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 0,  # one resnet, up
+    "in_channels": 3, "out_channels": 3, "block_out_channels": [8], "layers_per_block": 0,  # resnets: none down, one up
     "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
     "mid_block_type": "UNetMidBlock2D", "num_class_embeds": 4, "norm_num_groups": 4,
 }  # fmt: skip
@@ -52,7 +52,7 @@ VARIANTS = {
     ),
 }
 
-# conftest.py saves the compilers' time, for which most tests wait; worlds under lax.scan wait for programs.
+# conftest.py turns off optimisations to save compile time; training loops under lax.scan run faster with them.
 fast = functools.partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False},
@@ -65,7 +65,7 @@ def teacher(predicts="v", zero_out=False, seed=0):
 
 
 def save_teacher(folder, seed=0):
-    """Write a teacher with random weights, for the labels of emoji, as a diffusers folder; returns (folder, net)."""
+    """Write a random teacher, conditioned on emoji's labels, as a diffusers folder; returns (folder, net)."""
     net = models.init(UNET | {"num_class_embeds": 10, "sample_size": 8}, seed, teacher().schedule, "v", False)
     models.save(folder, "unet", net.params, net.module.to_config(), dtype=np.float32)
     write_scheduler(folder, net.schedule, net.predicts)
@@ -73,7 +73,7 @@ def save_teacher(folder, seed=0):
 
 
 def coarse_l2(params, a, b):
-    """In the place of LPIPS, which does not take images as small as these."""
+    """Stands in for LPIPS, which does not accept images this small."""
     means = lambda x: x.reshape(len(x), 4, x.shape[1] // 4, 4, x.shape[2] // 4, 3).mean((2, 4))
     return ((means(a) - means(b)) ** 2).mean((1, 2, 3))
 
@@ -93,7 +93,7 @@ def make_batch(step=0, size=16):
 
 
 def jitter(state, scale=0.1):
-    """A state whose nets have left their special starting point (zero convolutions, averages equal to weights)."""
+    """The state with perturbed nets: zero convolutions are no longer zero, nor averages equal to the weights."""
     leaves, tree = jax.tree.flatten(state.nets)
     rng = np.random.default_rng(1)
     leaves = [(x + scale * rng.normal(size=x.shape) / max(x.size, 1) ** 0.25).astype("f") for x in leaves]
@@ -109,7 +109,7 @@ def parts(name, lr=1e-3):
 
 @functools.cache
 def start(name):
-    """The state at step 0, in numpy: whoever takes it makes arrays of its own."""
+    """The state at step 0, in numpy: put_state copies it, as steps donate their state."""
     method, turns, optimizers = parts(name)
 
     def init(frozen, batch):
@@ -118,9 +118,9 @@ def start(name):
     return jitter(jax.tree.map(np.asarray, jax.jit(init)(frozen(), make_batch())))
 
 
-@functools.lru_cache(20)  # a compiled step has tens of megabytes
+@functools.lru_cache(20)  # a compiled step takes tens of megabytes
 def driver(name, parallel="jit", devices=8, fsdp=1, accumulate=1):
-    """A compiled driver, shared by all tests of one layout; weights are sharded from 64 elements on."""
+    """A compiled driver, shared by all tests of one layout; arrays of 64 elements and more are sharded."""
     method, turns, optimizers = parts(name)
     step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema(), accumulate=accumulate)
     if parallel == "pmap":
@@ -145,13 +145,13 @@ def run(name, steps=3, state=None, first=0, **layout):
 
 
 def namespace(name, state=None):
-    """n for calling a loss by hand."""
+    """The argument n of a loss: all nets by role, at step 0."""
     state = state or start(name)
     return types.SimpleNamespace(step=0, **frozen(), **state.nets, **{f"{k}_ema": v for k, v in state.ema.items()})
 
 
 def until(step, workdir, copy):
-    """A copy of a run's folder as if the run had been killed after this step, of which it keeps a checkpoint."""
+    """A copy of a run's workdir without later checkpoints, as if the run had been killed after this one."""
     shutil.copytree(workdir, copy)
     for folder in (copy / "checkpoints").iterdir():
         if folder.name.isdigit() and int(folder.name) > step:
@@ -167,7 +167,7 @@ def newest(workdir, experiment_settings):
 
 
 def step_noise(noise, seed):
-    """Noise between steps as the package draws it, for `noise` [b, ...] and a seed or key."""
+    """The package's step_noise for samplers, given their initial `noise` [b, ...] and a seed or key."""
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     return method.step_noise(key, jnp.arange(len(noise)), noise.shape[1:])
 

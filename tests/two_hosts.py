@@ -1,5 +1,5 @@
-"""One of two processes of four devices that train together: `python two_hosts.py METHOD`, with what test_sharding.py
-has in the environment; prints losses and a sum of weights."""
+"""One of two processes of four devices that train together: `python two_hosts.py METHOD`. test_sharding.py starts both
+and sets their environment; host 0 prints the losses and the sum of absolute weights."""
 
 import sys
 
