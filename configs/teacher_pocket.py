@@ -1,5 +1,6 @@
 """The pocket pipeline's UNet and text encoder: 64 px icons and scenes from prompts, on latents, from random weights.
 
+    launch/pocket.sh                                      everything, from the VAE on; or one by one:
     python -m cddistill.precompute.make_pocket runs/pocket_vae runs/pocket_start
     python -m cddistill.main --config=configs/teacher_pocket.py:encode --mode=encode --output=runs/pocket_latents
     python -m cddistill.main --config=configs/teacher_pocket.py

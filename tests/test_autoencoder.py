@@ -10,7 +10,8 @@ from cddistill import commands, config, data, models, train
 from cddistill.method import per_sample
 from cddistill.methods import METHODS
 from cddistill.methods.autoencoder import crop, kl
-from cddistill.net import Autoencoder
+from cddistill.net import Autoencoder, Net
+from cddistill.perceptual import lpips
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -18,11 +19,18 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 def settings(**changes):
     c = config.defaults("autoencoder")
     c.update(steps=4, batch_size=8, log_every=1, eval_every=4, checkpoint_every=4, eval_images=8)
-    c.method.update(channels=(8, 16), ema_decay=0.5, lpips_every=2, lpips_crop=16)
+    c.method.update(channels=(8, 16), ema_decay=0.5, lpips_crop=16)
     c.optim.lr = 1e-3
     c.data.update(size=16)
     c.update(changes)
     return c
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_lpips():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lpips, "load", lambda trunk: Net(None, tiny.coarse_l2))
+        yield
 
 
 @pytest.fixture(scope="module")

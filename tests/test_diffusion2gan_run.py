@@ -24,7 +24,7 @@ def settings(teacher, pairs, method=(), **changes):
     c = config.defaults("diffusion2gan")
     c.update(teacher=str(teacher), steps=6, batch_size=8, log_every=2, checkpoint_every=1, eval_every=3, eval_images=16)
     c.update(keep=6, sample_steps=(1,), teacher_steps=(3,), teacher_guidance=1.5, num_pairs=24, pairs_shard=16)
-    options = {"regression": "teacher", "warmup": 2, "r1_every": 2, "ema_decay": 0.9}
+    options = {"regression": "teacher", "warmup": 2, "r1_every": 1, "ema_decay": 0.9}
     c.method.update(**options | dict(method))
     c.data.update(size=8, pairs=str(pairs))
     c.update(changes)

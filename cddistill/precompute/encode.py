@@ -17,13 +17,13 @@ from rich.progress import Progress
 
 from cddistill import data, io, pipeline, sharding
 from cddistill.config import Experiment
-from cddistill.data.sources.arrays import NULL
 from cddistill.data.splits import SPLITS
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
 MANIFEST = "manifest.json"
+NULL = {"text": "null", "text_embeds": "null_text_embeds", "input_ids": "null_input_ids"}
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -82,7 +82,7 @@ def write(folder: pathlib.Path, command: dict, item, rows: int, batch_size: int,
     write_part(part, command, map(item, numbers), len(numbers), batch_size, encode)
     for name, x in text_arrays(null).items():
         if name in NULL:
-            np.save(part / NULL[name], half({name: np.asarray(x)})[name])
+            np.save(part / f"{NULL[name]}.npy", half({name: np.asarray(x)})[name])
 
 
 def write_part(folder: pathlib.Path, command: dict, items, total: int, batch_size: int, encode) -> None:

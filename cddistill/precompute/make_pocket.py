@@ -25,7 +25,7 @@ from cddistill.net import count
 
 VOCABULARY = 2048  # tokens
 WIDTH = 192  # of the text encoder
-SCENES = 3000  # captions of scenes; they repeat a few words
+PASSES, SCENES = 3, 3000  # passes over the icons; scenes, whose captions repeat a few words
 TEXT_ENCODER = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4,
     "num_attention_heads": 6, "max_position_embeddings": POSITIONS, "projection_dim": WIDTH,
@@ -48,14 +48,13 @@ INDEX = {
 
 
 def captions() -> list[str]:
-    """Captions of the training split: every icon in every skin tone, and scenes."""
-    from cddistill.data.sources import icons
-
-    source = data.load(data.configure(source="icons", size=64), "train").source
-    styles, _ = icons.pack()
-    drawn = [icons.caption(styles[style][row]) for variants in source.elements for style, row in variants]
-    scenes = data.load(data.configure(source="scenes", size=8, num_classes=24), "train").source
-    return drawn + [scenes.element(i, None)["caption"] for i in range(SCENES)]
+    """Captions of the training split: every icon in random skin tones, PASSES times, and some scenes."""
+    rng = np.random.default_rng(0)
+    icons, scenes = (
+        data.load(data.configure(source=name, size=8, num_classes=24), "train") for name in ("icons", "scenes")
+    )
+    rows = [icons.item(i, rng) for _ in range(PASSES) for i in range(len(icons))]
+    return [row["caption"] for row in rows + [scenes.item(i, rng) for i in range(SCENES)]]
 
 
 def train_tokenizer(texts: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
