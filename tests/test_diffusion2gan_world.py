@@ -100,7 +100,7 @@ def test_ddim_solves_the_known_ode():
     np.testing.assert_allclose(x, ode(z), atol=0.03)
 
 
-@pytest.mark.parametrize("gan_weight", [0.0, 0.1])
+@pytest.mark.parametrize("gan_weight", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_student_learns_the_ode(gan_weight):
     """With regression only, and with the discriminator added."""
     method = Diffusion2GAN(

@@ -101,7 +101,9 @@ def program(name):
     return lambda params: jax.jit(gradients)(params, z_t)
 
 
-@pytest.mark.parametrize("style", ["peft", "dotted", "processor", "kohya", "kohya_xl"])
+@pytest.mark.parametrize(
+    "style", ["peft", "kohya", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dotted", "processor", "kohya_xl"))]
+)
 def test_files_of_every_style_equal_diffusers(style, tmp_path, parity):
     net, adapter = read_style(tmp_path, style)
     (_, grad), out = program(files()[style][0])(lora.adapt(net, adapter).params)

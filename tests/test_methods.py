@@ -22,10 +22,12 @@ LAYOUTS = {
 # depend on the position in the batch, or if weights cannot be sharded (seen with fsdp). One method with a branch and an
 # average shows all of these; the others repeat it as slow tests.
 DEFAULT = {
-    "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),  # jit over 8: test_sharding
+    "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),
     "judge": ("jit over 8",),
 }
-GENERATORS = [name for name, method in tiny.VARIANTS.items() if isinstance(method, Generator)]
+REPEATS = ("dmd2_lora", "codi_released", "codi_pe")  # the options of methods that are tested with others: slow
+EVERY = [pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in tiny.VARIANTS]
+GENERATORS = [param for param in EVERY if isinstance(tiny.VARIANTS[param.values[0]], Generator)]
 CASES = [
     pytest.param(name, layout, marks=() if layout in DEFAULT.get(name, ()) else pytest.mark.slow)
     for name in tiny.VARIANTS
@@ -33,7 +35,7 @@ CASES = [
 ]
 
 
-every_variant = pytest.mark.parametrize("name", tiny.VARIANTS)
+every_variant = pytest.mark.parametrize("name", EVERY)
 
 
 @every_variant
@@ -107,7 +109,7 @@ def test_samples_do_not_depend_on_their_position_in_the_batch(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("d2g", "dmd2_lora") else ()) for n in tiny.VARIANTS]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("d2g", *REPEATS) else ()) for n in tiny.VARIANTS]
 )
 def test_the_loss_falls(name):
     """60 steps on one batch: the mean of the last 15 losses is below that of the first 15."""

@@ -112,6 +112,7 @@ def test_initial_features_are_the_teachers(kind):
     assert apart(logits, judge(teacher, heads)).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 def test_z_and_resized_images_have_no_effect_but_a_gradient_at_first(kind):
     _, disc, _ = made(kind)
