@@ -90,6 +90,12 @@ def test_a_run_improves_and_its_folder_is_read_back(run, tmp_path, capsys):
     assert "The first images of the held-out test split." in (run / "report.html").read_text()
 
 
+def test_a_file_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="an autoencoder is exported as a folder"):
+        commands.export_run(settings(), run, str(tmp_path / "vae.safetensors"))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_teachers_vae_is_fine_tuned(run, tmp_path):
     commands.export_run(settings(), run, str(tmp_path / "out"))
     vae = models.load(tmp_path / "out", "vae")

@@ -9,7 +9,7 @@ import tiny
 
 from cddistill import commands, config, data, health, models, train
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = [pytest.mark.usefixtures("two_devices"), pytest.mark.slow]  # the path is that of test_dmd2_run
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,12 @@ class TrainAutoencoder(Scored):
         return {"image": x * 0.5 + 0.5, "reconstruction": vae.images(vae.encode(x))}
 
     def export_file(self, n, batch, path):
-        """Write vae/ to the folder `path`, with the scaling factor that gives the batch's latents unit variance."""
+        """Write vae/ to the folder `path`, with the scaling factor that gives the batch's latents unit variance.
+
+        Raises ValueError if the path names a file.
+        """
+        if path.suffix == ".safetensors":
+            raise ValueError(f"--output={path}: an autoencoder is exported as a folder")
         vae, x, module = n.vae_ema, batch["x0"], n.vae_ema.encoder.module
         factor = module.scaling_factor / float(np.std(jax.jit(Autoencoder.encode)(vae, x)))
         models.save(path, "vae", vae.params, module.to_config() | {"scaling_factor": factor})
