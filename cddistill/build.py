@@ -14,7 +14,7 @@ from cddistill.data import ode_pairs
 from cddistill.method import Generator, Requires
 from cddistill.models import adapter
 from cddistill.models.prompt import embed_ids
-from cddistill.net import Adapted, Net
+from cddistill.net import Adapted
 from cddistill.optim import optimizer
 from cddistill.pipeline import Pipeline
 from cddistill.step import TrainState, init_state, train_step
@@ -60,7 +60,7 @@ def build(experiment: Experiment) -> Parts:
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
     frozen["autoencoder"] = teacher.autoencoder
     if requires.text_encoder:
-        frozen["teacher_text_encoder"] = load_text_encoder(teacher)
+        frozen["teacher_text_encoder"] = teacher.text_encoder
     frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     if requires.teacher:
@@ -85,14 +85,6 @@ def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
     if experiment.run.controlnet:
         frozen["controlnet"] = teacher.controlnet(experiment.run.controlnet)
     return frozen
-
-
-def load_text_encoder(teacher: Pipeline) -> Net:
-    """The only text encoder of a pipeline; ValueError if it has none or several."""
-    nets = teacher.prompts.nets if teacher.prompts else ()
-    if len(nets) != 1:
-        raise ValueError(f"{teacher.name} has {len(nets)} text encoders; this method trains the one of its teacher")
-    return nets[0]
 
 
 def make_optimizers(experiment: Experiment):

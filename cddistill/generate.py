@@ -138,8 +138,20 @@ def scoring_program(method: Method, mesh):
 
 def pictures(student: Student, batch) -> dict[str, np.ndarray]:
     """{label: images [n, h, w, c] in [0, 1]} of a method that is `Scored`; {} if it shows none."""
-    program = jax.jit(lambda nets, rows: student.method.pictures(Student(*student[:2], *nets).n(), rows))
-    return jax.tree.map(np.asarray, program(student[2:], batch))
+    program, nets = pictures_program(student.method, student.mesh), student[2:]
+    return map_batched(student.mesh, lambda rows: program(nets, rows), batch, len(batch["index"]))
+
+
+@functools.lru_cache(maxsize=4)
+def pictures_program(method: Method, mesh):
+    """The compiled part of `pictures`."""
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.inside, mesh)
+    def program(nets, batch):
+        return method.pictures(Student(method, mesh, *nets).n(), batch)
+
+    return program
 
 
 def decode(autoencoder: Autoencoder, x0) -> np.ndarray:

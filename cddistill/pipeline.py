@@ -72,6 +72,14 @@ class Pipeline:
         prompts = load_prompts(self.name, jnp.dtype(self.options.get("dtype", "float32")))
         return prompts.with_lora(self.lora, self.lora_scale) if self.lora else prompts
 
+    @property
+    def text_encoder(self) -> Net:
+        """The only text encoder; ValueError if there is none or several."""
+        nets = self.prompts.nets if self.prompts else ()
+        if len(nets) != 1:
+            raise ValueError(f"{self.name} has {len(nets)} text encoders; this method trains the one of its teacher")
+        return nets[0]
+
     def controlnet(self, folder: str) -> Net:
         """A ControlNet from a folder of its own, with this pipeline's options."""
         return models.load(folder, "controlnet", expect=models.CONTROLNETS, place=self.place, **self.options)

@@ -8,7 +8,7 @@ import pytest
 
 from cddistill import data
 from cddistill.data import configure, splits
-from cddistill.data.sources import icons, scenes
+from cddistill.data.sources import emoji, icons, scenes
 from cddistill.data.sources.make_icon_pack import concepts, parse
 
 
@@ -76,7 +76,7 @@ def test_captions_are_words():
         ("boy-medium-dark-skin-tone", (), ("boy", ["medium-dark"])),
         ("kiss-person-person-dark-skin-tone-light-skin-tone", (), ("kiss-person-person", ["dark", "light"])),
         ("mermaid-tone2", (), ("mermaid", ["medium-light"])),
-        ("artist-medium-light", [f"artist-{tone}" for tone in icons.TONES], ("artist", ["medium-light"])),
+        ("artist-medium-light", [f"artist-{tone}" for tone in emoji.TONES], ("artist", ["medium-light"])),
         ("flashlight-light", ["flashlight-light", "flashlight"], ("flashlight-light", [])),
         ("flag-for-flag-peru", (), ("flag-peru", [])),
     ],

@@ -13,6 +13,9 @@ Element = dict[str, Any]
 """One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
 float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str."""
 
+NULL_FILES = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_ids": "null_input_ids.npy"}
+"""Files of encoded data with the empty prompt's row, by the array that it belongs to."""
+
 
 @runtime_checkable
 class Images(Protocol):

@@ -28,11 +28,8 @@ class ClipTokenizer:
         A text that is too long loses its last tokens, with a warning. Unknown characters are kept as bytes.
         """
         length = max_length or self.model_max_length
-        return {"input_ids": [self.fit(text, e.ids, length) for text, e in zip(texts, self.encode(texts), strict=True)]}
-
-    def encode(self, texts):
-        """The encodings of texts of any length."""
-        return self.bpe.encode_batch(list(texts))
+        encoded = self.bpe.encode_batch(list(texts))
+        return {"input_ids": [self.fit(text, e.ids, length) for text, e in zip(texts, encoded, strict=True)]}
 
     def fit(self, text: str, ids: list[int], length: int) -> list[int]:
         """ids padded or truncated to a length."""
@@ -63,12 +60,10 @@ def load(path: Path) -> ClipTokenizer:
         raise ValueError(f"{path} holds neither vocab.json with merges.txt nor tokenizer.json")
     pad = options.get("pad_token") or END
     pad = pad["content"] if isinstance(pad, dict) else pad
-    if (
-        bpe.token_to_id(pad) is not None
-    ):  # as transformers does: Stable Diffusion 2's "!" in a text is its padding token
-        bpe.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
     if (pad_id := bpe.token_to_id(pad)) is None:
         raise ValueError(f"{path}: its pad_token {pad!r} is not in the vocabulary")
+    # As in transformers, the padding token is special: Stable Diffusion 2's "!" in a text is one.
+    bpe.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
     return ClipTokenizer(bpe, pad_id, min(int(options.get("model_max_length", POSITIONS)), 10**6))
 
 

@@ -17,13 +17,13 @@ from rich.progress import Progress
 
 from cddistill import data, io, pipeline, sharding
 from cddistill.config import Experiment
+from cddistill.data.contracts import NULL_FILES
 from cddistill.data.splits import SPLITS
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
 MANIFEST = "manifest.json"
-NULL = {"text": "null", "text_embeds": "null_text_embeds", "input_ids": "null_input_ids"}
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -43,8 +43,8 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
     latent = vae.params is not None and experiment.data.task.conditional and takes_latents(experiment, teacher, vae)
     tokens = experiment.method.requires().text_encoder
-    if tokens and (prompts is None or len(prompts.nets) > 1):
-        raise ValueError(f"{run.teacher} has not exactly one text encoder, which this method trains")
+    if tokens:
+        _ = teacher.text_encoder  # raises if there is not exactly one
     encoders = Encoders(vae, prompts, experiment.data.task.encode if latent else None, tokens)
     null = encoders.null((experiment.data.size,) * 2)
     command = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
@@ -81,8 +81,8 @@ def write(folder: pathlib.Path, command: dict, item, rows: int, batch_size: int,
     part = folder / f"{host:05}-of-{hosts:05}"
     write_part(part, command, map(item, numbers), len(numbers), batch_size, encode)
     for name, x in text_arrays(null).items():
-        if name in NULL:
-            np.save(part / f"{NULL[name]}.npy", half({name: np.asarray(x)})[name])
+        if name in NULL_FILES:
+            np.save(part / NULL_FILES[name], half({name: np.asarray(x)})[name])
 
 
 def write_part(folder: pathlib.Path, command: dict, items, total: int, batch_size: int, encode) -> None:

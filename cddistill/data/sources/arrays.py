@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cddistill.data.contracts import Source
+from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.splits import SPLITS, members
 
 AXES = {
@@ -20,9 +20,6 @@ AXES = {
     "text_embeds": 2,
     "time_ids": 2,
 }
-
-NULL = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_ids": "null_input_ids.npy"}
-"""Files with the rows of the empty prompt."""
 
 
 class Rows:
@@ -82,7 +79,7 @@ class ArrayItems:
         self.captions = list(itertools.chain(*read)) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
         self.check(config)
-        self.null = {name: self.read_null(name) for name in NULL if name in self.arrays}
+        self.null = {name: self.read_null(name) for name in NULL_FILES if name in self.arrays}
         rows = map(str, range(n))
         self.rows = [int(row) for row in (rows if divided else members(rows, split))]
 
@@ -113,8 +110,8 @@ class ArrayItems:
             raise ValueError(f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label")
 
     def read_null(self, name):
-        """The empty prompt's embedding or token ids, a row of one of NULL, float32."""
-        path = self.parts[0] / NULL[name]
+        """The empty prompt's embedding or token ids, one of NULL_FILES, float32."""
+        path = self.parts[0] / NULL_FILES[name]
         expected = self.arrays[name].shape[1:]
         if not path.exists():
             raise ValueError(f"{name}.npy needs {path}, the embedding of the empty prompt, of shape {expected}")

@@ -7,19 +7,17 @@ import collections
 import csv
 import dataclasses
 import functools
-from pathlib import Path
 
 from cddistill.data.contracts import Source
 from cddistill.data.images import resize
 from cddistill.data.sheets import tiles
+from cddistill.data.sources.emoji import ASSETS
 from cddistill.data.splits import in_order, members
 
-ASSETS = Path(__file__).parents[1] / "assets"
 STYLES = {  # the word for it in captions, and the set's name
     "fluent": "fluent-emoji", "flat": "fluent-emoji-flat", "noto": "noto", "twemoji": "twemoji",
     "emojione": "emojione",
 }  # fmt: skip
-TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 SIZE = 64
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from cddistill.data.sheets import sheet
-from cddistill.data.sources.icons import ASSETS, SIZE, STYLES, TONES
+from cddistill.data.sources.emoji import ASSETS, TONES
+from cddistill.data.sources.icons import SIZE, STYLES
 
 QUALITY = 84  # of WebP, 0 to 100
 COLUMNS = 60

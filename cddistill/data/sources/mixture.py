@@ -10,10 +10,7 @@ from cddistill.data.splits import in_order
 class Mixture(Source):
     """The examples of several sources, concatenated and shuffled; each source has its default options."""
 
-    mixture: tuple[str, ...] = (
-        "icons",
-        "scenes",
-    )  # names of sources; labels of later ones follow those of earlier ones
+    mixture: tuple[str, ...] = ("icons", "scenes")  # the labels of later ones follow those of earlier ones
 
     def open(self, config, split):
         from cddistill.data.sources import SOURCES  # which lists this class
