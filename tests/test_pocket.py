@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cddistill import models
+import cddistill
+from cddistill import generate, models
 from cddistill.methods import METHODS
 from cddistill.models import tokenizer
 from cddistill.net import Autoencoder, count
@@ -59,3 +60,16 @@ def test_prompts_are_embedded(folder):
     text = Pipeline(str(folder)).prompts(PROMPTS)["encoder_hidden_states"]
     assert text.shape == (4, 77, make_pocket.WIDTH)
     assert np.isfinite(text).all()
+
+
+@pytest.mark.slow
+def test_it_generates_as_pytorchs_stable_diffusion_pipeline(folder):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    model = cddistill.load(str(folder))
+    images = cddistill.sample(model, prompt=PROMPTS, steps=4, guidance=3.0, seed=5)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    noise = np.moveaxis(np.asarray(generate.noises(5, np.arange(4), model.shape, 1))[:, 0], -1, 1)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    theirs = pipe(PROMPTS, latents=torch.from_numpy(noise.copy()), **options).images
+    assert np.abs(images - theirs).max() < 1e-4
+    assert np.abs(images[0] - images[1]).max() > 1e-3  # the prompt matters
