@@ -28,6 +28,7 @@ CORE = [
     "pillow>=11",
     "rich>=13.9",
     "safetensors>=0.5",
+    "scikit-image>=0.25",  # the Canny edges of data.task=canny
     "scipy>=1.14",
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22",

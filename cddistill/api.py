@@ -102,7 +102,7 @@ def sample(
         batch["cond"] = np.stack([condition(model, source) for source in given["image"]])
     student = guided(model.student, guidance)
     batch = generate.with_latent_condition(student, model.pipeline, model.task or TASKS["none"](), batch)
-    return generate.sample(student, batch, steps or model.steps, seed)
+    return generate.sample(student, batch, steps or model.steps, seed, task=model.task)
 
 
 def listed(x) -> list:

@@ -86,9 +86,9 @@ def sample(settings, workdir: Path, source: str | None, output: str, which: str 
     student, steps = generate.student_of(parts, state), max(run.sample_steps)
     if source is None:
         return sample_grid(parts, student, output, steps)
-    paths = image_files(Path(source))
+    paths = image_files(Path(source), parts.experiment.data.task)
     batch = condition_on(parts, paths)
-    generated = generate.sample(student, batch, steps, run.seed)
+    generated = generate.sample(student, batch, steps, run.seed, task=parts.experiment.data.task)
     for path, image in zip(paths, generated, strict=True):
         to = Path(output) / f"{path.stem}.png" if Path(source).is_dir() else Path(output)
         grids.save_png(to, grids.to_uint8(image[None])[0])
@@ -119,11 +119,11 @@ def condition_on(parts: Parts, paths: list[Path]) -> dict:
     return generate.batch_of(parts, batch)
 
 
-def image_files(source: Path) -> list[Path]:
-    """One image, or all of a folder."""
+def image_files(source: Path, task) -> list[Path]:
+    """One input, or all in a folder that the task takes as inputs."""
     found = [source]
     if source.is_dir():
-        found = sorted(p for p in source.iterdir() if p.suffix.lower() in images.SUFFIXES)
+        found = task.input_files(sorted(p for p in source.iterdir() if p.suffix.lower() in images.SUFFIXES))
     if not found or not found[0].is_file():
         raise ValueError(f"--input={source} is neither an image nor a folder of images")
     return found

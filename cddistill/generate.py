@@ -96,13 +96,17 @@ def images(student: Student, batch, noise, after, steps: int, decode: bool = Tru
     return n.autoencoder.images(x0) if decode else x0
 
 
-def sample(student: Student, batch, steps: int, seed: int = 0, chunk: int = 64, decode: bool = True) -> np.ndarray:
+def sample(
+    student: Student, batch, steps: int, seed: int = 0, chunk: int = 64, decode: bool = True, task: Task | None = None
+) -> np.ndarray:
     """Images [n, h, w, c] in [0, 1], or x0 with decode=False.
 
-    batch has INPUTS (of x0 only the shape counts) and "index": noise follows batch["index"] and the seed.
+    batch has INPUTS (of x0 only the shape counts) and "index": noise follows batch["index"] and the seed. The task, if
+    given, finishes the images of a batch with conditions.
     """
     program, nets = sampling_program(student.method, student.mesh, decode), student[2:]
-    return map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)
+    found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)
+    return task.finish(found, batch["cond"]) if task and "cond" in batch else found
 
 
 @functools.lru_cache(maxsize=16)

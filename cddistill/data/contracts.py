@@ -72,6 +72,10 @@ class Task(Protocol):
     def condition(self, element: Element, rng: np.random.Generator) -> np.ndarray | None:
         """The conditioning image, float32 [h, w, c] in [0, 1]. element["target"] holds the result of `target`."""
 
+    def input_files(self, paths: list[Path]) -> list[Path]:
+        """Those of the image files in a user's folder that are inputs by themselves."""
+        return paths
+
     def read(self, path: Path, size: int) -> np.ndarray:
         """The condition [size, size, c] in [0, 1] from a user's image file, for --mode=sample."""
         raise ValueError(f"--input={path}: this task takes no input")
@@ -87,6 +91,18 @@ class Task(Protocol):
     def references(self, cond: np.ndarray) -> Mapping[str, np.ndarray]:
         """Baselines without a network, as rows of the report: {"bicubic": images [n, h, w, 3]}."""
         return {}
+
+    def regions(self, cond: np.ndarray, truth: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Parts of the images that are scored by themselves: {"in the hole": weights [n, h, w] in [0, 1]}."""
+        return {}
+
+    def measures(self, generated: np.ndarray, truth: np.ndarray, cond: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The task's own measures of generated images, targets and conditions [n, h, w, c]: {"Edge F1": [n]}."""
+        return {}
+
+    def finish(self, generated, cond):
+        """Generated images [n, h, w, 3] as they leave, such as with the known pixels of their conditions."""
+        return generated
 
     def encode(self, autoencoder, cond):
         """Latents of conditions [n, h, w, c], for students that take their condition in latent space."""

@@ -1,8 +1,11 @@
 """Image files and arrays to uint8 RGB images of one size."""
 
+import contextlib
+
 import numpy as np
 from PIL import Image, ImageOps
 
+ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # of Pillow, for files that it cannot read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """PIL modes that are accepted, and the mode each is converted to before alpha is composited on white."""
@@ -27,8 +30,16 @@ def read(path, name=None):
     try:
         with Image.open(path) as file:
             return to_rgb(file, name)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # from Pillow, for broken files
+    except ERRORS as error:
         raise ValueError(f"{name} cannot be read ({error})") from error
+
+
+def read_alpha(path):
+    """The alpha channel of an image file or PIL image, oriented as `read` does: mode L, or None without one."""
+    with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
+        if not image.has_transparency_data:
+            return None
+        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
 
 
 def from_array(array, name):

@@ -1,5 +1,6 @@
 """Evaluate a trained run on the test split: student, teacher, baseline and references, as scores and a report."""
 
+import dataclasses
 import importlib.metadata
 import platform
 import time
@@ -11,8 +12,8 @@ import numpy as np
 import cddistill
 from cddistill import data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
-from cddistill.evals import grids, report
-from cddistill.evals.scores import Row, evaluate, markdown
+from cddistill.evals import grids, regions, report
+from cddistill.evals.scores import Row, Scores, evaluate, markdown
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.step import TrainState
@@ -58,16 +59,28 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
         sets |= {name: np.asarray(x) for name, x in task.references(batch["cond"]).items()}
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()
-        sets[label] = generate.sample(student, batch, steps, run.seed)
+        sets[label] = generate.sample(student, batch, steps, run.seed, task=task)
         nfe[label] = student.method.nfe(steps)
         timings |= {f"sampling: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
         return [], []
     best = row_name("teacher", max(run.teacher_steps)) if run.teacher_steps and not paired else ""
     rows = evaluate(sets, truth, nfe=nfe, paired=paired, teacher=best)
+    if paired:
+        own = task_scores(task, sets, truth, np.asarray(batch["cond"]))
+        rows = [dataclasses.replace(row, metrics=row.metrics | own[row.name]) for row in rows]
     shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
     caption = f"The first images of the held-out test split ({len(batch['index'])} in total)."
     return rows, [(caption, grids.side_by_side(shown))]
+
+
+def task_scores(task, sets, truth, cond) -> dict[str, Scores]:
+    """What only this task measures, by set: scores of regions, and the task's own measures."""
+    found = regions.evaluate(sets, truth, task.regions(cond, truth))
+    for name, images in sets.items():
+        for measure, each in task.measures(images, truth, cond).items():
+            found[name][measure] = (each.mean(), each.std(ddof=1) / len(each) ** 0.5)
+    return found
 
 
 def contenders(parts: Parts, state: TrainState) -> list[tuple[str, Student, int]]:

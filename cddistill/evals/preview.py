@@ -1,5 +1,6 @@
 """Evaluation during training: an image grid of fixed validation examples, or the scores of a metric."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -28,13 +29,14 @@ class Preview:
             self.load()
         run, task = self.parts.experiment.run, self.parts.experiment.data.task
         student = generate.student_of(self.parts, state)
-        rows = {f"{k} steps": generate.sample(student, self.batch, k, run.seed) for k in run.sample_steps}
+        sample = functools.partial(generate.sample, student, self.batch, task=task)
+        rows = {f"{k} steps": sample(k, run.seed) for k in run.sample_steps}
         generated = rows[f"{run.sample_steps[-1]} steps"]
         if self.truth is not None:
             rows = {"input": task.picture(self.batch["cond"])} | rows | {"truth": self.truth}
             scores = {"val/psnr": float(np.mean(fidelity.psnr(generated, self.truth)))}
         else:
-            others = generate.sample(student, self.batch, run.sample_steps[-1], run.seed + 1)
+            others = sample(run.sample_steps[-1], run.seed + 1)
             scores = {"val/diversity": diversity(generated, others)}
         if sharding.is_host0():
             grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))

@@ -45,14 +45,15 @@ METRICS = {
     "KID-EffLite0@224": Metric(False, 1, images=3, how=KID.format(224)),
     "FD-EffLite0-PCA64": Metric(False, 1, images=2 * kid.PCA, how=FD),
     "Precision-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=PRECISION),
+    "Edge F1": Metric(True, 3, how="F1 of the image's Canny edges against the target's, with a tolerance of 1 px."),
     "Recall-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=RECALL),
 }
 TO_TEACHER = " to the teacher"  # suffix of a metric whose targets are the teacher's samples from the same noise
 
 
 def metric_of(column: str) -> Metric:
-    """The metric of a column of the table, with or without the suffix."""
-    return METRICS.get(column.removesuffix(TO_TEACHER), Metric(None))
+    """The metric of a column of the table: "PSNR", "PSNR to the teacher" or "PSNR in the hole"."""
+    return next((m for name, m in METRICS.items() if column == name or column.startswith(f"{name} ")), Metric(None))
 
 
 class NotComputed(ValueError):

@@ -3,6 +3,7 @@
 from cddistill.data.sources.arrays import Arrays
 from cddistill.data.sources.emoji import Emoji
 from cddistill.data.sources.folder import Folder
+from cddistill.data.sources.icon_edits import IconEdits
 from cddistill.data.sources.icons import Icons
 from cddistill.data.sources.mixture import Mixture
 from cddistill.data.sources.scenes import Scenes
@@ -11,6 +12,7 @@ from cddistill.data.sources.tfds import TensorflowDatasets
 SOURCES = {
     "emoji": Emoji,
     "icons": Icons,
+    "icon_edits": IconEdits,
     "scenes": Scenes,
     "mixture": Mixture,
     "folder": Folder,

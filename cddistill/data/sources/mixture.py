@@ -26,7 +26,7 @@ class Mixture(Source):
 class MixedImages:
     """Examples of all sources in a fixed pseudo-random order, so that the first n are a random sample.
 
-    Only what all of them have is kept: the image, label and caption.
+    Only what all of them have is kept: image, label and caption, for some also the edited image and its instruction.
     """
 
     def __init__(self, sources):
@@ -36,6 +36,7 @@ class MixedImages:
         self.first_label = dict(zip(sources, (sum(labels[:k]) for k in range(len(labels))), strict=True))
         names = {f"{name}/{i}": (name, i) for name, source in sources.items() for i in range(len(source))}
         self.elements = [names[key] for key in in_order(names)]
+        self.kept = set.intersection(*({*source.element(0, None)} for source in sources.values()))
 
     def __len__(self):
         return len(self.elements)
@@ -44,8 +45,5 @@ class MixedImages:
         """Example i."""
         name, row = self.elements[i]
         element = self.sources[name].element(row, rng)
-        return {
-            "image": element["image"],
-            "label": element["label"] + self.first_label[name],
-            "caption": element["caption"],
-        }
+        label = element["label"] + self.first_label[name]
+        return {key: element[key] for key in self.kept} | {"label": label}
