@@ -24,16 +24,16 @@ from cddistill.models.tokenizer import END, POSITIONS, START, clip
 from cddistill.net import count
 
 VOCABULARY = 2048  # tokens
-WIDTH = 192  # of the text encoder
+WIDTH = 128  # of the text encoder
 PASSES, SCENES = 3, 3000  # passes over the icons; scenes, whose captions repeat a few words
 TEXT_ENCODER = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "max_position_embeddings": POSITIONS, "projection_dim": WIDTH,
+    "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "projection_dim": WIDTH,
     "eos_token_id": VOCABULARY - 1,
 }  # fmt: skip
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4,
-    "block_out_channels": [64, 128, 176], "layers_per_block": 1, "norm_num_groups": 16,
+    "block_out_channels": [64, 96, 160], "layers_per_block": 1, "norm_num_groups": 16,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],  # attention at 8 and 4 px
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "cross_attention_dim": WIDTH, "attention_head_dim": 4,
