@@ -174,9 +174,10 @@ def like(c: Shaped[Array, "..."], x: Shaped[Array | np.ndarray, "..."]) -> Shape
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
 
 
-def guide(cond: Guided, uncond: Guided, scale: float | Float[Array, ""]) -> Guided:
+def guide(cond: Guided, uncond: Guided, scale: float | Float[Array, "..."]) -> Guided:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6): uncond + scale (cond - uncond), leaf by leaf.
 
-    cond and uncond are pytrees of one structure, such as two `Prediction`s. scale 1 returns cond, 0 returns uncond.
+    cond and uncond are pytrees of one structure, such as two `Prediction`s; scale is a number, or broadcasts over their
+    leaves. scale 1 returns cond, 0 returns uncond.
     """
     return jax.tree.map(lambda c, u: u + scale * (c - u), cond, uncond)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from cddistill import commands, config, models, sampling, train
-from cddistill.methods.pretrained import Pretrained, guidance_embedding
+from cddistill.methods.pretrained import Pretrained
+from cddistill.models.guidance import guidance_embedding
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -53,7 +54,7 @@ def test_own_timesteps_apply_to_their_number_of_steps():
 
 def test_the_guidance_embedding_is_that_of_lcm():
     """Sinusoids of 1000 (w - 1), all sines first: by hand for width 4 at w = 1.002."""
-    got = guidance_embedding(1.002, 4, 1)
+    got = guidance_embedding(jnp.array([1.002]), 4)
     np.testing.assert_allclose(got, [[np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)]], atol=1e-3)
 
 

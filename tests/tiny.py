@@ -39,6 +39,7 @@ VARIANTS = {
     "d2g": METHODS["diffusion2gan"](
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
+    "lcm": METHODS["lcm"](embedding_width=4, ema_decay=0.9),
     "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
     "autoencoder": METHODS["autoencoder"](channels=(8, 8), lpips_every=2, lpips_crop=4, ema_decay=0.9),
     "codi_released": METHODS["codi"](

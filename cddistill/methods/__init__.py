@@ -6,6 +6,7 @@ from cddistill.methods.diffusion import Diffusion
 from cddistill.methods.diffusion2gan import Diffusion2GAN
 from cddistill.methods.dmd2 import DMD2
 from cddistill.methods.latent_lpips import LatentMetric
+from cddistill.methods.lcm import LCM
 from cddistill.methods.pretrained import Pretrained
 
 METHODS = {
@@ -13,6 +14,7 @@ METHODS = {
     "codi": CoDi,
     "dmd2": DMD2,
     "diffusion2gan": Diffusion2GAN,
+    "lcm": LCM,
     "pretrained": Pretrained,
     "latent_lpips": LatentMetric,
     "autoencoder": TrainAutoencoder,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cddistill import sampling
 from cddistill.method import Generator, Requires, check_choices
 from cddistill.models import adapter
-from cddistill.models.blocks import sinusoid
+from cddistill.models.guidance import guidance_embedding, width_of
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 from cddistill.pipeline import Pipeline
@@ -46,8 +46,9 @@ class Pretrained(Generator):
     def sample(self, n, noise, batch, step_noise, steps):
         schedule = n.teacher.schedule
         embedding = {}
-        if width := getattr(n.teacher.module, "time_cond_proj_dim", None):
-            embedding = {"timestep_cond": guidance_embedding(self.embedded_guidance, width, len(noise))}
+        if width := width_of(n.teacher):
+            scales = jnp.full(len(noise), self.embedded_guidance)
+            embedding = {"timestep_cond": guidance_embedding(scales, width)}
         text = batch["text"] | embedding
         null = batch["null"] | embedding
         denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)
@@ -77,8 +78,3 @@ def conditioned(n, noise, batch):
     student = Adapted(n.teacher, controlnet)
     cond = adapter.condition("concat" if controlnet is None else "controlnet", batch)
     return lambda z, t, text: student(z, t, text, cond)
-
-
-def guidance_embedding(scale: float, width: int, n: int):
-    """The guidance embedding [n, width] of an LCM (Luo et al. 2023, sec. 4.2): sinusoids of 1000 (scale - 1)."""
-    return sinusoid(jnp.full(n, 1000.0 * (scale - 1.0)), width, False, 1)
