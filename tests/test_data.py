@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill.data import batches, configure, examples, load, loader, splits
+from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits
 from cddistill.data.sources import emoji, scenes
 
 SR = configure(task="sr")
@@ -184,6 +184,12 @@ def test_examples_are_deterministic():
 def test_invalid_configs_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         configure(**changes)
+
+
+def test_a_source_and_a_task_may_be_given_by_name():
+    assert DataConfig(source="emoji", task="sr") == configure(source="emoji", task="sr")
+    with pytest.raises(ValueError, match="data.source must be one of emoji, .* not 'emojis'"):
+        DataConfig(source="emojis")
 
 
 def test_wrong_split_or_number_of_classes_is_refused():

@@ -21,10 +21,13 @@ KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless")  # keys of an 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data of a run. `configure` makes one from plain values."""
+    """The data of a run. `configure` makes one from plain values, with the options of its source and task.
 
-    source: Source = SOURCES["emoji"]()
-    task: Task = TASKS["none"]()
+    source and task may be given by name, with their default options.
+    """
+
+    source: Source | str = SOURCES["emoji"]()
+    task: Task | str = TASKS["none"]()
     path: str = ""  # folder of images or arrays, or name of a tensorflow dataset
     size: int = 32  # pixels, height and width
     num_classes: int = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
@@ -33,6 +36,9 @@ class DataConfig:
     skip_bad: bool = False  # skip unreadable images of a folder, or shards of pairs, instead of stopping
 
     def __post_init__(self):
+        for kind, registry in REGISTRIES.items():
+            if isinstance(name := getattr(self, kind), str):
+                object.__setattr__(self, kind, registered(kind, name)())
         for name in ("size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
@@ -49,6 +55,13 @@ class DataConfig:
 
 
 REGISTRIES = {"source": SOURCES, "task": TASKS}
+
+
+def registered(kind: str, name) -> type:
+    """The class of a source or task by its name. Raises ValueError naming those that there are."""
+    if name not in REGISTRIES[kind]:
+        raise ValueError(f"data.{kind} must be one of {', '.join(REGISTRIES[kind])}, not {name!r}")
+    return REGISTRIES[kind][name]
 
 
 def name_in(registry, value) -> str:
@@ -81,11 +94,10 @@ def configure(**values) -> DataConfig:
     values = defaults() | values
     chosen = {}
     for kind, registry in REGISTRIES.items():
-        if (name := values[kind]) not in registry:
-            raise ValueError(f"data.{kind} must be one of {', '.join(registry)}, not {name!r}")
+        choice = registered(kind, values[kind])
         for cls in registry.values():
             options = typed.check_types(cls, {f.name: values[f.name] for f in dataclasses.fields(cls)}, "data.")
-            if cls is registry[name]:
+            if cls is choice:
                 chosen[kind] = cls(**options)
     fields = {name: x for name, x in values.items() if name in common and name not in REGISTRIES}
     return DataConfig(**chosen, **typed.check_types(DataConfig, fields, "data."))
