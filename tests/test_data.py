@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits
+from cddistill.data.sources import arrays as sources
 from cddistill.data.sources import emoji, scenes
 
 SR = configure(task="sr")
@@ -426,6 +428,88 @@ def test_inconsistent_arrays_are_refused(arrays, name, array, sentence):
         np.save(arrays / name, array)
     with pytest.raises(ValueError, match=sentence):
         load(latents(arrays))
+
+
+def noise(*shape, scale=1.0, shift=0.0, dtype=np.float32):
+    return (np.random.default_rng(1).normal(size=shape) * scale + shift).astype(dtype)
+
+
+def with_nan(at):
+    x = noise(40, 8, 8, 4)
+    x[at, 3, 2, 1] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        ("x0.npy", np.full((40, 8, 8, 3), 200, np.uint8), "x0.npy in .* holds uint8; .*: divide pixels by 127.5"),
+        ("x0.npy", np.zeros((40, 8, 8, 4), np.int64), "x0.npy in .* holds int64; expected float16 or float32"),
+        ("x0.npy", np.zeros((40, 8, 8, 4), "V2"), r"x0.npy in .* holds \|V2; expected float16 or float32"),
+        ("x0.npy", with_nan(0), "row 0 of .*x0.npy has values that are not finite"),
+        ("x0.npy", with_nan(39), "row 39 of .*x0.npy has values that are not finite"),
+        ("x0.npy", np.full((40, 8, 8, 4), np.inf, "f2"), r"row \d+ of .*x0.npy has values that are not finite"),
+        (
+            "x0.npy",
+            noise(40, 8, 8, 4, scale=5.5),
+            r"standard deviation 5\.\d+ \(in \d+ rows\).*multiply by its",
+        ),
+        ("x0.npy", noise(40, 8, 8, 4, scale=0.02), r"standard deviation 0\.0\d+ .*scaling_factor \(once\)"),
+        ("x0.npy", np.full((40, 8, 8, 3), 200.0, "f4"), "mean 200 .* pixels in 0 .. 255, divide by 127.5"),
+        ("cond.npy", np.full((40, 8, 8, 3), 9, np.uint8), "cond.npy in .* holds uint8; .*divide pixels by 255"),
+        ("cond.npy", np.full((40, 8, 8, 3), -0.5), r"cond.npy in .* from -0.5 to -0.5, and conditions lie in \[0, 1\]"),
+        ("cond.npy", np.full((40, 8, 8, 3), 255.0), r"cond.npy in .* from 255 to 255"),
+        ("text.npy", np.full((40, 5, 6), np.nan), r"row \d+ of .*text.npy has values that are not finite"),
+        ("null.npy", np.full((5, 6), np.inf), "null.npy has values that are not finite numbers"),
+        ("class_labels.npy", np.full(40, 1.5), "class_labels.npy in .* holds float64; expected integers"),
+        ("class_labels.npy", np.full(40, -1), "class_labels.npy in .* must be in 0 .. 9"),
+        ("input_ids.npy", np.zeros((40, 5)), "input_ids.npy in .* holds float64; expected integers"),
+        ("x0.npy", b"cut off", r"x0.npy is damaged, or no array of numbers \("),
+        ("captions.json", b"[1]", "captions.json is not a list of texts"),
+        ("captions.json", b'["caf\xe9"]', "captions.json is not valid JSON in UTF-8"),
+    ],
+)
+def test_arrays_of_another_type_or_scale_are_refused(arrays, name, array, sentence):
+    if isinstance(array, bytes):
+        (arrays / name).write_bytes(array)
+    else:
+        np.save(arrays / name, array)
+    with pytest.raises(ValueError, match=sentence):
+        load(latents(arrays))
+
+
+@pytest.mark.parametrize(
+    ("array", "note"),
+    [
+        (noise(40, 8, 8, 4, dtype=np.float64), "x0.npy in .* is float64: it is used as float32"),
+        (noise(40, 8, 8, 4, scale=0.15), "standard deviation 0.1.*and that of what teachers generate is about 1"),
+        (np.random.default_rng(0).random((40, 8, 8, 3), np.float32), r"lies in \[0, 1\]: teachers take pixels in"),
+        (noise(40, 8, 8, 4), ""),
+    ],
+)
+def test_arrays_that_are_odd_are_used_with_a_warning(arrays, array, note, caplog):
+    np.save(arrays / "x0.npy", array)
+    data = load(latents(arrays))
+    np.testing.assert_array_equal(data.item(3, None)["x0"], np.float32(array[data.rows[3]]))
+    assert bool(caplog.text) == bool(note)
+    assert re.search(note, caplog.text)
+
+
+def test_only_some_rows_of_large_arrays_are_read(arrays, monkeypatch):
+    """Evenly spaced, the first and the last among them."""
+    read, rows = sources.Rows.__getitem__, []
+    monkeypatch.setattr(sources, "ROWS_CHECKED", 5)
+    monkeypatch.setattr(sources.Rows, "__getitem__", lambda self, i: rows.append(i) or read(self, i))
+    data = load(latents(arrays))
+    assert len(rows) == 2 * 5  # x0 and text
+    assert {data.rows[0], data.rows[-1]} <= {*rows} <= {*data.rows}
+
+
+def test_what_encoding_wrote_may_have_any_scale(arrays):
+    """It is the teacher's own."""
+    np.save(arrays / "x0.npy", noise(40, 8, 8, 4, scale=9.0))
+    (arrays / "manifest.json").write_text('{"rows": 40, "total": 40}')
+    assert len(load(latents(arrays))) > 0
 
 
 def test_task_on_arrays_needs_cond(arrays):

@@ -36,7 +36,7 @@ class DataConfig:
     skip_bad: bool = False  # skip unreadable images of a folder, or shards of pairs, instead of stopping
 
     def __post_init__(self):
-        for kind, registry in REGISTRIES.items():
+        for kind in REGISTRIES:
             if isinstance(name := getattr(self, kind), str):
                 object.__setattr__(self, kind, registered(kind, name)())
         for name in ("size", "num_classes"):

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 
+from cddistill import io
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.splits import SPLITS, members
 
@@ -20,6 +22,9 @@ AXES = {
     "text_embeds": 2,
     "time_ids": 2,
 }
+INTEGERS = ("class_labels", "input_ids")
+ROWS_CHECKED = 2048  # of each array and split, evenly spaced: reading all rows of a large file takes too long
+POSSIBLE, LIKELY = (0.05, 3.0), (0.2, 2.0)  # standard deviation of what diffusion models generate; nominally 1
 
 
 class Rows:
@@ -28,7 +33,7 @@ class Rows:
     def __init__(self, arrays, path):
         if len(shapes := {a.shape[1:] for a in arrays}) != 1:
             raise ValueError(f"the parts of {path} have rows of different shapes: {sorted(shapes)}")
-        self.arrays, self.ends = arrays, np.cumsum([len(a) for a in arrays])
+        self.path, self.arrays, self.ends = path, arrays, np.cumsum([len(a) for a in arrays])
         self.shape, self.ndim = (int(self.ends[-1]), *arrays[0].shape[1:]), arrays[0].ndim
 
     def __len__(self):
@@ -37,6 +42,18 @@ class Rows:
     def __getitem__(self, i):
         part = int(np.searchsorted(self.ends, i, "right"))
         return self.arrays[part][i - (self.ends[part] - len(self.arrays[part]))]
+
+    def statistics(self, rows) -> tuple[float, float, float, float]:
+        """(lowest, highest, mean, standard deviation) of some rows. ValueError naming the first that is not finite."""
+        low, high, total, squares, size = np.inf, -np.inf, 0.0, 0.0, 0
+        for i in rows:
+            x = np.asarray(self[i], np.float64)
+            if not np.isfinite(x).all():
+                raise ValueError(f"row {i} of {self.path} has values that are not finite (NaN or infinity): remove it")
+            low, high = min(low, x.min()), max(high, x.max())
+            total, squares, size = total + x.sum(), squares + (x**2).sum(), size + x.size
+        mean = total / size
+        return float(low), float(high), float(mean), float(max(squares / size - mean**2, 0.0) ** 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +71,15 @@ class Arrays(Source):
 class ArrayItems:
     """Rows of .npy files in the sub-folders train, validation and test. Without these, rows are split by hash.
 
-    x0.npy is float16 or float32 [n,h,w,c], as the teacher takes it. Optional: cond.npy [n,h,w,c] in [0, 1],
-    captions.json (a list of str), and class_labels.npy int [n] or text.npy [n,l,d] with null.npy [l,d], the embedding
-    of the empty prompt, or input_ids.npy [n,l] with null_input_ids.npy [l], for methods that train the text encoder;
-    for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and time_ids.npy [n,6]. With
-    data.x0_shape, x0.npy is not needed: for methods that train on text only. Rows are not augmented: latents cannot be
-    mirrored. The files may be split into folders 00000-of-00002 and so on, as --mode=encode writes them.
+    x0.npy is float16 or float32 [n,h,w,c], as the teacher takes it: pixels in [-1, 1], or latents of unit variance.
+    Optional: cond.npy [n,h,w,c] in [0, 1], captions.json (a list of str), and class_labels.npy int [n] or text.npy
+    [n,l,d] with null.npy [l,d], the embedding of the empty prompt, or input_ids.npy [n,l] with null_input_ids.npy [l],
+    for methods that train the text encoder; for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and
+    time_ids.npy [n,6]. With data.x0_shape, x0.npy is not needed: for methods that train on text only. Rows are not
+    augmented: latents cannot be mirrored. The files may be split into folders 00000-of-00002 and so on, as
+    --mode=encode writes them.
+
+    Shapes, types and labels are checked in whole; that values are finite and in range, in ROWS_CHECKED rows a split.
     """
 
     def __init__(self, config, split, x0_shape=()):
@@ -75,19 +95,20 @@ class ArrayItems:
             )
         self.x0_shape, n = x0_shape, len(next(iter(self.arrays.values())))
         captions = [path for part in self.parts if (path := part / "captions.json").exists()]
-        read = (json.loads(path.read_text("utf-8")) for path in captions)
-        self.captions = list(itertools.chain(*read)) if captions else [""] * n
+        self.captions = list(itertools.chain(*map(read_captions, captions))) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
         self.check(config)
         self.null = {name: self.read_null(name) for name in NULL_FILES if name in self.arrays}
         rows = map(str, range(n))
         self.rows = [int(row) for row in (rows if divided else members(rows, split))]
+        if self.rows:
+            self.check_values()
 
     def join(self, file):
         """The rows of one file, concatenated over all parts. Raises ValueError if a part lacks it."""
         if missing := [part for part in self.parts if not (part / file).exists()]:
             raise ValueError(f"{missing[0]} lacks {file}, which the other parts of {self.root} have")
-        return Rows([np.load(part / file, mmap_mode="r") for part in self.parts], self.root / file)
+        return Rows([read_array(part / file) for part in self.parts], self.root / file)
 
     def check(self, config):
         """Raise ValueError if arrays have wrong shapes or values, or if one is missing."""
@@ -105,9 +126,54 @@ class ArrayItems:
             raise ValueError(f"{needed}: --mode=encode with the same data.task writes it")
         if ("text_embeds" in self.arrays) != ("time_ids" in self.arrays):
             raise ValueError(f"text_embeds.npy and time_ids.npy belong together; {self.root} has only one of them")
+        for name, array in self.arrays.items():
+            self.check_types(name, {x.dtype for x in array.arrays})
         labels = self.arrays["class_labels"].arrays if "class_labels" in self.arrays else ()
-        if any(x.min() < 0 or x.max() > self.null_label for x in labels):
-            raise ValueError(f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label")
+        if any(len(x) and (x.min() < 0 or x.max() > self.null_label) for x in labels):
+            raise ValueError(
+                f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label: set "
+                "data.num_classes to the number of classes"
+            )
+
+    def check_types(self, name, dtypes):
+        """Raise ValueError for an array that holds another kind of numbers than it should; a note for float64."""
+        kinds = "iu" if name in INTEGERS else "iuf" if name == "time_ids" else "f"
+        if wrong := [str(dtype) for dtype in dtypes if dtype.kind not in kinds]:
+            expected = "integers" if name in INTEGERS else "float16 or float32"
+            hint = {"x0": ": divide pixels by 127.5 and subtract 1, or encode the images with --mode=encode",
+                    "cond": ": divide pixels by 255"}  # fmt: skip
+            raise ValueError(f"{name}.npy in {self.root} holds {wrong[0]}; expected {expected}{hint.get(name, '')}")
+        if np.dtype(np.float64) in dtypes and kinds == "f":
+            logging.warning("%s.npy in %s is float64: it is used as float32, half as large", name, self.root)
+
+    def check_values(self):
+        """Raise ValueError for rows that are not finite, a condition outside of [0, 1] or an x0 of another scale."""
+        some = np.unique(np.linspace(0, len(self.rows) - 1, ROWS_CHECKED).astype(int))
+        some = sorted(self.rows[i] for i in some)
+        found = {name: x.statistics(some) for name, x in self.arrays.items() if name not in INTEGERS}
+        if "cond" in found and (found["cond"][0] < -1e-3 or found["cond"][1] > 1.001):
+            low, high, *_ = found["cond"]
+            raise ValueError(
+                f"cond.npy in {self.root} has values from {low:.3g} to {high:.3g}, and conditions lie in [0, 1]: "
+                "divide pixels in 0 .. 255 by 255, and take (x + 1) / 2 of those in [-1, 1]"
+            )
+        if "x0" in found and not (self.parts[0] / "manifest.json").is_file():  # whose scale is the teacher's
+            self.check_scale(*found["x0"], len(some))
+
+    def check_scale(self, low, high, mean, std, count):
+        """Raise ValueError for an x0 that no schedule fits, and warn of one that is odd."""
+        said = f"x0.npy in {self.root} has mean {mean:.3g} and standard deviation {std:.3g} (in {count} rows)"
+        if not (std == 0 or POSSIBLE[0] <= std <= POSSIBLE[1]) or abs(mean) > POSSIBLE[1]:
+            remedy = "divide by 127.5 and subtract 1" if low >= 0 and high > 2 else "multiply by its scaling_factor"
+            what = "pixels in 0 .. 255" if low >= 0 and high > 2 else "a VAE's latents"
+            raise ValueError(
+                f"{said}, and teachers take pixels in [-1, 1] or latents with about 1: if these are {what}, {remedy}"
+                + (" (once)" if std < 1 else "")
+            )
+        if not LIKELY[0] <= std <= LIKELY[1]:
+            logging.warning("%s, and that of what teachers generate is about 1", said)
+        elif self.arrays["x0"].shape[-1] in (1, 3) and low >= 0 and high <= 1:
+            logging.warning("%s and lies in [0, 1]: teachers take pixels in [-1, 1], 2 x - 1", said)
 
     def read_null(self, name):
         """The empty prompt's embedding or token ids, one of NULL_FILES, float32."""
@@ -115,10 +181,12 @@ class ArrayItems:
         expected = self.arrays[name].shape[1:]
         if not path.exists():
             raise ValueError(f"{name}.npy needs {path}, the embedding of the empty prompt, of shape {expected}")
-        null = np.load(path).astype(np.float32)
+        null = read_array(path)
         if null.shape != expected:
             raise ValueError(f"{path} is {null.shape}; expected {expected} as a row of {name}.npy")
-        return null
+        if null.dtype.kind not in "iuf" or not np.isfinite(null).all():
+            raise ValueError(f"{path} has values that are not finite numbers: encode the empty prompt again")
+        return np.asarray(null, np.float32)
 
     def __len__(self):
         return len(self.rows)
@@ -139,6 +207,25 @@ class ArrayItems:
         return item | {"text": {"class_labels": label}, "null": {"class_labels": self.null_label}}
 
 
+def read_array(path):
+    """An .npy file, mapped to memory. Raises ValueError naming a file that is damaged or holds no numbers."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no array of numbers ({error}): write it again with np.save") from error
+
+
+def read_captions(path):
+    """The list of str in a captions.json. Raises ValueError naming a file that holds anything else."""
+    try:
+        captions = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON in UTF-8 ({error}): expected a list of texts") from error
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{path} is not a list of texts, one for each row")
+    return captions
+
+
 def embeddings(row):
     """The text arrays of a row, as the keyword arguments of a UNet."""
     text = {"encoder_hidden_states": row["text"]}
@@ -157,7 +244,8 @@ def complete_parts(root):
         raise ValueError(f"{root} holds {len(parts)} of {expected} parts: encode or copy the missing ones")
     for part in parts:
         manifest = part / "manifest.json"
-        known = json.loads(manifest.read_text()) if manifest.is_file() else {"rows": 0, "total": "its"}
-        if known["rows"] != known["total"]:
-            raise ValueError(f"{part} has {known['rows']} of {known['total']} rows: resume with the same --mode=encode")
+        known = io.read_json(manifest, "encode again") if manifest.is_file() else {}
+        rows, total = known.get("rows", 0), known.get("total", "its")
+        if rows != total:
+            raise ValueError(f"{part} has {rows} of {total} rows: resume with the same --mode=encode")
     return parts
