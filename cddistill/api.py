@@ -162,10 +162,11 @@ def sample_prompts(settings, workdir: Path, prompts: Sequence[str], output: str,
     run, method = experiment.run, experiment.method
     if not isinstance(method, Generator):
         raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
+    grids.image_suffix(output)
     io.ensure_writable(Path(output).parent, "--output")
     cache_programs()
     model = load_run(workdir, checkpoint, settings) if method.turns() else load_pipeline(of_run(run), method)
     steps = max(run.sample_steps)
     images = sample(model, prompt=list(prompts), steps=steps, seed=run.seed)
-    grids.save_png(output, grids.to_uint8(images)[0] if len(images) == 1 else grids.grid(images))
+    grids.save_image(output, grids.to_uint8(images)[0] if len(images) == 1 else grids.grid(images))
     print(f"{len(images)} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")

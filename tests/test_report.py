@@ -36,7 +36,7 @@ def page(tmp_path_factory):
         title="A <run> & its $1 title",
         grids=[
             ('four "pictures" <here>', grids.grid(np.zeros((4, 8, 8, 3)))),
-            ("bytes", grids.png(np.zeros((2, 2, 3), np.uint8))),
+            ("bytes", grids.encoded(np.zeros((2, 2, 3), np.uint8))),
         ],
         rows=[
             *ROWS,

@@ -39,8 +39,8 @@ class Preview:
             others = sample(run.sample_steps[-1], run.seed + 1)
             scores = {"val/diversity": diversity(generated, others)}
         if sharding.is_host0():
-            grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
-            writer.write_images(step, {"samples": np.concatenate([np.asarray(x)[..., :3] for x in rows.values()])})
+            grids.save_image(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(rows))
+            writer.write_images(step, {"samples": np.concatenate([grids.to_uint8(x[..., :3]) for x in rows.values()])})
             writer.write_scalars(step, scores)
         return scores
 
@@ -69,7 +69,7 @@ class Validation:
         if sharding.is_host0():
             writer.write_scalars(step, scores)
             if shown:
-                grids.save_png(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(shown))
+                grids.save_image(workdir / "samples" / f"{step:06d}.png", grids.side_by_side(shown))
         return scores
 
 

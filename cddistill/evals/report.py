@@ -11,7 +11,7 @@ from io import StringIO
 import numpy as np
 
 from cddistill import health, io
-from cddistill.evals.grids import png
+from cddistill.evals.grids import encoded
 from cddistill.evals.scores import METRICS, Metric, Row, arrow, cell, columns_of
 
 HEADLINES = {  # the headline uses the first of these metrics that was computed
@@ -134,7 +134,7 @@ def quantity(name: str, value: float | int) -> tuple[str, str]:
 
 def data_url(image: bytes | np.ndarray) -> str:
     """An image as a data URL, embedded in the page."""
-    image = image if isinstance(image, bytes) else png(np.asarray(image))
+    image = image if isinstance(image, bytes) else encoded(np.asarray(image))
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 

@@ -171,7 +171,8 @@ def as_rgb(name, images) -> np.ndarray:
         raise ValueError(f"{name!r} is {images.dtype}: divide by 255 for floats in [0, 1]")
     low, high = images.min(), images.max()
     if not (low >= -1e-4 and high <= 1.0001):  # also False for nan
-        raise ValueError(f"{name!r} has values from {low} to {high}, not in [0, 1]")
+        first = np.flatnonzero(~((images >= -1e-4) & (images <= 1.0001)).all((1, 2, 3)))[0]
+        raise ValueError(f"{name!r} has values from {low} to {high}, not in [0, 1]; image {first} is the first")
     return np.repeat(images, 3 // images.shape[3], 3).astype(np.float32)
 
 
