@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import logging
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cddistill import checkpoint, data, pipeline, sharding
+from cddistill import checkpoint, data, io, pipeline, sharding
 from cddistill.config import Experiment
 from cddistill.data import ode_pairs
-from cddistill.method import Generator, Requires
+from cddistill.diffusion import DDPM
+from cddistill.method import Generator, Requires, Turn
 from cddistill.models import adapter
 from cddistill.models.prompt import embed_ids
 from cddistill.net import Adapted
@@ -49,14 +54,18 @@ class Parts(NamedTuple):
         return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
 
 
-def build(experiment: Experiment) -> Parts:
-    """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step."""
+def build(experiment: Experiment, splits: Mapping[str, str] | None = None) -> Parts:
+    """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step.
+
+    splits are those that will be read besides "train", and what for: see `training_splits`.
+    """
     run, method, requires = experiment.run, experiment.method, experiment.method.requires()
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
     teacher = pipeline.of_run(run, place=functools.partial(place, mesh))
     check_exports(method)
     check_required_data(experiment, requires)
+    check_splits(experiment.data, splits or {})
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
     frozen["autoencoder"] = teacher.autoencoder
     if requires.text_encoder:
@@ -65,6 +74,8 @@ def build(experiment: Experiment) -> Parts:
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     if requires.teacher:
         check_teacher(experiment, requires, frozen)
+        check_table(experiment, requires, teacher)
+        check_exportable(experiment, teacher)
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
@@ -90,8 +101,12 @@ def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
 def make_optimizers(experiment: Experiment):
     """One optax transformation per turn, its schedule as long as the turn's updates."""
     turns, steps = experiment.method.turns(), experiment.run.steps
-    updates = {name: max(-(-(steps - turn.after) // turn.every), 1) for name, turn in turns.items()}
-    return {name: optimizer(experiment.optim[name], updates[name]) for name in turns}
+    return {name: optimizer(experiment.optim[name], max(updates(turn, steps), 1)) for name, turn in turns.items()}
+
+
+def updates(turn: Turn, steps: int) -> int:
+    """How often a turn is played in the first `steps` train steps."""
+    return -(-steps // turn.every) - -(-min(turn.after, steps) // turn.every)
 
 
 def initial(experiment: Experiment, frozen) -> TrainState:
@@ -155,6 +170,83 @@ def check_required_data(experiment: Experiment, requires: Requires) -> None:
         check_labels(config, requires.classes)
 
 
+def training_splits(run) -> dict[str, str]:
+    """The splits that training reads besides "train", and what for."""
+    splits = {}
+    if run.eval_every <= run.steps:
+        splits["validation"] = f"previews show it every eval_every={run.eval_every} steps"
+    if run.report:
+        splits["test"] = "the report at the end is on it, and report=False leaves that out"
+    return splits
+
+
+def check_splits(config, splits: Mapping[str, str]) -> None:
+    """ValueError if a split is missing or empty, or has arrays of other shapes than the training split."""
+    expected = shapes_of(first_rows(config))
+    for split, use in splits.items():
+        try:
+            found = shapes_of(data.examples(config, split, 1))
+        except ValueError as error:
+            raise ValueError(f"{error} ({use})") from error
+        for name in expected:
+            if found.get(name) != expected[name]:
+                where = f"the {split} split of {config.source_name} {config.path}".strip()
+                raise ValueError(f"{name} in {where} is {found.get(name)}, and {expected[name]} in the training split")
+
+
+def shapes_of(batch) -> dict[str, tuple[int, ...]]:
+    """{"text.class_labels": (), ...} of one row of a batch."""
+    kept = {name: batch[name] for name in ("x0", "cond", "cond_latent", "text", "null") if name in batch}
+    return {name: np.shape(x)[1:] for name, x in io.flatten(kept).items()}
+
+
+def check_table(experiment: Experiment, requires: Requires, teacher: Pipeline) -> None:
+    """ValueError if a label, or the null label where it is used, has no row in the network's table of classes.
+
+    Without this, JAX would fill the missing row with NaN, and EDM's networks would take any such label for none.
+    """
+    run, config, module = experiment.run, experiment.data, teacher.denoiser.module
+    rows = getattr(module, "num_class_embeds", None)
+    classes, null = rows or getattr(module, "label_dim", 0), teacher.null_label
+    if not classes or "class_labels" not in first_rows(config)["text"] or getattr(module, "class_embed_type", None):
+        return
+    text = data.examples(config, "train", 64)["text"]
+    guided = requires.text or run.teacher_guidance != 1.0
+    if config.num_classes > classes or (
+        config.num_classes == rows and (guided or (text["class_labels"] == config.num_classes).any())
+    ):
+        raise ValueError(
+            f"data.num_classes={config.num_classes} makes labels 0 to {config.num_classes - 1} and the null label "
+            f"{config.num_classes}, and {run.teacher} knows 0 to {classes - 1 if rows else classes}: set "
+            f"data.num_classes={null}, or use another teacher"
+        )
+    if config.num_classes < null and not run.random_init:
+        logging.warning(
+            "data.num_classes=%d makes %d the null label, and that of %s is %d: set data.num_classes=%d unless its "
+            "classes are others", config.num_classes, config.num_classes, run.teacher, null, null,
+        )  # fmt: skip
+
+
+def check_exportable(experiment: Experiment, teacher: Pipeline) -> None:
+    """ValueError if the teacher's folder could not be completed to a student's, which would be said after training."""
+    run, method, denoiser = experiment.run, experiment.method, teacher.denoiser
+    if not (isinstance(method, Generator) and method.exports()):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            how = described(method, denoiser.schedule, run.sample_steps)
+            teacher.write_settings(Path(folder), denoiser, how, method.exports(), run.controlnet)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the student could not be exported: {error}") from error
+
+
+def described(method: Generator, schedule, sample_steps):
+    """The sampling of a student as a scheduler's file describes it; None if no scheduler of diffusers can."""
+    if not (method.exports() and isinstance(schedule, DDPM)):
+        return None
+    return method.sampling(schedule, max(sample_steps))
+
+
 def check_labels(config, classes: int) -> None:
     """ValueError if a method learns so many classes and the data has others, or images without one."""
     text = first_rows(config)["text"]
@@ -174,6 +266,7 @@ def check_teacher(experiment: Experiment, requires: Requires, frozen) -> None:
         )
     batch = batch_shapes(experiment)
     if requires.text_encoder:
+        check_ids(experiment.data, frozen["teacher_text_encoder"].module.vocab_size)
         batch["text"] = jax.eval_shape(embed_ids, frozen["teacher_text_encoder"], batch["text"]["input_ids"])
     check_shapes(teacher, batch)
     if requires.condition and not experiment.data.task.conditional:
@@ -183,6 +276,16 @@ def check_teacher(experiment: Experiment, requires: Requires, frozen) -> None:
     if isinstance(method, Generator):
         for steps in run.sample_steps:
             method.sampling(teacher.schedule, steps)  # raises if the student cannot be sampled in that many
+
+
+def check_ids(config, size: int) -> None:
+    """ValueError if token ids lie outside of the text encoder's vocabulary: its rows would be NaN."""
+    ids = data.examples(config, "train", 64)["text"]["input_ids"]
+    if ids.min() < 0 or ids.max() >= size:
+        raise ValueError(
+            f"the token ids of {config.source_name} {config.path} go from {ids.min()} to {ids.max()}, and the text "
+            f"encoder has a vocabulary of {size}: encode the captions again with this teacher"
+        )
 
 
 def check_heun(schedule) -> None:

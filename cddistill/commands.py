@@ -16,12 +16,15 @@ from cddistill.step import TrainState
 from cddistill.train import cache_programs
 
 
-def finished(settings, workdir: Path, which: str = "latest") -> tuple[Parts, TrainState]:
-    """(parts, trained weights) of a run: of its "latest" or "best" checkpoint, or of the one of a step, "2000"."""
+def finished(settings, workdir: Path, which: str = "latest", split: str = "validation") -> tuple[Parts, TrainState]:
+    """(parts, trained weights) of a run: of its "latest" or "best" checkpoint, or of the one of a step, "2000".
+
+    split is the one that will be read.
+    """
     experiment = config.resolve(settings)
     if not experiment.method.turns():  # nothing to train: the student came with config.teacher
         io.ensure_writable(workdir)
-        parts = build(experiment)
+        parts = build(experiment, {split: "this mode reads it"})
         return parts, parts.init()
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(f"{workdir} holds no run: train first, with --mode=train --workdir={workdir}")
@@ -29,13 +32,13 @@ def finished(settings, workdir: Path, which: str = "latest") -> tuple[Parts, Tra
     cache_programs()
     checkpoints = open_checkpoints(workdir, experiment, read_only=True)
     step = checkpoints.resolve(which)
-    parts = build(experiment)
+    parts = build(experiment, {split: "this mode reads it"})
     return parts, checkpoints.restore_weights(parts.abstract, step=step)
 
 
 def evaluate_run(settings, workdir: Path, which: str = "latest") -> None:
     """Score a checkpoint on the test split and write the report again."""
-    parts, state = finished(settings, workdir, which)
+    parts, state = finished(settings, workdir, which, "test")
     compare.evaluate_and_report(parts, state, workdir, {}, config.plain(settings))
 
 

@@ -9,45 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill import data, generate, io, models
-from cddistill.build import Parts, initial
-from cddistill.diffusion import DDPM
+from cddistill.build import Parts, described, initial, updates
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.models import adapter
 from cddistill.models.fingerprint import leaf_sum
 from cddistill.models.prompt import embed_ids
 from cddistill.step import TrainState
-
-CARD = """---
-library_name: diffusers
-tags: [cddistill, {method}, few-step, distillation]
----
-# {method} student of {teacher}, {steps} steps
-
-Distilled with cddistill's method `{method}` from `{teacher}`; task `{task}` on `{source}`, {updates} updates of
-{batch} images. The teacher's licence applies to its weights and to what was made of them.
-
-## Sampling
-
-{how}
-
-## Scores
-
-{scores}
-
-## Configuration
-
-```json
-{config}
-```
-"""
-IN_TORCH = """`scheduler/` holds the student's own timesteps, {times}. With PyTorch diffusers:
-
-```python
-pipe = diffusers.DiffusionPipeline.from_pretrained(FOLDER)
-pipe(..., guidance_scale={guidance}, timesteps=pipe.scheduler.config["_timesteps"])
-```"""
-HERE_ONLY = "No scheduler of diffusers samples this student; cddistill does, in {steps} steps."
 
 
 def export(parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None) -> str:
@@ -110,52 +78,76 @@ def exported_nets(parts: Parts, state: TrainState) -> dict:
 
 def pipeline_folder(parts: Parts, state: TrainState, folder: Path, config: dict, scores: dict) -> str:
     """The trained parts, the rest of the teacher's pipeline, scheduler and model card."""
-    run, method = parts.experiment.run, parts.experiment.method
-    schedule = parts.frozen["teacher"].schedule
-    how = method.sampling(schedule, max(run.sample_steps)) if isinstance(schedule, DDPM) else None
+    run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
+    how = described(method, teacher.schedule, run.sample_steps)
     nets = exported_nets(parts, state)
     trained = {part: nets[name] for part, name in method.exports().items()}
-    parts.pipeline.write(folder, parts.frozen["teacher"], trained, how, run.controlnet)
-    io.write_atomic(folder / "README.md", card(config, scores, max(run.sample_steps), how))
-    found = f"read back, images differ by at most {reread(parts, state, folder):.2g} of 1 (weights are float16)"
-    if how is None or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
+    images = generated(generate.student_of(parts, state), example_inputs(parts), run)
+    parts.pipeline.write(folder, teacher, trained, how, run.controlnet)
+    io.write_atomic(folder / "README.md", card(parts, state, config, scores, how))
+    found = f"read back, images differ by at most {reread(parts, state, folder, images):.2g} of 1 (weights are float16)"
+    if not in_diffusers(parts, how) or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return found
     return f"{found}; PyTorch diffusers' differ by at most {torch_difference(parts, state, folder, how.guidance):.2g}"
 
 
-def card(config: dict, scores: dict, steps: int, how) -> str:
-    """README.md of an exported student."""
-    sampling = HERE_ONLY.format(steps=steps)
-    if how is not None:
-        sampling = IN_TORCH.format(times=how.timesteps, guidance=how.guidance)
-    names = list(dict.fromkeys(name for values in scores.values() for name in values["metrics"]))
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for row, values in scores.items():
-        cells = [f"{m[0]:.4g} ± {m[1]:.2g}" if (m := values["metrics"].get(name)) else "" for name in names]
-        lines.append(f"| {row}, {values['n']} images | {' | '.join(cells)} |")
-    return CARD.format(
-        method=config["method"]["name"],
-        teacher=config["teacher"],
-        task=config["data"]["task"],
-        source=config["data"]["source"],
-        steps=steps,
-        updates=config["steps"],
-        batch=config["batch_size"],
-        how=sampling,
-        scores="\n".join(lines) if scores else "Not evaluated.",
-        config=json.dumps(config, indent=2),
+def card(parts: Parts, state: TrainState, config: dict, scores: dict, how) -> str:
+    """README.md of an exported student: what was trained for how many updates, how to sample it, and its scores."""
+    import jinja2
+
+    run, method, step = parts.experiment.run, parts.experiment.method, int(state.step)
+    exported = {*method.exports().values()}
+    scores = {row: x for row, x in scores.items() if x.get("step", run.steps) == step}  # not of another checkpoint
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cddistill", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template("card.md.j2").render(
+        config=config,
+        settings=json.dumps(config, indent=2),
+        step=step,
+        updates=max((updates(turn, step) for turn in method.turns().values() if exported & {*turn.moves}), default=0),
+        steps=max(run.sample_steps),
+        how=how,
+        scores=scores,
+        columns=list(dict.fromkeys(name for row in scores.values() for name in row["metrics"])),
+        torch=torch_inputs(parts, how),
     )
 
 
-def reread(parts: Parts, state: TrainState, folder: Path) -> float:
+def torch_inputs(parts: Parts, how) -> dict | None:
+    """What the card's example in PyTorch depends on; None for students that diffusers cannot sample."""
+    method, batch, vae = parts.experiment.method, example_inputs(parts), parts.frozen["autoencoder"]
+    labels, b = {*batch["text"]} == {"class_labels"}, len(batch["index"])
+    branch = "controlnet" in method.exports() or bool(parts.experiment.run.controlnet)
+    cond = adapter.condition("controlnet" if branch else "concat", batch)
+    concat = method.requires().condition == "latent"
+    latent = vae.params is not None and vae.encoder.module
+    if not in_diffusers(parts, how) or (not labels and (concat or not parts.pipeline.has("text_encoder"))):
+        return None
+    if labels and getattr(latent, "latents_mean", None) is not None:
+        return None
+    shape = lambda x: f"{b}, {x.shape[3]}, {x.shape[1]}, {x.shape[2]}"
+    return {
+        "pipeline": not labels, "branch": branch, "labels": labels, "rows": b, "x0": shape(batch["x0"]),
+        "scheduler": {"ddim": "DPMSolverMultistepScheduler", "lcm": "LCMScheduler"}[how.sampler],
+        "null": int(batch["null"]["class_labels"][0]) if labels else None,
+        "cond": shape(cond) if branch or concat else None, "vae": type(latent).__name__ if latent else None,
+    }  # fmt: skip
+
+
+def in_diffusers(parts: Parts, how) -> bool:
+    """Whether diffusers has the student's networks and a scheduler for it."""
+    nets = [parts.abstract.nets[name] for name in parts.experiment.method.exports().values()]
+    return how is not None and not any(isinstance(net.module, adapter.MuBlendModel) for net in nets)
+
+
+def reread(parts: Parts, state: TrainState, folder: Path, images: np.ndarray) -> float:
     """The largest difference between images of the student and of the nets that are read back from the folder."""
-    run, batch, nets = parts.experiment.run, example_inputs(parts), exported_nets(parts, state)
-    steps, before = max(run.sample_steps), generate.student_of(parts, state)
+    nets, before = exported_nets(parts, state), generate.student_of(parts, state)
     for part, name in parts.experiment.method.exports().items():
         nets[name] = models.load(folder, part, **parts.pipeline.options)
     after = before._replace(nets=nets, ema={name: nets[name] for name in state.ema})
-    images = [generate.sample(student, batch, steps, run.seed) for student in (before, after)]
-    return float(np.abs(images[0] - images[1]).max())
+    return difference(images, after, example_inputs(parts), parts.experiment.run)
 
 
 def torch_difference(parts: Parts, state: TrainState, folder: Path, guidance: float) -> float:
@@ -302,7 +294,15 @@ def onnx(student: Student, batch, run, path: Path) -> str:
 
 def difference(images, student: Student, batch, run) -> float:
     """The largest difference from what --mode=sample generates."""
-    return float(np.abs(images - generate.sample(student, batch, max(run.sample_steps), run.seed)).max())
+    return float(np.abs(images - generated(student, batch, run)).max())
+
+
+def generated(student: Student, batch, run) -> np.ndarray:
+    """What --mode=sample generates, [b, h, w, c] in [0, 1]. Raises ValueError if it is not finite."""
+    images = generate.sample(student, batch, max(run.sample_steps), run.seed)
+    if not np.isfinite(images).all():
+        raise ValueError("images of this student are not finite (NaN or infinity): export another --checkpoint")
+    return images
 
 
 STATISTICS = 512  # training examples for a method's own file

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cddistill import io, models
 from cddistill.diffusion import DDPM
 from cddistill.method import Requires
-from cddistill.models import lora, schedulers
+from cddistill.models import lora, parts, schedulers
 from cddistill.models.families import DENOISERS, FAMILIES
 from cddistill.models.fingerprint import fingerprint
 from cddistill.models.prompt import Prompts, load_prompts
@@ -148,23 +148,42 @@ class Pipeline:
         teacher is this pipeline's denoiser; a student that is a LoRA of it is merged, and also written by itself. `how`
         is the student's sampling, None if no scheduler of diffusers describes it; `controlnet` is a folder to copy.
         """
-        write_schedule(folder, teacher, how)
         trained = {self.subfolder if part == "unet" else part: net for part, net in trained.items()}
         changed = {part: lora.merge_if_lora(teacher, net) for part, net in trained.items()}
         if self.lora:
             changed = {self.subfolder: teacher} | changed | self.merged_encoders()
-        kept = {p.name: p for p in self.root.glob("*/") if p.is_dir() and p.name != "scheduler"}
-        if controlnet:
-            kept["controlnet"] = models.convert.find_subfolder(models.resolve(controlnet, "controlnet"), "controlnet")
-        for part in kept.keys() - changed.keys():
-            shutil.copytree(kept[part], folder / part, dirs_exist_ok=True)
+        self.write_settings(folder, teacher, how, {*trained}, controlnet)
+        for name, file in self.copies(controlnet).items():
+            if name.partition("/")[0] not in {*changed, "scheduler"}:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
         for part, net in changed.items():
             models.save(folder, part, net.params, net.module.to_config())
         for part, net in trained.items():
             if changed[part] is not net:
                 lora.save_lora(folder, {part: net})
+
+    def write_settings(self, folder: Path, teacher: Denoiser, how: Sampling | None, trained, controlnet: str) -> None:
+        """scheduler/ and model_index.json of a student's folder. If nothing was trained, scheduler/ is the teacher's.
+
+        Raises ValueError for sampling that no scheduler describes, and for a damaged model_index.json.
+        """
+        own = self.root / "scheduler" / "scheduler_config.json"
+        if own.is_file() and not (trained and isinstance(teacher.schedule, DDPM)):
+            io.write_json(folder / "scheduler" / own.name, io.read_json(own))
+        else:
+            write_schedule(folder, teacher, how)
         if index := read_index(self.root):
-            write_index(folder, index)
+            write_index(folder, index, {name.partition("/")[0] for name in self.copies(controlnet)} | {*trained})
+
+    def copies(self, controlnet: str = "") -> dict[str, Path]:
+        """{name in a student's folder: file of the teacher's pipeline or of a ControlNet's folder}."""
+        copied = parts.pipeline_files(self.root, read_index(self.root))
+        if controlnet:
+            branch = models.convert.find_subfolder(models.resolve(controlnet, "controlnet"), "controlnet")
+            copied = {name: file for name, file in copied.items() if not name.startswith("controlnet/")}
+            copied |= {f"controlnet/{name}": file for name, file in parts.part_files(branch).items()}
+        return copied
 
     def merged_encoders(self) -> dict[str, Net]:
         """The text encoders that the LoRA changes."""
@@ -186,13 +205,19 @@ def read_index(root: Path) -> dict:
     return io.read_json(path) if path.is_file() else {}
 
 
-def write_index(folder: Path, index: dict) -> None:
-    """The teacher's model_index.json, with the student's scheduler and, if the folder has one, its ControlNet."""
-    written = io.read_json(folder / "scheduler" / "scheduler_config.json")
-    index = index | {"scheduler": ["diffusers", written["_class_name"]]}
-    if (folder / "controlnet").is_dir():
+def write_index(folder: Path, index: dict, present) -> None:
+    """The teacher's model_index.json for a folder in which these parts are present, a ControlNet perhaps among them.
+
+    Parts that the teacher's folder lacks, such as a safety checker that was not downloaded, are marked as absent.
+    """
+    lost = [name for name, x in index.items() if isinstance(x, list) and name not in {*present, "scheduler"}]
+    index = index | {name: [None, None] for name in lost}
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        index["scheduler"] = ["diffusers", io.read_json(scheduler)["_class_name"]]
+    if "controlnet" in present and not any(index.get("controlnet") or ()):
         index["controlnet"] = ["diffusers", "ControlNetModel"]
-        index["_class_name"] = index["_class_name"].replace("Pipeline", "ControlNetPipeline")
+        index["_class_name"] = index.get("_class_name", "").replace("Pipeline", "ControlNetPipeline")
     io.write_json(folder / "model_index.json", index)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from cddistill import checkpoint, config, data, io, log, sharding
-from cddistill.build import build, open_checkpoints
+from cddistill.build import build, open_checkpoints, training_splits
 from cddistill.evals import compare, preview
 from cddistill.step import active
 
@@ -26,12 +26,13 @@ def train(settings, workdir: Path) -> None:
     io.ensure_writable(workdir)
     checkpoint.check_config(workdir, plain, config.mutable_on_resume(experiment))
     cache_programs()
-    parts = build(experiment)
+    parts = build(experiment, training_splits(run))
     if run.report and run.baseline:
         compare.load_baseline(parts)  # fails now rather than after training
     checkpoint.write_config(workdir, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
+    first = int(state.step)
     print(overview(parts), flush=True)
     with checkpoint.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
@@ -39,7 +40,7 @@ def train(settings, workdir: Path) -> None:
     if int(state.step) < run.steps:
         print(f"stopped at step {int(state.step)}; the same command resumes from {checkpoints.last_good()}")
     elif run.report:
-        timings |= {"training, s": time.monotonic() - began}
+        timings |= {f"training{f' since step {first}' * (first > 0)}, s": time.monotonic() - began}
         compare.evaluate_and_report(parts, state, workdir, timings, plain)
 
 

@@ -24,7 +24,10 @@ REPEATS = 8  # random draws averaged per image, for methods that are `Scored`
 def evaluate_and_report(
     parts: Parts, state: TrainState, workdir: Path, timings: dict[str, float], config: dict
 ) -> list[Row]:
-    """Score a trained run on the test split, print the table, write scores.json and report.html."""
+    """Score a trained run on the test split, print the table, write scores.json and report.html.
+
+    Those of more images are kept: fewer are reported in scores-16-images.json and report-16-images.html.
+    """
     began, examples = time.monotonic(), data.examples(parts.experiment.data, "test", parts.experiment.run.eval_images)
     score = compare if isinstance(parts.experiment.method, Generator) else measure
     rows, figures = score(parts, state, examples, timings)
@@ -32,10 +35,11 @@ def evaluate_and_report(
         return []
     timings |= {"evaluation, s": time.monotonic() - began}
     print(markdown(rows), flush=True)
-    scores = {row.name: {"n": row.n, "nfe": row.nfe, "metrics": row.metrics} for row in rows}
-    io.write_json(workdir / "scores.json", scores)
+    step, suffix = int(state.step), suffix_for(workdir, len(examples["x0"]))
+    scores = {row.name: {"n": row.n, "nfe": row.nfe, "step": step, "metrics": row.metrics} for row in rows}
+    io.write_json(workdir / f"scores{suffix}.json", scores)
     report.write_report(
-        workdir / "report.html",
+        page := workdir / f"report{suffix}.html",
         title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
         grids=figures,
         rows=rows,
@@ -43,10 +47,17 @@ def evaluate_and_report(
         config=config,
         timings=timings,
         versions=versions(),
-        notes=[*notes(parts), *health_notes(workdir, parts.experiment.method.health_rules())],
+        notes=[*notes(parts, step), *health_notes(workdir, parts.experiment.method.health_rules())],
     )
-    print(f"report: {workdir / 'report.html'}", flush=True)
+    print(f"report: {page}" + " (report.html, of more images, is kept)" * bool(suffix), flush=True)
     return rows
+
+
+def suffix_for(workdir: Path, n: int) -> str:
+    """What the names of a report of n images end in: nothing, unless the workdir has one of more images."""
+    path = workdir / "scores.json"
+    known = io.read_json(path, "delete it, and evaluate again").values() if path.is_file() else ()
+    return f"-{n}-images" if any(row.get("n", 0) > n for row in known) else ""
 
 
 def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
@@ -70,7 +81,8 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
         own = task_scores(task, sets, truth, np.asarray(batch["cond"]))
         rows = [dataclasses.replace(row, metrics=row.metrics | own[row.name]) for row in rows]
     shown = {k: v[:12] for k, v in sets.items()} | ({"truth": truth[:12]} if paired else {})
-    caption = f"The first images of the held-out test split ({len(batch['index'])} in total)."
+    n = len(batch["index"])
+    caption = f"The first {min(n, 12)} of {n} images of the held-out test split that were evaluated."
     return rows, [(caption, grids.side_by_side(shown))]
 
 
@@ -131,12 +143,15 @@ def load_baseline(parts: Parts):
     return baseline
 
 
-def notes(parts: Parts) -> list[str]:
-    """Notes for the readers of the report."""
+def notes(parts: Parts, step: int) -> list[str]:
+    """Notes for the readers of the report, which is of the weights after `step` train steps."""
     run = parts.experiment.run
+    lines = [f"The weights are those after {step} of {run.steps} planned steps."] * bool(
+        parts.experiment.method.turns()
+    )
     if not isinstance(parts.experiment.method, Generator):
-        return [f"Random draws use seed {run.seed}; standard errors are over images, not over training seeds."]
-    lines = [
+        return [*lines, f"Random draws use seed {run.seed}; standard errors are over images, not over training seeds."]
+    lines += [
         f"All rows use the same initial noise (seed {run.seed}); standard errors are over images, not training seeds."
     ]
     if run.baseline:
