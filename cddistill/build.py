@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cddistill import checkpoint, data, io, pipeline, sharding
@@ -297,11 +296,11 @@ def check_heun(schedule) -> None:
 
 def check_shapes(teacher, batch) -> None:
     """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
-    args = [batch["x0"], batch["text"]]
+    args, t = [batch["x0"], batch["text"]], teacher.schedule.grid(1)
     if "cond" in batch and adapter.has_concat_channels(teacher, batch["x0"].shape[-1]):
         teacher = Adapted(teacher)
         args.append(adapter.condition("concat", batch))
-    jax.eval_shape(lambda n, x0, *rest: n(x0, jnp.zeros(1, jnp.int32), *rest), teacher, *args)
+    jax.eval_shape(lambda n, x0, *rest: n(x0, t, *rest), teacher, *args)
 
 
 def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:

@@ -210,7 +210,7 @@ def write_index(folder: Path, index: dict, present) -> None:
 
     Parts that the teacher's folder lacks, such as a safety checker that was not downloaded, are marked as absent.
     """
-    lost = [name for name, x in index.items() if isinstance(x, list) and name not in {*present, "scheduler"}]
+    lost = [name for name, x in index.items() if isinstance(x, list) and name not in present]
     index = index | {name: [None, None] for name in lost}
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():

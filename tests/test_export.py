@@ -34,8 +34,8 @@ def littered(teacher, tmp_path_factory):
     shutil.copytree(teacher, folder)
     weights = "unet/diffusion_pytorch_model"
     for name in (".git/HEAD", ".cache/huggingface/x.json", "checkpoint-500/optimizer.bin", "logs/events", "NOTICE",
-                 "unet_ema/a.bin", "LICENSE.md", "notes.md", "unet/optimizer.bin", "unet/.cache/x.json", "samples/1.png",
-                 f"{weights}.fp16.safetensors", "unet/diffusion_flax_model.msgpack"):  # fmt: skip
+                 "unet_ema/a.bin", "LICENSE.md", "notes.md", "unet/optimizer.bin", "unet/.cache/x.json",
+                 "samples/1.png", f"{weights}.fp16.safetensors", "unet/diffusion_flax_model.msgpack"):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"left over")
     return folder
@@ -209,6 +209,8 @@ def test_a_part_that_was_not_downloaded_is_marked_as_absent(run, tmp_path):
     written = io.read_json(tmp_path / "model_index.json")
     assert written["safety_checker"] == [None, None]
     assert written == index | {"safety_checker": [None, None], "scheduler": ["diffusers", "LCMScheduler"]}
+    write_index(tmp_path / "without", index | {"scheduler": ["diffusers", "X"]}, {"unet"})  # EDM's networks have none
+    assert io.read_json(tmp_path / "without" / "model_index.json")["scheduler"] == [None, None]
 
 
 def test_what_is_only_merged_keeps_its_scheduler(teacher, tmp_path):

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cddistill
 from cddistill import data, generate, io, pipeline, sharding
-from cddistill.build import check_heun, check_shapes
+from cddistill.build import check_heun, check_shapes, check_table
 from cddistill.config import Experiment
 from cddistill.data import ode_pairs
 from cddistill.data.loader import stack
@@ -39,6 +39,7 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     first = row(dataset, run.seed, 0)
     manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape)
     check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
+    check_table(experiment, experiment.method.requires(), teacher)
     prepare_folder(output, manifest, first["null"])
     size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
     generate_x0 = sampler(run, teacher.denoiser, size)
