@@ -1,45 +1,112 @@
 """Image files and arrays to uint8 RGB images of one size."""
 
 import contextlib
+import importlib.util
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # of Pillow, for files that it cannot read
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGBA", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+AVIF = (".avif",) if importlib.util.find_spec("PIL._avif") else ()  # not in every build of Pillow
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *AVIF)
+FORMATS = {
+    **dict.fromkeys(("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I"), "L"),
+    **dict.fromkeys(("RGB", "RGBX", "CMYK", "YCbCr", "HSV"), "RGB"),
+    **dict.fromkeys(("P", "PA", "LA", "RGBA", "RGBa"), "RGBA"),
+}
 """PIL modes that are accepted, and the mode each is converted to before alpha is composited on white."""
+
+KEY_GAIN = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # of PNG's transparent colour, by how the pixels are stored
+TURNS = dict(enumerate([Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90], start=2))  # by the EXIF orientation  # fmt: skip
+MAX_PIXELS = 2**26  # of an image resized as a whole, before it is cropped
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the name of an image that can be read."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def to_rgb(image, name):
-    """A PIL image as RGB: grey is repeated, alpha is composited on white, the EXIF orientation is applied."""
+    """A PIL image as 8-bit RGB: its first frame, upright by its EXIF orientation, with transparency on white.
+
+    Grey is repeated, CMYK is converted by Pillow's formula, 16-bit values keep their upper 8 bits. Colour profiles are
+    not applied. Raises ValueError, naming it, for floating point and other modes.
+    """
     if image.mode not in FORMATS:
         bands = len(image.getbands())
         raise ValueError(f"{name} has {bands} channel(s) of mode {image.mode}; convert it to 8-bit grey or RGB")
-    image = ImageOps.exif_transpose(image).convert(FORMATS[image.mode])
+    stored = image.tile[0][3] if getattr(image, "tile", None) else image.mode  # lost once the pixels are loaded
+    image.load()
+    clear, turn = transparent(image, stored), TURNS.get(orientation(image))
+    if image.mode.startswith("I"):
+        image = upper_bits(image, name)
+    image = image.convert(FORMATS[image.mode])
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if clear is not None:
+        image.paste("white", mask=Image.fromarray(clear))
+    return image if turn is None else image.transpose(turn)
 
 
-def read(path, name=None):
-    """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read."""
-    name = name or path
-    if isinstance(path, Image.Image):
-        return to_rgb(path, "the image")
+def orientation(image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if the tags cannot be read, for they say nothing of the pixels."""
     try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow raises almost anything for odd tags
+        return 1
+
+
+def transparent(image, stored):
+    """Where a grey or RGB image has the colour that its file declares transparent, bool [h,w]; None without one.
+
+    Pillow gives the colour as the file has it: in fewer or more bits than the pixels. stored is its raw mode.
+    """
+    key = image.info.get("transparency")
+    if key is None or image.mode not in ("1", "L", "RGB", "I", "I;16"):
+        return None
+    pixels = np.asarray(image)
+    if image.mode == "1":
+        return pixels == bool(key)
+    key = np.floor(np.multiply(key, KEY_GAIN.get(stored, 1)))
+    return (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
+
+
+def upper_bits(image, name):
+    """A 16-bit grey image in 8 bits. ValueError for values outside 16 bits, whose scale is unknown."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"{name} has values {pixels.min()} to {pixels.max()}; convert it to 8-bit grey or RGB")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def read(path, name=None, fast=False):
+    """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
+
+    fast decodes a JPEG at 1/8 of its size, which finds the same errors.
+    """
+    given = isinstance(path, Image.Image)
+    name = "the image" if given else name or path
+    try:
+        if given:
+            return to_rgb(path, name)
         with Image.open(path) as file:
+            if fast:
+                file.draft(None, (1, 1))
             return to_rgb(file, name)
-    except ERRORS as error:
-        raise ValueError(f"{name} cannot be read ({error})") from error
+    except Exception as error:  # Pillow raises almost anything for broken files
+        said = str(error) or type(error).__name__
+        raise ValueError(said if said.startswith(f"{name} ") else f"{name} cannot be read ({said})") from error
 
 
 def read_alpha(path):
-    """The alpha channel of an image file or PIL image, oriented as `read` does: mode L, or None without one."""
+    """The alpha channel of an image file or PIL image, upright as `read` returns it: mode L, or None without one."""
     with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
         if not image.has_transparency_data:
             return None
-        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        alpha, turn = image.convert("RGBA").getchannel("A"), TURNS.get(orientation(image))
+        return alpha if turn is None else alpha.transpose(turn)
 
 
 def from_array(array, name):
@@ -54,8 +121,12 @@ def fit(image, size):
     """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then centre-cropped."""
     scale = size / min(image.size)
     w, h = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
     left, top = (w - size) // 2, (h - size) // 2
+    if w * h > MAX_PIXELS:  # 2 x 16000 px, say: resize only the square that is kept
+        sx, sy = image.width / w, image.height / h
+        box = (left * sx, top * sy, (left + size) * sx, (top + size) * sy)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

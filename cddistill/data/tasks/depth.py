@@ -71,7 +71,7 @@ def read_map(path) -> np.ndarray:
         try:
             with path if isinstance(path, Image.Image) else Image.open(path) as image:
                 values = np.asarray(image)
-        except images.ERRORS as error:
+        except Exception as error:  # Pillow raises almost anything for broken files
             raise ValueError(f"{path} cannot be read ({error})") from error
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
