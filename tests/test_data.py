@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits
 from cddistill.data.sources import arrays as sources
@@ -249,108 +248,6 @@ def test_flip_also_mirrors_depth_and_edited_image():
     flipped = next(item for item in items if not np.array_equal(item["x0"], plain["x0"][0]))
     for name in ("x0", "depth", "edited"):
         np.testing.assert_array_equal(flipped[name], plain[name][0][:, ::-1])
-
-
-# --- folders of images
-
-
-def save(path, value=100, mode="RGB", size=(40, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fill = value if mode in ("L", "I;16") else (value,) * (len(mode) - mode.count("A")) + (0,) * mode.count("A")
-    Image.new(mode, size, fill).save(path)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for i in range(30):
-        save(tmp_path / f"sub/{i}.png", value=8 * i)
-    return tmp_path
-
-
-def of(path, **changes):
-    return configure(source="folder", path=str(path), **({"size": 16} | changes))
-
-
-def test_folder_splits_captions_and_labels(folder):
-    (folder / "sub/0.txt").write_text("a dark square\n")
-    lines = [{"file_name": f"sub/{i}.png", "text": f"grey {8 * i}", "label": i % 3} for i in range(1, 30)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    captions, levels = [], []
-    for split in splits.SPLITS:
-        data = examples(of(folder), split)
-        captions += data["caption"]
-        for caption, label, x0 in zip(data["caption"], data["label"], data["x0"], strict=True):
-            level = round((x0.mean() + 1) * 127.5)
-            levels.append(level)
-            assert (caption, label) == (("a dark square", 9) if level == 0 else (f"grey {level}", level // 8 % 3))
-    assert sorted(levels) == [8 * i for i in range(30)]
-    assert sorted(captions) == sorted(["a dark square", *(line["text"] for line in lines)])
-
-
-def test_folder_with_its_own_splits(tmp_path):
-    for split, value in (("train", 10), ("test", 200)):
-        for i in range(3):
-            save(tmp_path / f"{split}/{i}.jpg", value)
-    assert len(load(of(tmp_path), "train")) == 3
-    assert examples(of(tmp_path), "test")["x0"].mean() == pytest.approx(200 / 127.5 - 1, abs=0.01)
-    with pytest.raises(ValueError, match="the validation split of folder .* is empty"):
-        load(of(tmp_path), "validation")
-
-
-def test_crop_is_central_and_keeps_the_aspect(tmp_path):
-    stripes = np.zeros((20, 60, 3), np.uint8)
-    stripes[:, 20:40] = 255
-    (tmp_path / "train").mkdir()
-    Image.fromarray(stripes).save(tmp_path / "train/a.png")
-    x0 = examples(of(tmp_path, size=10), "train")["x0"][0]
-    assert (x0[:, 2:8] > 0.9).all()  # the white third, with blurred edges
-
-
-def test_grey_and_alpha_are_converted(tmp_path):
-    save(tmp_path / "train/grey.png", 128, "L")
-    save(tmp_path / "train/clear.png", 128, "RGBA")
-    save(tmp_path / "train/clear_grey.png", 128, "LA")
-    data = examples(of(tmp_path), "train")
-    names = load(of(tmp_path), "train").source.names
-    level = dict(zip(names, data["x0"], strict=True))
-    np.testing.assert_allclose(level["train/grey.png"], 128 / 127.5 - 1, atol=1e-6)
-    assert (level["train/clear.png"] == 1).all()  # transparent is white
-    assert (level["train/clear_grey.png"] == 1).all()
-
-
-@pytest.mark.parametrize("kind", ["not an image", "cut off", "cmyk"])
-def test_bad_image_is_named_before_the_first_step_or_skipped(folder, kind, caplog):
-    name = next(f"sub/{i}.jpg" for i in itertools.count(100) if splits.split_of(f"sub/{i}.jpg") == "train")
-    bad = folder / name
-    if kind == "not an image":
-        bad.write_bytes(b"hello")
-    else:
-        pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-        Image.fromarray(pixels).convert("CMYK" if kind == "cmyk" else "RGB").save(bad)
-        if kind == "cut off":
-            bad.write_bytes(bad.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=rf"1 of \d+ images .* cannot be used: {name}") as error:
-        batches(of(folder), batch_size=2, seed=0)
-    assert kind != "cmyk" or "4 channel(s) of mode CMYK; convert it" in str(error.value)
-    good = load(of(folder, skip_bad=True), "train")
-    assert name not in good.source.names
-    assert f"{name}" in caplog.text
-    examples(of(folder, skip_bad=True), "train")
-
-
-def test_missing_folder_empty_folder_and_bad_metadata_are_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match="data.path '' is not a folder"):
-        load(configure(source="folder"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="there is no image in"):
-        load(of(tmp_path / "empty"))
-    for line in ("{", '{"text": "no name"}', "[]", '{"file_name": "a.png", "label": -1}'):
-        (folder / "metadata.jsonl").write_text(line)
-        with pytest.raises(ValueError, match="line 1 of .*metadata.jsonl is not like"):
-            load(of(folder))
-    (folder / "metadata.jsonl").write_text('{"file_name": "sub/1.png", "label": 9}')
-    with pytest.raises(ValueError, match="folder has 10 labels; data.num_classes is 9"):
-        load(of(folder))
 
 
 # --- precomputed arrays

@@ -1,13 +1,19 @@
-"""Assign names to splits by hash, so that adding or removing names never moves another name."""
+"""Assign names to splits, by folder or by hash. By hash, adding or removing names never moves another name."""
 
 import hashlib
 
 SPLITS = ("train", "validation", "test")  # 80, 10 and 10 %
+SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+"""Names of a split's folder, in any case of the letters."""
 
 
 def digest(name: str) -> int:
     """A pseudo-random 64-bit number that depends only on the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
 def split_of(name: str) -> str:
@@ -23,3 +29,59 @@ def members(names, split: str) -> list[str]:
 def in_order(names) -> list[str]:
     """Names in a fixed pseudo-random order."""
     return sorted(names, key=lambda name: (digest(name), name))
+
+
+# ---- rules: {split: names} of names like "train/cat/1.png" and {top folder: its split}, {} without such folders
+
+
+def by_hash(names, folders) -> dict[str, list[str]]:
+    """80, 10 and 10 % by hash, whatever the folders are called."""
+    return {split: members(names, split) for split in SPLITS}
+
+
+def by_folder(names, folders) -> dict[str, list[str]]:
+    """By folder; by hash without such folders."""
+    if not folders:
+        return by_hash(names, folders)
+    return {split: in_order(n for n in names if folders.get(top(n)) == split) for split in SPLITS}
+
+
+def filled(names, folders) -> dict[str, list[str]]:
+    """By folder. A test or validation split without images takes 10 % of train, at least one of its images."""
+    parts = by_folder(names, folders) if folders else {"train": in_order(names), "validation": [], "test": []}
+    for split in ("test", "validation"):
+        if not parts[split]:
+            train = parts["train"]
+            n = max(len(train) // 10, min(1, len(train) - 1))
+            parts |= {split: train[:n], "train": train[n:]}
+    return parts
+
+
+def everywhere(names, folders) -> dict[str, list[str]]:
+    """Every name in every split."""
+    return dict.fromkeys(SPLITS, in_order(names))
+
+
+RULES = {"auto": by_folder, "hash": by_hash, "fill": filled, "all": everywhere}
+
+
+def split_folders(names) -> dict[str, str]:
+    """{top folder: its split}, where names are divided into folders like train/ and val/, or {}.
+
+    One of the exact names train, validation and test is enough; other spellings count from two splits on. ValueError
+    if two folders are the same split.
+    """
+    tops = {top(name) for name in names} - {""}
+    found = {folder: s for s, spellings in SPELLINGS.items() for folder in sorted(tops) if folder.lower() in spellings}
+    if not tops & set(SPLITS) and len(set(found.values())) < 2:
+        return {}
+    for split in SPLITS:
+        same = [f"{folder}/" for folder, s in found.items() if s == split]
+        if len(same) > 1:
+            raise ValueError(f"{' and '.join(same)} are both the {split} split: rename or remove one of them")
+    return found
+
+
+def top(name: str) -> str:
+    """The first folder of a path, "" without one."""
+    return name.split("/")[0] if "/" in name else ""

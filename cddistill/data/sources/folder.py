@@ -1,55 +1,69 @@
 """A folder of images, optionally with captions and labels. Every file is checked once before the first step."""
 
-import concurrent.futures
+import collections
 import dataclasses
-import json
-import logging
-import time
+import functools
+import posixpath
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from PIL import Image
-
+from cddistill import sharding
+from cddistill.data.captions import Captions, read_captions
 from cddistill.data.contracts import Source
-from cddistill.data.images import SUFFIXES, fit, read, to_rgb
-from cddistill.data.splits import SPLITS, in_order, members
+from cddistill.data.images import SUFFIXES, fit, is_image, read
+from cddistill.data.listing import files_below, read_all
+from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
 CACHE_BYTES = 2**30  # of decoded images kept in memory
-PROGRESS_EVERY = 10  # seconds between progress messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder(Source):
-    """Images in the folder data.path and its sub-folders. No options."""
+    """Images in the folder data.path and its sub-folders."""
+
+    split: str = "auto"  # by folders like train/ and val/, else by hash; "hash", "fill" or "all": see splits.RULES
+    folder_labels: bool = False  # an image's label is the folder it lies in, as in cat/1.png
+
+    def __post_init__(self):
+        if self.split not in RULES:
+            raise ValueError(f"data.split must be one of {', '.join(RULES)}, not {self.split!r}")
 
     def open(self, config, split):
-        return FolderImages(config, split)
+        try:
+            return FolderImages(scan(self, config.path, config.skip_bad), config, split)
+        except ValueError:
+            scan.cache_clear()  # the folder may be mended before the next attempt
+            raise
+
+
+class Contents(NamedTuple):
+    """What a folder holds, apart from pixels."""
+
+    root: Path
+    parts: dict[str, list[str]]  # names of images by split
+    records: dict[str, dict[str, Any]]  # by name: "caption" and "label", as far as they are known
+    num_labels: int
 
 
 class FolderImages:
     """Images in the sub-folders train, validation and test. Without these, images are split by a hash of their name.
 
-    The caption of cat.jpg is in cat.txt, or in a line of data.path/metadata.jsonl: {"file_name": "a/cat.jpg",
-    "text": "a cat"}. That line may also have an integer "label". Images without one get the null label.
+    The caption of cat.jpg is in cat.txt or cat.caption, or in a line of a metadata.jsonl or metadata.csv in the folder
+    itself or a sub-folder, with a file name relative to it: {"file_name": "a/cat.jpg", "text": "a cat"}. That line may
+    also have a "label", a number or the name of a class. Images without one get the null label.
     """
 
-    def __init__(self, config, split):
-        self.root, self.size, self.null = Path(config.path), config.size, config.num_classes
-        if not config.path or not self.root.is_dir():
-            raise ValueError(f"data.path {config.path!r} is not a folder; set it to a folder of images")
-        files = [p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        if not files:
-            raise ValueError(f"there is no image in {self.root}; expected files like *{', *'.join(SUFFIXES)}")
-        self.metadata = read_metadata(self.root / "metadata.jsonl")
-        self.num_labels = max((record.get("label", -1) + 1 for record in self.metadata.values()), default=0)
-        self.names = readable_names(self.root, self.split_names(files, split), config.skip_bad)
+    def __init__(self, contents: Contents, config, split: str):
+        self.root, self.records, self.num_labels = contents.root, contents.records, contents.num_labels
+        self.size, self.null = config.size, config.num_classes
+        if not contents.parts[split]:
+            raise ValueError(
+                f"the {split} split of folder {self.root} is empty ({sizes(contents.parts)}): add images, or set "
+                "data.split to 'fill', which takes it from train, or to 'all', which puts every image in every split"
+            )
+        check = lambda name: read(self.root / name, name, fast=True) and None
+        self.names = [*read_all(check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
         self.cache = {}
-
-    def split_names(self, files, split):
-        """Paths of the split's files relative to the root, in a fixed pseudo-random order."""
-        names = [p.relative_to(self.root).as_posix() for p in files]
-        if any(name.split("/")[0] in SPLITS for name in names if "/" in name):
-            return in_order(name for name in names if name.startswith(f"{split}/"))
-        return members(names, split)
 
     def __len__(self):
         return len(self.names)
@@ -63,57 +77,117 @@ class FolderImages:
         return dict(element)
 
     def open(self, name):
-        """Read an image, its caption and its label."""
+        """Read an image, and add its caption and label."""
         image = fit(read(self.root / name, name), self.size)
-        sidecar = (self.root / name).with_suffix(".txt")
-        caption = sidecar.read_text("utf-8").strip() if sidecar.exists() else ""
-        return {"image": image, "label": self.null, "caption": caption} | self.metadata.get(name, {})
+        return {"image": image, "label": self.null, "caption": ""} | self.records.get(name, {})
 
 
-def read_metadata(path):
-    """{file name: {"caption", "label"}} from a metadata.jsonl, with the keys that a line has; {} without the file."""
-    records = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            record = json.loads(line)
-            known = records[record["file_name"]] = {}
-            if "text" in record:
-                known["caption"] = str(record["text"])
-            if "label" in record:
-                known["label"] = int(record["label"])
-            if known.get("label", 0) < 0:
-                raise ValueError("a label must not be negative")
-        except (ValueError, KeyError, TypeError) as error:
-            example = '{"file_name": "a.jpg", "text": "a cat"}'
-            raise ValueError(f"line {number} of {path} is not like {example}: {error!r}") from error
-    return records
+# ---- what a folder holds
 
 
-def readable_names(root, names, skip_bad):
-    """The names of images that can be decoded. Raises ValueError naming those that cannot, unless skip_bad is set."""
-    bad, last = {}, time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems = pool.map(lambda name: decode_error(root, name), names)
-        for done, (name, problem) in enumerate(zip(names, problems, strict=True), 1):
-            if problem:
-                bad[name] = problem
-            if time.monotonic() - last > PROGRESS_EVERY:
-                logging.warning("checked %d of %d images in %s", done, len(names), root)
-                last = time.monotonic()
-    summary = f"{len(bad)} of {len(names)} images in {root} cannot be used: {'; '.join(list(bad.values())[:3])}"
-    if bad and not skip_bad:
-        raise ValueError(f"{summary} (data.skip_bad=True skips them)")
-    if bad:
-        logging.warning("%s; skipped", summary)
-    return [name for name in names if name not in bad]
+@functools.lru_cache(maxsize=4)  # so that all splits share one look at the folder
+def scan(source: Folder, path: str, skip_bad: bool) -> Contents:
+    """List a folder, divide it into splits, and read its captions and labels. Says in a line what was found."""
+    root = Path(path).expanduser()
+    if not path or not root.is_dir():
+        raise ValueError(f"data.path {path!r} is not a folder; set it to a folder of images")
+    files = files_below(root)
+    images = [name for name in files if is_image(name)]
+    if not images:
+        raise ValueError(f"there is no image in {root}; expected files like *{', *'.join(SUFFIXES)}")
+    folders = {} if source.split == "hash" else split_folders(images)
+    captions = read_captions(root, images, files, skip_bad)
+    parts = RULES[source.split]([name for name in images if name not in captions.unread], folders)
+    used = list(dict.fromkeys(name for names in parts.values() for name in names))
+    classes = class_folders(used, folders)
+    if source.folder_labels:
+        captions = label_by_folder(root, used, classes, captions)
+    if sharding.is_host0():
+        left_out = {*files} - {*used} - captions.files - captions.unread
+        found = ", ".join([count(len(used), "image"), *described(used, captions, left_out)])
+        by = {"auto": "folder" if folders else "hash of the name"}.get(source.split, f"data.split={source.split!r}")
+        rest = [f"{sizes(parts)}, by {by}", *hints(used, parts, folders, classes, captions)]
+        print(f"{root}: {found}; {'; '.join(rest)}", flush=True)
+    num_labels = max((record.get("label", -1) + 1 for record in captions.records.values()), default=0)
+    return Contents(root, parts, captions.records, num_labels)
 
 
-def decode_error(root, name):
-    """The error of decoding an image file, or "". Decodes all of it: the header does not show a truncated file."""
-    try:
-        with Image.open(root / name) as image:
-            image.draft(None, (1, 1))  # JPEG: decode at 1/8 of the size, which finds the same errors faster
-            to_rgb(image, name)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # from Pillow, for broken files
-        return str(error) if str(error).startswith(name) else f"{name} cannot be read ({error})"
-    return ""
+def class_folders(names, folders) -> dict[str, str]:
+    """{image: the folder it lies in} if each is in one folder, as in cat/1.png or train/cat/1.png; else {}."""
+    paths = {name: name.removeprefix(f"{top(name)}/") if top(name) in folders else name for name in names}
+    found = {name: posixpath.dirname(path) for name, path in paths.items()}
+    return found if all(folder and "/" not in folder for folder in found.values()) else {}
+
+
+def label_by_folder(root: Path, names, classes, captions: Captions) -> Captions:
+    """The captions with labels by class folder. ValueError if some image has none, or the metadata has labels too."""
+    if not classes:
+        raise ValueError(f"data.folder_labels=True needs each image of {root} in one folder, as in cat/1.png")
+    if any("label" in record for record in captions.records.values()):
+        raise ValueError(f"data.folder_labels=True, and the metadata in {root} has labels too: use one of them")
+    numbers = {name: i for i, name in enumerate(sorted({*classes.values()}))}
+    for name in names:
+        captions.records.setdefault(name, {})["label"] = numbers[classes[name]]
+    return captions._replace(classes=[*numbers])
+
+
+# ---- what was found, in words
+
+
+def described(names, captions: Captions, left_out) -> list[str]:
+    """Phrases like "36 captions" and "3 left out (.heic)"."""
+    records = [captions.records.get(name, {}) for name in names]
+    bare = [name for name, record in zip(names, records, strict=True) if not record.get("caption")]
+    labels = sum("label" in record for record in records)
+    said = [count(len(names) - len(bare), "caption")]
+    if 0 < len(bare) < len(names):
+        said.append(f"{count(len(bare), 'image')} without one ({some(bare)})")
+    if labels:
+        said.append(count(labels, "label") + (f" ({some(captions.classes)})" if captions.classes else ""))
+    if captions.unmatched:
+        unmatched = count(len(captions.unmatched), "name")
+        said.append(f"{unmatched} in the metadata without an image ({some(captions.unmatched)})")
+    if captions.unused:
+        said.append(f"metadata keys not used: {some(captions.unused)}")
+    kinds = collections.Counter(map(kind, sorted(left_out))).most_common()
+    if kinds:
+        listed = ", ".join(f"{n} {what}" if len(kinds) > 1 else what for what, n in kinds)
+        said.append(f"{len(left_out)} left out ({listed})")
+    return said
+
+
+def hints(names, parts, folders, classes, captions: Captions) -> list[str]:
+    """Phrases on what else may be meant."""
+    said = []
+    missing = [split for split, part in parts.items() if not part]
+    if 0 < len(missing) < len(parts["train"]):
+        said.append(f"data.split='fill' takes {' and '.join(missing)} from train")
+    inner = [name for name in names if top(name.partition("/")[2]) in SPLITS]
+    if inner and not folders:
+        said.append(f"{'/'.join(inner[0].split('/')[:2])}/ is no split: it does not lie in data.path itself")
+    if not any(captions.records.values()) and len({*classes.values()}) > 1:
+        said.append(f"data.folder_labels=True makes labels of the folders ({some(sorted({*classes.values()}))})")
+    return said
+
+
+def kind(name: str) -> str:
+    """Why a file is left out: its suffix, or for an image its folder, which is no split."""
+    if is_image(name):
+        return f"in {top(name)}/" if top(name) else "outside the folders of the splits"
+    return posixpath.splitext(name)[1].lower() or "without a suffix"
+
+
+def sizes(parts) -> str:
+    """Splits and their numbers of images."""
+    return ", ".join(f"{split} {len(names)}" for split, names in parts.items())
+
+
+def count(n: int, noun: str) -> str:
+    """A number of things: "1 image", "2 images", "no images"."""
+    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"
+
+
+def some(names) -> str:
+    """The first names, escaped where they cannot be printed."""
+    first = [name.encode("utf-8", "backslashreplace").decode() for name in names[:3]]
+    return ", ".join(first) + (", ..." if len(names) > 3 else "")
