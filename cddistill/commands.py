@@ -8,7 +8,7 @@ import numpy as np
 
 from cddistill import checkpoint, config, data, export, generate, io
 from cddistill.build import Parts, build, open_checkpoints
-from cddistill.data import images
+from cddistill.data import images, listing
 from cddistill.evals import compare, grids
 from cddistill.method import Generator
 from cddistill.precompute import encode, pairs
@@ -128,7 +128,9 @@ def image_files(source: Path, task) -> list[Path]:
     """One input, or all in a folder that the task takes as inputs."""
     found = [source]
     if source.is_dir():
-        found = task.input_files(sorted(p for p in source.iterdir() if p.suffix.lower() in images.SUFFIXES))
+        found = task.input_files(
+            sorted(p for p in source.iterdir() if images.is_image(p.name) and listing.visible(p.name))
+        )
     if not found or not found[0].is_file():
         raise ValueError(f"--input={source} is neither an image nor a folder of images")
     return found

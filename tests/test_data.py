@@ -175,9 +175,9 @@ def test_examples_are_deterministic():
     [
         (
             {"source": "emojis"},
-            "data.source must be one of emoji, icons, scenes, mixture, folder, tfds, arrays, not 'emojis'",
+            "data.source must be one of emoji, icons, icon_edits, scenes, mixture, folder, tfds, arrays, not 'emojis'",
         ),
-        ({"task": "blur"}, "data.task must be one of none, sr, not 'blur'"),
+        ({"task": "blur"}, "data.task must be one of none, sr, inpaint, edit, depth, canny, not 'blur'"),
         ({"size": 0}, "data.size must be at least 1"),
         ({"task": "sr", "scale": 5}, "data.size 32 must be divisible by data.scale 5"),
     ],
