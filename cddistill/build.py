@@ -313,9 +313,19 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
         made_by, here = describe_teacher(manifest), describe_teacher(ours)
         sentence = f"data.pairs {folder} was made by {made_by}, and this run's teacher is {here}"
         raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
+    schedule, made_on = describe_schedule(teacher.denoiser), manifest.get("fingerprints", {}).get("schedule")
+    if made_on not in (None, schedule):  # None: made by a version that did not keep it
+        raise ValueError(f"data.pairs {folder} was made with {made_on}, and this run's teacher has {schedule}")
     shape = first_rows(experiment.data)["x0"].shape[1:]
     if tuple(manifest["x0"]) != shape:
         raise ValueError(f"x0 of data.pairs {folder} is {(*manifest['x0'],)}, and that of the data is {shape}")
+
+
+def describe_schedule(denoiser) -> str:
+    """What a network predicts and its noise levels, in short: "v at sigma/alpha 14.6, 1.61, 0.5, 0.158"."""
+    alpha, sigma = denoiser.schedule.alpha_sigma(denoiser.schedule.grid(4))
+    ratios = np.asarray(sigma, np.float64) / np.maximum(np.asarray(alpha, np.float64), 1e-9)
+    return f"{denoiser.predicts} at sigma/alpha {', '.join(f'{x:.3g}' for x in ratios)}"
 
 
 def describe_teacher(of) -> str:

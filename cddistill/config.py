@@ -50,6 +50,7 @@ class Run:
     pairs_shard: int = 1024  # rows per file
     pairs_batch: int = 64  # rows generated at a time, on all devices together
     encode_epochs: int = 1  # passes of --mode=encode over the training split; those after the first are augmented
+    encode_dtype: str = "float16"  # of the latents and embeddings that --mode=encode writes, or "float32"
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
 
@@ -66,7 +67,7 @@ class Experiment(NamedTuple):
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
 
@@ -116,6 +117,11 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     typed.choose("teacher_sampler", dict.fromkeys(ODE_SAMPLERS), run.teacher_sampler)
     if run.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {run.dtype!r} is neither 'float32' nor 'bfloat16'")
+    if run.encode_dtype not in ("float16", "float32"):
+        raise ValueError(
+            f"encode_dtype {run.encode_dtype!r} is neither 'float16' nor 'float32': .npy files hold no other floats of "
+            "a network, such as bfloat16"
+        )
     return Experiment(run, method, data_config, by_turn)
 
 

@@ -173,8 +173,9 @@ class Pipeline:
             io.write_json(folder / "scheduler" / own.name, io.read_json(own))
         else:
             write_schedule(folder, teacher, how)
+        present = {name.partition("/")[0] for name in self.copies(controlnet)} | {*trained}
         if index := read_index(self.root):
-            write_index(folder, index, {name.partition("/")[0] for name in self.copies(controlnet)} | {*trained})
+            write_index(folder, index, present)
 
     def copies(self, controlnet: str = "") -> dict[str, Path]:
         """{name in a student's folder: file of the teacher's pipeline or of a ControlNet's folder}."""

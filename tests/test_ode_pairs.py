@@ -13,6 +13,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from cddistill import build, commands, config, data, generate, models, pipeline, sampling, sharding
 from cddistill.data import configure, loader, ode_pairs
@@ -224,6 +225,93 @@ def test_resuming_with_other_settings_is_refused(teacher, copy, capsys):
     assert "all 20 rows exist" in capsys.readouterr().out
 
 
+def labelled(root, labels):
+    """A folder of pictures with these labels."""
+    (root / "train").mkdir(parents=True)
+    rows = []
+    for i, label in enumerate(labels):
+        Image.new("RGB", (8, 8), (255, 9 * i, 0)).save(root / "train" / f"{i}.png")
+        rows.append({"file_name": f"train/{i}.png", "label": label})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def of_folder(teacher, tmp_path):
+    """(settings, teacher's folder, pictures, pairs made from them)."""
+    pictures, copied = labelled(tmp_path / "pictures", [0, 1, 2]), shutil.copytree(teacher, tmp_path / "teacher")
+    c = settings(copied, num_pairs=8, teacher_steps=(2,))
+    c.data.update(source="folder", path=str(pictures))
+    commands.make_pairs(c, tmp_path / "pairs")
+    loader.open_source.cache_clear()
+    return c, copied, pictures, tmp_path / "pairs"
+
+
+def relabel(copied, pictures):
+    text = (pictures / "metadata.jsonl").read_text()
+    (pictures / "metadata.jsonl").write_text(text.replace('"label": 2', '"label": 5'))
+
+
+def reschedule(copied, pictures):
+    path = copied / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "linear"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (relabel, r"fingerprints.captions and labels: 3 values \(\w+\) there, 3 values \(\w+\) now"),
+        (
+            lambda copied, pictures: (pictures / "train" / "2.png").unlink(),
+            r"fingerprints.pictures: 3 files .* 2 files",
+        ),
+        (reschedule, r"fingerprints.schedule: v at sigma/alpha .* there, v at sigma/alpha .* now"),
+        (lambda copied, pictures: tiny.save_teacher(copied, seed=1), r"weights: \w+ there, \w+ now"),
+    ],
+)
+def test_pairs_of_what_changed_are_not_continued(of_folder, change, said):
+    c, copied, pictures, made = of_folder
+    change(copied, pictures)
+    with pytest.raises(ValueError, match=rf"was made by another command \(.*{said}"):
+        commands.make_pairs(c, made)
+
+
+def test_pairs_of_what_moved_are_continued(of_folder, tmp_path):
+    """Also their shards name the same manifest."""
+    c, copied, pictures, made = of_folder
+    before = contents(made)
+    c.update(teacher=str(copied.rename(tmp_path / "renamed")))
+    c.data.path = str(pictures.rename(tmp_path / "elsewhere"))
+    (made / "00000000.safetensors").unlink()
+    commands.make_pairs(c, made)
+    assert contents(made) == before
+
+
+def test_pairs_of_another_schedule_are_refused(pairs, teacher, copy):
+    c, path = settings(teacher), copy / "manifest.json"
+    c.data.pairs = str(copy)
+    experiment, manifest = config.resolve(c), json.loads(path.read_text())
+    other = manifest["fingerprints"] | {"schedule": "eps at sigma/alpha 1, 2, 3, 4"}
+    path.write_text(json.dumps(manifest | {"fingerprints": other}))
+    with pytest.raises(
+        ValueError, match=r"was made with eps at sigma/alpha 1, 2, 3, 4, and this run's teacher has v at"
+    ):
+        build.check_pairs(experiment, pipeline.of_run(experiment.run))
+
+
+def test_old_pairs_serve_for_training_only(teacher, tmp_path, monkeypatch):
+    """Those without fingerprints."""
+    made, c = making.manifest_of, settings(teacher, num_pairs=8)
+    without = lambda *args: {name: x for name, x in made(*args).items() if name != "fingerprints"}
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "manifest_of", without)
+        commands.make_pairs(c, tmp_path)
+    c.data.pairs = str(tmp_path)
+    build.check_pairs(config.resolve(c), pipeline.of_run(config.resolve(c).run))
+    with pytest.raises(ValueError, match="kept no fingerprints of the data, so it may serve for training but not be"):
+        commands.make_pairs(c, tmp_path)
+
+
 # --- reading
 
 
@@ -349,8 +437,8 @@ def test_rows_generated_again_equal_the_stored_ones(pairs, teacher):
     assert making.check_regenerated(OdePairs(pairs), generate_x0) == (pytest.approx(0.0, abs=1e-3), 4)
     other = making.sampler(run, models.init(tiny.UNET | {"num_class_embeds": 10}, 1, tiny.teacher().schedule, "v"), 8)
     assert making.check_regenerated(OdePairs(pairs), other)[0] > 0.1
-    with pytest.raises(FloatingPointError, match="not finite in float16"):
-        other([OdePairs(pairs).item(0) | {"noise": np.full((8, 8, 3), np.inf, np.float32)}])
+    with pytest.raises(FloatingPointError, match="x0 of row 3 is not finite in float16"):
+        other([OdePairs(pairs).item(0) | {"row": 3, "noise": np.full((8, 8, 3), np.inf, np.float32)}])
 
 
 # --- pairs of another teacher

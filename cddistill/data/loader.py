@@ -156,6 +156,11 @@ def open_source(config, split):
     return config.source.open(config, split)
 
 
+def fingerprint(config, split="train") -> dict[str, str]:
+    """What a split is read from, by kind, as texts that change when it does: see `Source.fingerprint`."""
+    return config.source.fingerprint(open_source(config, split))
+
+
 def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None)):
     """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 

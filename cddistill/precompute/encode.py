@@ -9,7 +9,8 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +18,10 @@ from rich.progress import Progress
 
 from cddistill import data, io, pipeline, sharding
 from cddistill.config import Experiment
+from cddistill.data import digests
 from cddistill.data.contracts import NULL_FILES
 from cddistill.data.splits import SPLITS
+from cddistill.models.fingerprint import fingerprint
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
@@ -27,12 +30,13 @@ MANIFEST = "manifest.json"
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
-    """Write x0 (float16), cond, text and captions of every split to the folder `output`, as `data.Arrays` reads them.
+    """Write x0, cond, text and captions of every split to the folder `output`, as `data.Arrays` reads them.
 
     Images are encoded by the VAE of config.teacher and captions by its text encoders, if it has them; for methods that
     train the text encoder, captions become token ids. The first pass over the training split is not augmented, the
     others of config.encode_epochs are. Rows already written by the same command are kept. Raises ValueError if the data
-    is precomputed, the teacher has neither a VAE nor a text encoder, or `output` was written by another command.
+    is precomputed, the teacher has neither a VAE nor a text encoder, `output` was written by another command or from
+    other files or weights, or a row is not finite in config.encode_dtype.
     """
     run = experiment.run
     if experiment.data.source.precomputed:
@@ -45,16 +49,79 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     tokens = experiment.method.requires().text_encoder
     if tokens:
         _ = teacher.text_encoder  # raises if there is not exactly one
-    encoders = Encoders(vae, prompts, experiment.data.task.encode if latent else None, tokens)
+    encode_condition = experiment.data.task.encode if latent else None
+    encoders = Encoders(vae, prompts, encode_condition, tokens, np.dtype(run.encode_dtype))
     null = encoders.null((experiment.data.size,) * 2)
-    command = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "seed")}
-    command |= {"cond_latent": True} if latent else {}
-    command |= {"input_ids": True} if tokens else {}
-    for split in SPLITS:
+    made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "encode_dtype", "seed")}
+    made |= {"cond_latent": True} if latent else {}
+    made |= {"input_ids": True} if tokens else {}
+    work, weights = {}, weights_of(teacher)
+    for split in SPLITS:  # all are checked before the first is encoded
         plain, augmented = (data.load(experiment.data, split, augment) for augment in (False, True))
         rows = len(plain) * (run.encode_epochs if split == "train" else 1)
-        item = functools.partial(item_of, plain, augmented, run.seed)
-        write(output / split, command, item, rows, run.batch_size, encoders, null)
+        command = Command(made, data.fingerprint(experiment.data, split), weights)
+        part, numbers = share(output / split, rows)
+        command.known(part, len(numbers))
+        work[part] = command, numbers, functools.partial(item_of, plain, augmented, run.seed)
+    for part, (command, numbers, item) in work.items():
+        write_part(part, command, map(item, numbers), numbers, run.batch_size, encoders)
+        write_null(part, null, encoders.dtype)
+
+
+class Command(NamedTuple):
+    """What encoded rows depend on, as the manifest keeps it."""
+
+    made: dict  # the part of the config
+    source: dict[str, str]  # fingerprints of the data's files, which may change where their paths do not
+    weights: dict[str, str]  # and of the networks
+
+    def known(self, folder: pathlib.Path, total: int) -> dict:
+        """The manifest in a folder for so many rows, or a new one.
+
+        Raises ValueError, saying what differs, if it is of another command or of other files or weights. Files and
+        weights that were moved are the same.
+        """
+        fingerprints = self.source | self.weights
+        if not (folder / MANIFEST).is_file():
+            return {"made": self.made, "fingerprints": fingerprints, "rows": 0, "total": total}
+        known = io.read_json(folder / MANIFEST, "encode again, to another --output")
+        if "fingerprints" not in known:
+            raise ValueError(
+                f"{folder} is from a version of cddistill that kept no fingerprints of pictures and weights, so it may "
+                "serve for training but not be continued: encode again, to another --output"
+            )
+        if differing := digests.changes(known["fingerprints"], fingerprints):
+            raise ValueError(
+                f"{folder} was encoded from something else ({'; '.join(differing)}): undo that, or encode again to "
+                "another --output"
+            )
+        places = {"teacher", "lora", "data.pairs", "data.skip_bad"} | ({"data.path"} if self.source else set())
+        both = (io.flatten(json.loads(json.dumps(made))) for made in (known["made"], self.made))
+        old, new = ({k: x for k, x in made.items() if k not in places} for made in both)
+        if differing := digests.changes(old | {"rows": known["total"]}, new | {"rows": total}):
+            raise ValueError(
+                f"{folder} was made by another command ({'; '.join(differing)}): undo that, or choose another --output"
+            )
+        return known
+
+
+def weights_of(teacher: Pipeline) -> dict[str, str]:
+    """Fingerprints of the VAE, the text encoders with their LoRA, and the tokenizers' files."""
+    found, tokenizers = {}, sorted(teacher.root.glob("tokenizer*/*"))
+    if teacher.autoencoder.params is not None:
+        found["vae"] = fingerprint_with(teacher.autoencoder.params, teacher.autoencoder.encoder.module)
+    if teacher.prompts:
+        names = teacher.prompts.family.text_encoders
+        found |= {
+            name: fingerprint_with(x.params, x.module) for name, x in zip(names, teacher.prompts.nets, strict=True)
+        }
+        found["tokenizers"] = digests.of_values(p.read_bytes().hex() for p in tokenizers if p.is_file())
+    return found
+
+
+def fingerprint_with(params, module) -> str:
+    """A fingerprint of a network's weights and of its options, such as a VAE's scaling factor."""
+    return f"weights {fingerprint(params)}, config {digests.of_values([module.to_config()]).split()[-1].strip('()')}"
 
 
 def item_of(plain, augmented, seed: int, i: int):
@@ -70,27 +137,27 @@ def takes_latents(experiment: Experiment, teacher: Pipeline, vae: Autoencoder) -
     return teacher.takes_latent_condition(experiment.method.requires(), z.shape[-1])
 
 
-def write(folder: pathlib.Path, command: dict, item, rows: int, batch_size: int, encode, null: dict) -> None:
-    """Write this host's share of item(0), item(1) ... to its own sub-folder of `folder`, with the null text.
+def share(folder: pathlib.Path, rows: int) -> tuple[pathlib.Path, range]:
+    """This host's own sub-folder of `folder`, and the rows that it writes there."""
+    hosts, host = jax.process_count(), jax.process_index()
+    return folder / f"{host:05}-of-{hosts:05}", range(rows * host // hosts, rows * (host + 1) // hosts)
+
+
+def write_null(folder: pathlib.Path, null: dict, dtype) -> None:
+    """Write the text of the empty prompt."""
+    for name, x in text_arrays(null).items():
+        if name in NULL_FILES:
+            np.save(folder / NULL_FILES[name], stored(name, np.asarray(x)[None], dtype, ["the empty prompt"])[0])
+
+
+def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode) -> None:
+    """Write one host's rows, `items` with these numbers, and record progress in the manifest.
 
     encode maps batch_size items to {file name: array}. The last batch repeats its last item, so that one program
     serves all batches. Rows already written by the same command are kept.
     """
-    hosts, host = jax.process_count(), jax.process_index()
-    numbers = range(rows * host // hosts, rows * (host + 1) // hosts)
-    part = folder / f"{host:05}-of-{hosts:05}"
-    write_part(part, command, map(item, numbers), len(numbers), batch_size, encode)
-    for name, x in text_arrays(null).items():
-        if name in NULL_FILES:
-            np.save(part / NULL_FILES[name], half({name: np.asarray(x)})[name])
-
-
-def write_part(folder: pathlib.Path, command: dict, items, total: int, batch_size: int, encode) -> None:
-    """Write one host's rows and record progress in the manifest. Raises ValueError if another command wrote it."""
-    command, manifest = json.loads(json.dumps(command)), folder / MANIFEST
-    known = json.loads(manifest.read_text()) if manifest.is_file() else {"made": command, "rows": 0, "total": total}
-    if (known["made"], known["total"]) != (command, total):
-        raise ValueError(f"{folder} was made by another command, see its {MANIFEST}: choose another --output")
+    total = len(numbers)
+    known = command.known(folder, total)
     folder.mkdir(parents=True, exist_ok=True)
     files, captions = {}, []
     with Progress(disable=not sharding.is_host0()) as progress:
@@ -102,14 +169,17 @@ def write_part(folder: pathlib.Path, command: dict, items, total: int, batch_siz
             progress.update(task, completed=stop)
             if stop <= known["rows"]:
                 continue
+            captioned = zip(numbers[start:stop], (row["caption"] for row in rows), strict=True)
+            labels = [f"row {i} of {folder.parent.name} ({text or 'no caption':.60})" for i, text in captioned]
             for name, x in encode(rows + rows[-1:] * (batch_size - len(rows))).items():
+                x = stored(name, x[: len(rows)], encode.dtype, labels)
                 if name not in files:
                     files[name] = rows_file(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype)
-                files[name][start:stop] = x[: len(rows)]
+                files[name][start:stop] = x
                 files[name].flush()
             if stop == total:
                 io.write_atomic(folder / "captions.json", json.dumps(captions))
-            io.write_json(manifest, known | {"rows": stop})
+            io.write_json(folder / MANIFEST, known | {"rows": stop})
 
 
 def rows_file(path: pathlib.Path, shape, dtype):
@@ -134,12 +204,13 @@ def reserve(path: pathlib.Path) -> None:
 
 @dataclasses.dataclass
 class Encoders:
-    """Encode items of a data set as arrays by file name. Floats are float16, except sizes in pixels."""
+    """Encode items of a data set as arrays by file name, float32 or integers; `dtype` is what is stored of floats."""
 
     vae: Autoencoder
     prompts: Prompts | None
     encode_condition: Callable | None = None  # Task.encode, for students with a latent condition
     tokens: bool = False  # captions become token ids instead of embeddings
+    dtype: np.dtype = np.dtype(np.float16)
 
     def __post_init__(self):
         self.to_latent = jax.jit(Autoencoder.encode)
@@ -153,11 +224,12 @@ class Encoders:
             if self.encode_condition:
                 arrays["cond_latent"] = self.encode_condition(self.vae, arrays["cond"])
         if self.prompts is None:
-            return half(arrays) | {"class_labels": np.array([row["label"] for row in rows], np.int32)}
+            arrays["class_labels"] = np.array([row["label"] for row in rows], np.int32)
+            return jax.device_get(arrays)
         captions = [row["caption"] for row in rows]
         if self.tokens:
-            return half(arrays) | {"input_ids": self.prompts.tokenize(captions)[0]}
-        return half(arrays | text_arrays(self.prompts(captions, target_size=rows[0]["x0"].shape[:2])))
+            return jax.device_get(arrays) | {"input_ids": self.prompts.tokenize(captions)[0]}
+        return jax.device_get(arrays | text_arrays(self.prompts(captions, target_size=rows[0]["x0"].shape[:2])))
 
     def null(self, size) -> dict:
         """The text of the empty prompt for images of a size, one row; {} without text encoders."""
@@ -167,10 +239,25 @@ class Encoders:
         return jax.tree.map(lambda x: x[0], text)
 
 
-def half(arrays):
-    """Floats as float16, but sizes in pixels (time_ids) as float32."""
-    kinds = {name: np.float32 if name.endswith("time_ids") else np.float16 for name in arrays}
-    return {n: x if np.issubdtype(x.dtype, np.integer) else np.asarray(x, kinds[n]) for n, x in arrays.items()}
+def stored(name: str, x: np.ndarray, dtype, labels: Sequence[str]) -> np.ndarray:
+    """Rows x of an array as they are stored: floats in dtype, but sizes in pixels (time_ids) in float32.
+
+    Raises ValueError with the label of the first row that is not finite then.
+    """
+    if np.issubdtype(x.dtype, np.integer):
+        return x
+    with np.errstate(over="ignore"):
+        kept = np.asarray(x, np.float32 if name.endswith("time_ids") else dtype)
+    bad = np.flatnonzero(~np.isfinite(kept.reshape(len(kept), -1)).all(1))
+    if len(bad):
+        where = f"{name} of {labels[bad[0]]}"
+        if not np.isfinite(x[bad[0]]).all():
+            raise ValueError(f"{where} is not finite (NaN or infinity): check the weights, or set config.dtype=float32")
+        raise ValueError(
+            f"{where} has numbers up to {np.abs(x[bad[0]]).max():.3g}, too large for {kept.dtype}: set "
+            "--config.encode_dtype=float32"
+        )
+    return kept
 
 
 def text_arrays(text: dict) -> dict:

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cddistill
 from cddistill import data, generate, io, pipeline, sharding
-from cddistill.build import check_heun, check_shapes, check_table
+from cddistill.build import check_heun, check_shapes, check_table, describe_schedule
 from cddistill.config import Experiment
-from cddistill.data import ode_pairs
+from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
-from cddistill.precompute.encode import half
+from cddistill.precompute.encode import stored
 
 
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -37,10 +38,11 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
         raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
     dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
     first = row(dataset, run.seed, 0)
-    manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape)
+    fingerprints = {"schedule": describe_schedule(teacher.denoiser)} | data.fingerprint(experiment.data)
+    manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape, fingerprints)
     check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
     check_table(experiment, experiment.method.requires(), teacher)
-    prepare_folder(output, manifest, first["null"])
+    manifest = prepare_folder(output, manifest, first["null"])
     size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
     generate_x0 = sampler(run, teacher.denoiser, size)
     shards = range(ode_pairs.num_shards(manifest))
@@ -58,8 +60,11 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     multihost_utils.sync_global_devices("pairs are made")  # a host that exits early would stop the others
 
 
-def manifest_of(run, data_config: dict, weights: str, shape) -> dict:
-    """The manifest: everything that the rows depend on, as it reads back from JSON."""
+def manifest_of(run, data_config: dict, weights: str, shape, fingerprints: Mapping[str, str] = {}) -> dict:
+    """The manifest: everything that the rows depend on, as it reads back from JSON.
+
+    weights is the fingerprint of the network, and fingerprints are those of the schedule and of the data's files.
+    """
     manifest = {
         "format": ode_pairs.FORMAT,
         "made_by": f"cddistill {cddistill.__version__}, numpy {np.__version__}",
@@ -76,19 +81,30 @@ def manifest_of(run, data_config: dict, weights: str, shape) -> dict:
         "shard": run.pairs_shard,
         "x0": [*shape],
         "data": {name: x for name, x in data_config.items() if name not in ("pairs", "skip_bad")},
+        "fingerprints": dict(fingerprints),
     }
     return json.loads(json.dumps(manifest))
 
 
-def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> None:
-    """Write the manifest and null text, delete incomplete files. Raises ValueError if the manifest there differs."""
+def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
+    """Write the null text and, unless there is one, the manifest; delete incomplete files; return the manifest there.
+
+    Raises ValueError if that is of another command or from other data, and for one without fingerprints.
+    """
     path = folder / ode_pairs.MANIFEST
     if path.is_file():
-        old, new = io.flatten(ode_pairs.read_manifest(folder)), io.flatten(manifest)
-        names = [name for name in sorted({*old, *new} - {"made_by"}) if old.get(name) != new.get(name)]
-        if names:
-            changes = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in names)
-            raise ValueError(f"{folder} was made by another command ({changes}): undo it or choose another --output")
+        there = ode_pairs.read_manifest(folder)
+        if "fingerprints" not in there:
+            raise ValueError(
+                f"{folder} is from a version of cddistill that kept no fingerprints of the data, so it may serve for "
+                "training but not be continued: make pairs again, with another --output"
+            )
+        moved = {"made_by", "teacher", "lora", "data.path"} if len(manifest["fingerprints"]) > 1 else {"made_by"}
+        old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in (there, manifest))
+        if changes := digests.changes(old, new):
+            said = "; ".join(changes)
+            raise ValueError(f"{folder} was made by another command ({said}): undo it or choose another --output")
+        manifest = there
     else:
         io.write_json(path, manifest)
     sizes = "added_cond_kwargs.time_ids"  # each row uses its own sizes with the null text
@@ -99,13 +115,20 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> None:
         number = re.match(r"\.(\d+)\.", draft.name)
         if number and int(number[1]) % jax.process_count() == jax.process_index():
             draft.unlink()
+    return manifest
 
 
 def row(dataset, seed: int, i: int) -> dict:
     """Noise, text and null text of row i. Text is rounded to float16, as the file stores it."""
     item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
-    text = {name: ode_pairs.unflatten_text(half(ode_pairs.flatten_text(item[name]))) for name in ("text", "null")}
-    return text | {"noise": ode_pairs.noise(seed, i, item["x0"].shape)}
+
+    def rounded(text):
+        flat = ode_pairs.flatten_text(text)
+        half = {name: stored(name, np.asarray(x)[None], np.float16, [f"row {i}"])[0] for name, x in flat.items()}
+        return ode_pairs.unflatten_text(half)
+
+    texts = {name: rounded(item[name]) for name in ("text", "null")}
+    return texts | {"row": i, "noise": ode_pairs.noise(seed, i, item["x0"].shape)}
 
 
 def sampler(run, denoiser, size: int):
@@ -129,7 +152,8 @@ def sampler(run, denoiser, size: int):
         batch = jax.tree.map(lambda x: generate.pad(x, size), batch)
         x0 = np.asarray(integrate(teacher[2:], jax.device_put(batch, sharding.by_row(mesh))))[: len(rows)]
         if not np.isfinite(x0).all():
-            raise FloatingPointError("an x0 is not finite in float16: check that the data suits the teacher")
+            row = rows[np.flatnonzero(~np.isfinite(x0).all((1, 2, 3)))[0]].get("row", "?")
+            raise FloatingPointError(f"x0 of row {row} is not finite in float16: check that the data suits the teacher")
         return x0
 
     return generate_x0

@@ -10,6 +10,7 @@ import numpy as np
 
 from cddistill import io
 from cddistill.data.contracts import NULL_FILES, Source
+from cddistill.data.digests import of_files, of_values
 from cddistill.data.splits import SPLITS, members
 
 AXES = {
@@ -66,6 +67,11 @@ class Arrays(Source):
 
     def open(self, config, split):
         return ArrayItems(config, split, self.x0_shape)
+
+    def fingerprint(self, opened):
+        paths = (part / f"{name}.npy" for part in opened.parts for name in opened.arrays)
+        names = (path.relative_to(opened.root).as_posix() for path in paths)
+        return {"arrays": of_files(opened.root, names), "captions": of_values(opened.captions)}
 
 
 class ArrayItems:

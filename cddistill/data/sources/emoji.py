@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cddistill.data.contracts import Source
+from cddistill.data.digests import of_files
 from cddistill.data.images import resize
 from cddistill.data.sheets import tiles
 from cddistill.data.splits import members
@@ -26,6 +27,9 @@ class Emoji(Source):
 
     def open(self, config, split):
         return EmojiImages(config, split)
+
+    def fingerprint(self, opened):
+        return {"pictures": of_files(ASSETS, ("emoji.csv", "emoji_bases.webp", "emoji_tones.webp"), times=False)}
 
 
 class EmojiImages:

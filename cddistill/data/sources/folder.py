@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cddistill import sharding
 from cddistill.data.captions import Captions, read_captions
 from cddistill.data.contracts import Source
+from cddistill.data.digests import of_files, of_values
 from cddistill.data.images import SUFFIXES, fit, is_image, read
 from cddistill.data.listing import files_below, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
@@ -34,6 +35,10 @@ class Folder(Source):
         except ValueError:
             scan.cache_clear()  # the folder may be mended before the next attempt
             raise
+
+    def fingerprint(self, opened):
+        records = map(opened.record, opened.names)
+        return {"pictures": of_files(opened.root, opened.names), "captions and labels": of_values(records)}
 
 
 class Contents(NamedTuple):
@@ -78,8 +83,11 @@ class FolderImages:
 
     def open(self, name):
         """Read an image, and add its caption and label."""
-        image = fit(read(self.root / name, name), self.size)
-        return {"image": image, "label": self.null, "caption": ""} | self.records.get(name, {})
+        return {"image": fit(read(self.root / name, name), self.size)} | self.record(name)
+
+    def record(self, name):
+        """The label and the caption of an image."""
+        return {"label": self.null, "caption": ""} | self.records.get(name, {})
 
 
 # ---- what a folder holds

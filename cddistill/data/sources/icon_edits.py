@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cddistill.data.contracts import Source
 from cddistill.data.images import resize
-from cddistill.data.sources.icons import SIZE, caption, pack, pictures
+from cddistill.data.sources.icons import SIZE, Icons, caption, pack, pictures
 from cddistill.data.splits import in_order, members
 
 
@@ -17,6 +17,9 @@ class IconEdits(Source):
 
     def open(self, config, split):
         return IconPairs(config, split)
+
+    def fingerprint(self, opened):
+        return Icons().fingerprint(opened)
 
 
 class Edit(NamedTuple):

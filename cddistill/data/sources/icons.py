@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 from cddistill.data.contracts import Source
+from cddistill.data.digests import of_files
 from cddistill.data.images import resize
 from cddistill.data.sheets import tiles
 from cddistill.data.sources.emoji import ASSETS
@@ -27,6 +28,10 @@ class Icons(Source):
 
     def open(self, config, split):
         return IconImages(config, split)
+
+    def fingerprint(self, opened):
+        files = ("icons.csv", *(f"icons_{style}.webp" for style in STYLES))
+        return {"pictures": of_files(ASSETS, files, times=False)}
 
 
 class IconImages:

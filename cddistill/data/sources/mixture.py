@@ -22,6 +22,12 @@ class Mixture(Source):
             raise ValueError("data.mixture is empty: name at least one source, as in ('icons', 'scenes')")
         return MixedImages({name: SOURCES[name]().open(config, split) for name in self.mixture})
 
+    def fingerprint(self, opened):
+        from cddistill.data.sources import SOURCES
+
+        parts = {name: SOURCES[name]().fingerprint(source) for name, source in opened.sources.items()}
+        return {f"{name}'s {kind}": text for name, part in parts.items() for kind, text in part.items()}
+
 
 class MixedImages:
     """Examples of all sources in a fixed pseudo-random order, so that the first n are a random sample.

@@ -13,6 +13,9 @@ class TensorflowDatasets(Source):
     def open(self, config, split):
         return TfdsImages(config, split)
 
+    def fingerprint(self, opened):
+        return {"data set": f"{opened.version}, {len(opened)} pictures"}
+
 
 class TfdsImages:
     """Images of a dataset with a feature `image` and optionally `label` and `caption`."""
@@ -32,6 +35,7 @@ class TfdsImages:
         builder.download_and_prepare()  # does nothing if already prepared
         self.records = builder.as_data_source(slices(builder.info.splits)[split])
         self.num_labels = getattr(dict(features).get("label"), "num_classes", None) or 0
+        self.version = builder.info.full_name
         self.name, self.size, self.null = config.path, config.size, config.num_classes
 
     def __len__(self):

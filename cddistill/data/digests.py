@@ -1,0 +1,33 @@
+"""What data was read from, in short: texts that change when files or values do, for the manifests of what is made."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def of_files(root: Path, names: Iterable[str], times: bool = True) -> str:
+    """Files by name, size and, with `times`, time of change, in this order: "12 files (0f1e2d3c4b5a6978)".
+
+    Contents are not read: a data set may be as large as a disk.
+    """
+    digest, n = hashlib.sha256(), 0
+    for n, name in enumerate(names, 1):  # noqa: B007  (counted, in one pass)
+        status = (root / name).stat()
+        digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns if times else ''}\n"))
+    return f"{n} file{'s' * (n != 1)} ({digest.hexdigest()[:16]})"
+
+
+def of_values(values: Iterable) -> str:
+    """Texts, numbers, or dicts and lists of them, by content and in this order: "12 values (0f1e2d3c4b5a6978)"."""
+    digest, n = hashlib.sha256(), 0
+    for n, value in enumerate(values, 1):  # noqa: B007
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode("ascii") + b"\n")
+    return f"{n} value{'s' * (n != 1)} ({digest.hexdigest()[:16]})"
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """The entries that differ, in words: "pictures: 12 files (0f...) there, 13 files (1e...) now"."""
+    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]

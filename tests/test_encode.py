@@ -1,0 +1,278 @@
+"""Encoded data are what their pictures, captions and weights give: what changed is refused, what moved is not."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import test_latent
+import tiny
+from PIL import Image
+
+from cddistill import commands, config, data, io, models, pipeline
+from cddistill.data import configure, digests
+from cddistill.diffusion import DDPM
+from cddistill.models import tokenizer
+from cddistill.models.clip import CLIPTextModel
+from cddistill.models.init import init_params_numpy, weight_shapes
+from cddistill.models.schedulers import write_scheduler
+from cddistill.models.vae import AutoencoderKL
+from cddistill.precompute import encode
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+
+VAE = {"block_out_channels": [4, 4], "norm_num_groups": 2, "mid_block_add_attention": False,
+       "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}  # fmt: skip
+
+
+def save_vae(folder, gain=1.0, seed=0, **changes):
+    module = AutoencoderKL.from_config(VAE | changes)
+    params = jax.tree.map(lambda x: x * gain, init_params_numpy(weight_shapes(module), seed))
+    models.save(folder, "vae", params, module.to_config(), np.float32)
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A latent teacher without text."""
+    folder = tmp_path / "teacher"
+    net = models.init(tiny.UNET | {"in_channels": 4, "out_channels": 4, "num_class_embeds": 10}, 0)
+    models.save(folder, "unet", net.params, net.module.to_config())
+    write_scheduler(folder, DDPM(), "eps")
+    save_vae(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two pictures in each split, with captions in files and labels in metadata.jsonl."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    rows = []
+    for split in ("train", "validation", "test"):
+        (folder / split).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / split / f"{i}.png")
+            (folder / split / f"{i}.txt").write_text(f"number {i}")
+            rows.append({"file_name": f"{split}/{i}.png", "label": i})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(teacher, pictures, **changes):
+    c = config.defaults("diffusion")
+    c.update(teacher=str(teacher), batch_size=2, **changes)
+    c.data.update(source="folder", path=str(pictures), size=16)
+    return c
+
+
+def part(out, split="train"):
+    return out / split / "00000-of-00001"
+
+
+def x0(out, split="train"):
+    return np.load(part(out, split) / "x0.npy")
+
+
+def repaint(folder):
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / "train" / "0.png")
+
+
+def relabel(folder):
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace('train/0.png", "label": 0', 'train/0.png", "label": 3'))
+
+
+def reload(folder):
+    data.loader.open_source.cache_clear()  # as in a new process
+
+
+CHANGES = {  # what is done to (pictures, teacher), and what is said
+    "a picture": (lambda p, t: repaint(p), "pictures: 2 files .* there, 2 files .* now"),
+    "one more": (lambda p, t: shutil.copy(p / "test" / "0.png", p / "train" / "2.png"), "pictures: 2 files.*3 files"),
+    "one less": (lambda p, t: (p / "train" / "1.png").unlink(), "pictures: 2 files .* there, 1 file .* now"),
+    "another name": (lambda p, t: (p / "train" / "1.png").rename(p / "train" / "7.png"), "pictures: 2 files"),
+    "a caption": (lambda p, t: (p / "train" / "0.txt").write_text("number 9"), "captions and labels: 2 values "),
+    "no caption": (lambda p, t: (p / "train" / "0.txt").unlink(), "captions and labels: 2 values "),
+    "a label": (lambda p, t: relabel(p), "captions and labels: 2 values "),
+    "test only": (lambda p, t: (p / "test" / "0.txt").write_text("number 9"), "captions and labels: "),
+    "the VAE": (lambda p, t: save_vae(t, seed=1), "vae: weights .* there, weights .* now"),
+    "its scale": (lambda p, t: save_vae(t, scaling_factor=0.3), "vae: weights .* there, weights .* now"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changed_is_refused(teacher, pictures, tmp_path, name):
+    change, said = CHANGES[name]
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    change(pictures, teacher)
+    reload(pictures)
+    with pytest.raises(ValueError, match=rf"was encoded from something else \(.*{said}.*another --output"):
+        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_change_is_found_before_the_first_row(teacher, pictures, tmp_path):
+    """Formerly of the last split, after all others had been encoded."""
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "train")
+    (pictures / "test" / "0.txt").write_text("another")
+    reload(pictures)
+    with pytest.raises(ValueError, match="was encoded from something else"):
+        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    assert not (tmp_path / "out" / "train").exists()
+    shutil.rmtree(pictures / "test")
+    reload(pictures)
+    with pytest.raises(ValueError, match="the test split of folder .* is empty"):
+        commands.encode_data(settings(teacher, pictures), tmp_path / "new")
+    assert not any((tmp_path / "new").rglob("*.npy"))
+
+
+def test_the_same_again_keeps_every_row(teacher, pictures, tmp_path):
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    before = part(tmp_path / "out") / "x0.npy"
+    stamp = before.stat().st_mtime_ns
+    reload(pictures)
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    assert before.stat().st_mtime_ns == stamp
+
+
+def test_what_moved_is_the_same(teacher, pictures, tmp_path, monkeypatch):
+    """Also where paths are relative; another option is still another command."""
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    pictures.rename(tmp_path / "elsewhere")
+    shutil.copytree(teacher, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    commands.encode_data(settings("copy", "elsewhere"), tmp_path / "out")
+    for changes, said in (
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"encode_dtype": "float32"}, "encode_dtype: float16"),
+    ):
+        with pytest.raises(ValueError, match=rf"was made by another command \({said}"):
+            commands.encode_data(settings("copy", "elsewhere", **changes), tmp_path / "out")
+
+
+def test_a_manifest_without_fingerprints_serves_for_training_only(teacher, pictures, tmp_path):
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    for split in ("train", "validation", "test"):
+        path = part(tmp_path / "out", split) / "manifest.json"
+        io.write_json(path, {k: v for k, v in io.read_json(path).items() if k != "fingerprints"})
+    with pytest.raises(ValueError, match=r"kept no fingerprints .*may serve for training .*: encode again, to another"):
+        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    assert len(data.load(configure(source="arrays", path=str(tmp_path / "out")))) == 2
+
+
+def test_text_encoders_and_tokenizers_count(teacher, monkeypatch):
+    monkeypatch.setattr(tokenizer, "load", lambda path: test_latent.Letters())
+    module = CLIPTextModel.from_config(test_latent.CLIP)
+    (teacher / "tokenizer").mkdir()
+    index = {"text_encoder": ["transformers", "CLIPTextModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (teacher / "model_index.json").write_text(json.dumps(index))
+
+    def found(seed, merges):
+        models.save(teacher, "text_encoder", init_params_numpy(weight_shapes(module), seed), module.to_config())
+        (teacher / "tokenizer" / "merges.txt").write_text(merges)
+        return encode.weights_of(pipeline.Pipeline(str(teacher)))
+
+    first = found(0, "a")
+    assert {*first} == {"vae", "text_encoder", "tokenizers"}
+    assert found(0, "a") == first
+    assert [name for name, x in found(1, "a").items() if x != first[name]] == ["text_encoder"]
+    assert [name for name, x in found(0, "b").items() if x != first[name]] == ["tokenizers"]
+
+
+# --- numbers that float16 cannot hold
+
+
+def test_latents_too_large_for_float16_are_refused_and_stored_in_float32(teacher, pictures, tmp_path):
+    save_vae(teacher, scaling_factor=1e6)
+    said = (
+        r"x0 of row \d of train \(number \d\) has numbers up to .*e\+\d+, too large for float16: set --config.encode_d"
+    )
+    with pytest.raises(ValueError, match=said):
+        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    commands.encode_data(settings(teacher, pictures, encode_dtype="float32"), tmp_path / "float32")
+    assert x0(tmp_path / "float32").dtype == np.float32
+    assert 65504 < np.abs(x0(tmp_path / "float32")).max() < np.inf
+    item = data.load(configure(source="arrays", path=str(tmp_path / "float32"))).item(0, None)
+    np.testing.assert_array_equal(item["x0"], x0(tmp_path / "float32")[0])
+
+
+def test_latents_that_are_not_finite_are_refused(teacher, pictures, tmp_path):
+    save_vae(teacher, gain=np.nan)
+    for dtype in ("float16", "float32"):
+        with pytest.raises(ValueError, match=r"x0 of row 0 of train .* is not finite \(NaN or infinity\): check the w"):
+            commands.encode_data(settings(teacher, pictures, encode_dtype=dtype), tmp_path / dtype)
+        assert not (part(tmp_path / dtype) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "npy files hold no"), ("int8", "neither 'float16' nor 'fl")])
+def test_other_types_cannot_be_stored(dtype, said):
+    with pytest.raises(ValueError, match=f"encode_dtype '{dtype}' .*{said}"):
+        config.resolve(settings("emoji", "", encode_dtype=dtype))
+
+
+def test_the_row_that_is_too_large_is_named():
+    x = np.ones((3, 2, 2), np.float32)
+    x[1, 0, 1] = -7e4
+    with pytest.raises(ValueError, match=r"text of the second has numbers up to 7e\+04, too large for float16"):
+        encode.stored("text", x, np.float16, ["the first", "the second", "the third"])
+    sizes = encode.stored("added_cond_kwargs.time_ids", x, np.float16, [""])
+    assert sizes.dtype == np.float32
+    assert encode.stored("input_ids", np.array([[70000]]), np.float16, [""]).max() == 70000
+
+
+# --- fingerprints
+
+
+def test_fingerprints_of_files_are_of_names_sizes_and_times(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    seen = [
+        digests.of_files(tmp_path, ["a", "b"]),
+        digests.of_files(tmp_path, ["b", "a"]),
+        digests.of_files(tmp_path, ["a"]),
+    ]
+    os.utime(tmp_path / "a", (1, 1))
+    still = digests.of_files(tmp_path, ["a", "b"], times=False)
+    seen += [digests.of_files(tmp_path, ["a", "b"]), still]
+    os.utime(tmp_path / "a", (2, 2))
+    assert digests.of_files(tmp_path, ["a", "b"], times=False) == still
+    (tmp_path / "a").write_text("12")
+    seen.append(digests.of_files(tmp_path, ["a", "b"], times=False))
+    assert len({*seen}) == len(seen)
+    assert seen[0].startswith("2 files (")
+
+
+def test_fingerprints_of_values_are_of_their_content():
+    same = [digests.of_values(x) for x in ([{"a": 1, "b": "ä"}], [{"b": "ä", "a": 1}], iter([{"a": 1, "b": "ä"}]))]
+    assert len({*same}) == 1
+    others = [digests.of_values(x) for x in ([], [""], ["", ""], ["a\nb"], ["a", "b"], [{"a": 1}], [{"a": "1"}])]
+    assert len({*others, *same}) == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "kinds"),
+    [
+        ({"source": "emoji"}, ["pictures"]),
+        ({"source": "icons"}, ["pictures"]),
+        ({"source": "scenes", "num_classes": 24}, []),
+        ({"source": "mixture", "num_classes": 33, "mixture": ("icons", "scenes")}, ["icons's pictures"]),
+    ],
+)
+def test_packs_change_with_their_files(source, kinds):
+    found = data.fingerprint(configure(size=8, **source), "test")
+    assert [*found] == kinds
+    assert found == data.fingerprint(configure(size=8, **source), "train")
+
+
+def test_arrays_change_with_their_files_and_captions(tmp_path):
+    np.save(tmp_path / "x0.npy", np.random.default_rng(0).normal(size=(40, 4, 4, 4)).astype("f4"))
+    seen = []
+    for captions in (["a"] * 40, ["b"] * 40):
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        reload(tmp_path)
+        seen.append(data.fingerprint(configure(source="arrays", path=str(tmp_path))))
+    assert seen[0]["arrays"] == seen[1]["arrays"]
+    assert seen[0]["captions"] != seen[1]["captions"]
