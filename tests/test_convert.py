@@ -3,8 +3,6 @@
 import fnmatch
 import hashlib
 import json
-import pickle
-import zipfile
 
 import flax.serialization
 import flax.traverse_util
@@ -15,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_file import write_torch
 
 from cddistill import build, config, models, sharding
 from cddistill.diffusion import DDPM, EDM
@@ -64,24 +63,6 @@ def rewrite(folder, change):
     tensors = safetensors.numpy.load_file(folder / "unet" / FILE)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "unet" / FILE)
-
-
-def write_torch(file, arrays):
-    """Writes a state dict in the format of torch.save, without torch."""
-
-    def value(x):
-        return pickle.dumps(x, 2)[2:-1]  # without the PROTO and STOP opcodes
-
-    pickled = b"\x80\x02}("
-    for i, (name, x) in enumerate(arrays.items()):
-        strides = tuple(step // x.itemsize for step in np.ascontiguousarray(x).strides)
-        pickled += value(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + value("storage") + b"ctorch\nFloatStorage\n"
-        pickled += value(str(i)) + value("cpu") + value(x.size) + b"tQ" + value(0) + value(x.shape) + value(strides)
-        pickled += b"\x89}tR"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled + b"u.")
-        for i, x in enumerate(arrays.values()):
-            archive.writestr(f"archive/data/{i}", np.ascontiguousarray(x, "<f4").tobytes())
 
 
 def assert_equal(a, b):

@@ -162,13 +162,15 @@ def test_no_code_in_a_file_is_run(tmp_path, wrap):
 
 def test_a_file_cannot_change_the_reader(tmp_path):
     """The pickle opcode BUILD sets attributes of allowed objects, such as a function's defaults."""
-    for name in ("torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage", "collections\nOrderedDict"):
+    known = "torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage", "collections\nOrderedDict", "argparse\nNamespace"
+    for name in known:
         bare(tmp_path / "model.pt", f"c{name}\n(N}}V__defaults__\n(I1\ntstb.".encode())
         before = files.TensorsOnly.tensor.__defaults__
         zipped(tmp_path / "model.pt", (tmp_path / "model.pt").read_bytes())
         with pytest.raises(ValueError, match="truncated or not a state dict by torch.save"):
             files.read(tmp_path / "model.pt")
         assert files.TensorsOnly.tensor.__defaults__ == before
+    assert not hasattr(files.Ignored, "__defaults__")
 
 
 def cut(write, size=-10):

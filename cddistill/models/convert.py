@@ -26,6 +26,7 @@ from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from cddistill.models.edm import KarrasUNet
 from cddistill.models.families import DENOISERS, read_schedule
 from cddistill.models.init import init_params_numpy, weight_shapes
+from cddistill.models.state_dict import bare_names
 from cddistill.models.tiny_vae import AutoencoderTiny
 from cddistill.models.unet import Apply
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
@@ -206,6 +207,7 @@ def read_params(path: Path, module, place=None) -> dict:
     layout = from_torch
     if file.suffix == ".msgpack":
         tensors, layout = {torch_name(p.split("/")): x for p, x in tensors.items()}, lambda _, x: x
+    tensors = bare_names(tensors, file)
     if hasattr(module, "published"):
         tensors = module.published(tensors, file)
     shapes = flax.traverse_util.flatten_dict(weight_shapes(module))
@@ -219,6 +221,8 @@ def match(arrays: dict, shapes: dict, name_of, layout, where) -> dict:
     """
     names = {path: name_of(path) for path in shapes}
     if missing := sorted({*names.values()} - {*arrays}):
+        if inside := next((name for name in arrays if name.endswith(f".{missing[0]}")), None):
+            raise ValueError(f"{where} has {inside} instead of {missing[0]}: save that network's state_dict() alone")
         raise ValueError(f"{where} lacks {abbreviate(missing)}: the weights do not belong to this config.json")
     if extra := sorted({*arrays} - {*names.values()}):
         raise ValueError(f"{where} has {abbreviate(extra)}, which this config.json has no place for")

@@ -22,6 +22,8 @@ import msgpack
 import numpy as np
 import safetensors
 
+from cddistill.models.state_dict import REMEDY, Ignored, find
+
 DTYPES = (  # numpy's, safetensors', PyTorch's
     ("<f4", "F32", "FloatStorage"),
     ("<f2", "F16", "HalfStorage"),
@@ -57,7 +59,11 @@ PATTERNS = [  # patterns for downloads, preferred first: a file or its shards, t
 SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in a file of torch.save before PyTorch 1.6
 LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: {tag: bytes of length}
-REMEDY = "save the network's state_dict() with torch.save, or better as safetensors"
+IGNORED = {  # what trainers save beside a network: nothing is imported or kept for these names
+    "argparse.Namespace", "pathlib.PosixPath", "torch.Size", "torch.device", "numpy.dtype", "_codecs.encode",
+    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+    *(f"{x}.callbacks.model_checkpoint.ModelCheckpoint" for x in ("pytorch_lightning", "lightning.pytorch")),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +213,8 @@ class Refused(ValueError):
 class TensorsOnly(pickle.Unpickler):
     """Unpickles tensors as views of storages and refuses every other name, so that a weight file cannot run code.
 
-    find_class returns bound methods and a C type: unlike a function's, their attributes cannot be set by a pickle.
+    find_class returns bound methods, a C type and Ignored: unlike a function's, their attributes cannot be set by a
+    pickle (its opcode for that calls __setstate__, which the class itself refuses).
     """
 
     def __init__(self, stream, file: Path):
@@ -217,7 +224,7 @@ class TensorsOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
-        known |= {"collections.OrderedDict": collections.OrderedDict}
+        known |= {"collections.OrderedDict": collections.OrderedDict} | dict.fromkeys(IGNORED, Ignored)
         path = f"{module}.{name}"
         if path in STORAGES:
             return path
@@ -255,14 +262,10 @@ def read_torch(file: Path) -> dict[str, Tensor]:
         except Exception as error:  # a broken pickle can raise any error
             sentence = f"{file} is truncated or not a state dict by torch.save ({error!r}): download it again, or "
             raise ValueError(sentence + REMEDY) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not a state dict: {REMEDY}")
-    if other := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, View))]:
-        sentence = f"{file} is not a plain state dict: its {other[0]!r} is of type {type(state[other[0]]).__name__}"
-        raise ValueError(f"{sentence}, not a tensor; {REMEDY}")
+    views = find(state, View, file)
     return {
         name: Tensor(file, starts[x.storage] + x.start * x.dtype.itemsize, x.dtype, x.shape, x.strides)
-        for name, x in state.items()
+        for name, x in views.items()
     }
 
 
