@@ -16,7 +16,7 @@ from golden import make_lora as golden
 
 from cddistill.diffusion import DDPM
 from cddistill.method import Turn
-from cddistill.models import clip, convert, lora
+from cddistill.models import clip, convert, ldm, lora
 from cddistill.models.init import weight_shapes
 from cddistill.models.unet import Apply, UNet2DConditionModel
 from cddistill.net import Denoiser
@@ -309,7 +309,7 @@ def test_original_layer_names_of_the_real_networks():
     }  # fmt: skip
     for known, n in ((sd15, 4), (sdxl, 3)):
         attended = [f"up_blocks.{b}.attentions.0.proj_in" for b in range(n - 3, n - 1)]
-        ours = lora.ldm_names([*known, *attended, *resnets("down", n, 2), *resnets("up", n, 3)])
+        ours = ldm.unet_names([*known, *attended, *resnets("down", n, 2), *resnets("up", n, 3)])
         assert {name: ours[name] for name in known} == known
 
 
@@ -362,6 +362,20 @@ def test_another_networks_lora_is_refused():
 def test_bad_files_are_refused(tensors, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         lora.read_lora(written(tmp_path, tensors), {"unet": tree()})
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("block.to_q.lokr_w1", "LoKr"), ("block.to_q.ia3_l", r"\(IA\)3"), ("lora_unet_block_to_q.on_input", r"\(IA\)3"),
+        ("block.to_q.boft_R", "BOFT"), ("block.to_q.oft_blocks", "OFT"), ("block.to_q.diff_b", "full difference"),
+        ("base_model.model.block.to_q.lora_magnitude_vector", "DoRA"), ("block.to_q.lora_E", "AdaLoRA"),
+        ("base_model.model.conv_in.modules_to_save.default.weight", r"LoRA with retrained layers \(modules_to_save\)"),
+    ],
+)  # fmt: skip
+def test_other_adapters_are_refused_by_name(key, kind, tmp_path):
+    with pytest.raises(ValueError, match=rf"lora\.safetensors is a {kind} \(.*\), not a plain LoRA: merge it"):
+        lora.read_lora(written(tmp_path, arrays() | {key: np.ones((2, 2), np.float32)}), {"unet": tree()})
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):

@@ -14,19 +14,20 @@ a second kind of network. Fully trained, SDXL has 41 GB of weights, gradients an
 
 import dataclasses
 import difflib
-import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from cddistill.models import files
+from cddistill.models import files, peft
 from cddistill.models.convert import abbreviate, from_torch, to_torch, torch_name, unflatten
+from cddistill.models.ldm import unet_names
+from cddistill.models.state_dict import bare_names
 from cddistill.net import Net
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -41,18 +42,24 @@ PREFIXES = {  # of layer names in files: diffusers' first, then kohya's trainer'
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
 }
-KEY = re.compile(r"(.+?)(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight|\.(alpha))")
-OTHER_KINDS = {  # {part of a key: kind of adapter}
-    "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon with a Tucker core", ".diff": "full difference",
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
+KEY = re.compile(  # the name in the middle is an adapter's, such as default
+    r"(.+?)(?:(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight|\.(alpha))"
+)
+TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_model\.|encoder\.layers\.)")  # in names without a prefix
+OTHER_KINDS = {  # {pattern in a key: kind of adapter}
+    "hada_": "LoHa", "lokr_": "LoKr", "boft_": "BOFT", "oft_": "OFT", "ia3_": "(IA)3", r"\.on_input": "(IA)3",
+    "lora_mid": "LoCon with a Tucker core", r"\.diff(_b)?$": "full difference", "vera_lambda": "VeRA",
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_E": "AdaLoRA",
+    "lora_embedding_": "LoRA of an embedding", "modules_to_save": "LoRA with retrained layers (modules_to_save)",
 }  # fmt: skip
-BLOCK = r"(down_blocks\.\d|mid_block|up_blocks\.\d)\.(\w+)\.(\d+)\.(.+)"
-LDM_LAYERS = {  # layer names of the original UNet where they differ from diffusers'
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection", "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A file's LoRA for one network."""
+
+    file: Path
+    arrays: dict  # {key: down, up or alpha}, not yet read
+    options: dict  # PEFT's, such as lora_alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,35 +167,28 @@ def matching_layers(layers, targets) -> set:
 
 
 def read_lora(path, bases: dict) -> dict[str, Net]:
-    """Load the LoRAs of a safetensors file, or of the diffusers folder that holds it, per network: {"unet": Net}.
+    """Load the LoRAs of a file, or of the folder that holds it, per network: {"unet": Net}.
 
     bases maps "unet", "text_encoder", "text_encoder_2" to the weights (or shapes) of the base network, or to None to
-    skip that network's part of the file. Supports the names of diffusers and PEFT (lora_A, lora.down,
-    processor.to_q_lora) and of kohya's trainer (lora_unet_..., with block names of diffusers or of LDM, as for SDXL).
-    up is multiplied by alpha / r, from the file's alpha tensors or metadata, so alpha is None; ranks may differ. Raises
-    ValueError naming the keys that match no layer, have a wrong shape or belong to another adapter (LoHa, DoRA ...).
+    skip that network's part of the file. Supports the names of diffusers (lora.down, processor.to_q_lora), of PEFT
+    (lora_A; adapter_model.safetensors or .bin beside adapter_config.json, also in subfolders named after the networks)
+    and of kohya's trainer (lora_unet_..., with block names of diffusers or of LDM, as for SDXL). up is multiplied by
+    alpha / r or, for rsLoRA, alpha / sqrt(r), from the file's alpha tensors or PEFT's options, so alpha is None; ranks
+    may differ. Raises ValueError naming the keys that match no layer, have a wrong shape or belong to another adapter
+    (LoHa, DoRA ...), and the options that a plain LoRA does not have.
     """
-    file = lora_file(path)
-    arrays = files.read_safetensors(file)
-    refuse_other_kinds(arrays, file)
-    held = {part_of(key) for key in arrays}
-    if missing := sorted({part for part, base in bases.items() if base is not None} - held):
-        raise ValueError(f"{file} holds nothing for {', '.join(missing)}, only for {', '.join(sorted(held))}")
-    if extra := sorted(held - {*bases}):
-        raise ValueError(f"{file} also adapts {', '.join(extra)}: pass its weights too, or None to skip it")
-    loras = {}
-    for part, base in bases.items():
-        if base is not None:
-            own = {key: x for key, x in arrays.items() if part_of(key) == part}
-            params = read_part(own, part, adaptable_kernels(base), adapter_metadata(file, part), file)
-            loras[part] = Net(params, Update())
-    return loras
+    parts = read_parts(path)
+    if missing := sorted({part for part, base in bases.items() if base is not None} - {*parts}):
+        raise ValueError(f"{path} holds nothing for {', '.join(missing)}, only for {', '.join(sorted(parts))}")
+    if extra := sorted({*parts} - {*bases}):
+        raise ValueError(f"{path} also adapts {', '.join(extra)}: pass its weights too, or None to skip it")
+    wanted = {part: adaptable_kernels(base) for part, base in bases.items() if base is not None}
+    return {part: Net(read_part(parts[part], part, kernels), Update()) for part, kernels in wanted.items()}
 
 
 def read_lora_for(path, nets: dict) -> dict[str, Net]:
     """`read_lora` for those of a pipeline's nets, by subfolder name, that the file adapts."""
-    held = {part_of(key) for key in files.read_safetensors(lora_file(path))}
-    return read_lora(path, {part: nets[part].params if part in nets else None for part in held})
+    return read_lora(path, {part: nets[part].params if part in nets else None for part in read_parts(path)})
 
 
 def merge(path, nets: dict, scale: float = 1.0) -> dict:
@@ -201,32 +201,58 @@ def merge(path, nets: dict, scale: float = 1.0) -> dict:
     return nets | {part: add(nets[part], lora) for part, lora in loras.items()}
 
 
-def lora_file(path) -> Path:
-    """The safetensors file at a path or in the folder there; ValueError if it is missing."""
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: expected a LoRA as a safetensors file")
-    return file
+def read_parts(path) -> dict[str, Part]:
+    """The parts of a LoRA by network; nothing but headers is read."""
+    parts = {}
+    for file in lora_files(Path(path).expanduser()):
+        arrays = bare_names(files.read(file).tensors, file)
+        refuse_other_kinds(arrays, file)
+        owners = {key: part_of(key, file) for key in arrays}
+        published = any(key.startswith(peft.PREFIX) for key in arrays) or file.name in peft.FILES
+        for part in {*owners.values()}:
+            own = {key: x for key, x in arrays.items() if owners[key] == part}
+            prefix = f"{part}." if any(key.startswith(f"{part}.") for key in own) else ""
+            options = peft.beside(file) if published else peft.header(file, prefix)
+            parts[part] = Part(file, own, options)
+    return parts
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The weight file at a path or in the folder there, or those in PEFT's folders; ValueError if there is none."""
+    if path.is_dir():
+        names = LORA_FILE, *peft.FILES
+        folders = [path, *(path / part for part in PREFIXES)]
+        found = [next((f / name for name in names if (f / name).is_file()), None) for f in folders]
+        found = found[:1] if found[0] else [file for file in found if file]
+        loose = files.choose(p.name for p in path.iterdir())
+        return found or lora_files(path / (loose or LORA_FILE))
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a LoRA as a safetensors file, or {' or '.join(peft.FILES)}")
+    return [path]
 
 
 def refuse_other_kinds(arrays, file) -> None:
     """Raise ValueError for adapters that are not a plain down @ up."""
     for key in arrays:
-        for part, kind in OTHER_KINDS.items():
-            if part in key:
+        for pattern, kind in OTHER_KINDS.items():
+            if re.search(pattern, key):
                 raise ValueError(f"{file} is a {kind} ({key}), not a plain LoRA: merge it into its model and load that")
 
 
-def part_of(key: str) -> str:
-    """The network that a file's key belongs to; the oldest diffusers files have UNet keys without prefix."""
-    return next((part for part, prefixes in PREFIXES.items() if key.startswith(prefixes)), "unet")
+def part_of(key: str, file: Path) -> str:
+    """The network that a file's key belongs to: by its prefix, the folder's name or, without these, the layer's."""
+    if part := next((part for part, prefixes in PREFIXES.items() if key.startswith(prefixes)), None):
+        return part
+    if file.parent.name in PREFIXES:
+        return file.parent.name
+    return "text_encoder" if TEXT_ENCODER.match(key) else "unet"
 
 
-def read_part(arrays, part, kernels, metadata, file) -> dict:
+def read_part(own: Part, part: str, kernels: dict) -> dict:
     """One network's LoRA as a nested dict; ValueError for any name or shape that does not match its kernels."""
-    names, found, unknown = file_names(part, kernels), {}, []
-    for key, x in arrays.items():
-        match = KEY.fullmatch(key)
+    names, found, unknown, file = file_names(part, kernels), {}, [], own.file
+    for key, x in own.arrays.items():
+        match = KEY.fullmatch(key.replace(peft.PREFIX, ""))
         layer = names.get(match[1]) if match else None
         if layer is None:
             unknown.append(key)
@@ -248,64 +274,24 @@ def read_part(arrays, part, kernels, metadata, file) -> dict:
                 f"{file} is for another network: {layer_name(layer)} has down {down.shape} and up {up.shape} "
                 f"(channels-last), its kernel is {shape}"
             )
-        alpha = metadata_alpha(metadata, layer_name(layer), rank)
-        alpha = np.asarray(given["alpha"]).item() if "alpha" in given else alpha
-        flat |= {(*layer, "down"): down, (*layer, "up"): up * (alpha / rank)}
+        scale = peft.scale(own.options, layer_name(layer), rank, file)
+        scale = np.asarray(given["alpha"]).item() / rank if "alpha" in given else scale
+        flat |= {(*layer, "down"): down, (*layer, "up"): up * scale}
     return unflatten(flat)
-
-
-def adapter_metadata(file, part: str) -> dict:
-    """PEFT's options for one network, which diffusers stores in the file's header."""
-    with safetensors.safe_open(file, "numpy") as opened:
-        options = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix(f"{part}."): x for key, x in options.items() if key.startswith(f"{part}.")}
-
-
-def metadata_alpha(metadata, name: str, rank: int) -> float:
-    """A layer's alpha, by default the rank. alpha_pattern maps regular expressions for ends of names to alphas."""
-    patterns = metadata.get("alpha_pattern") or {}
-    special = (x for end, x in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
-    alpha = next(special, metadata.get("lora_alpha", rank))
-    return alpha * np.sqrt(rank) if metadata.get("use_rslora") else alpha  # rsLoRA is alpha / sqrt(r)
 
 
 def file_names(part: str, layers) -> dict:
     """{name: layer} for every spelling of a layer in files, generated from our names so that none is ambiguous."""
     dotted, *kohya = PREFIXES[part]
     ours = {layer_name(layer): layer for layer in layers}
-    ldm, names = ldm_names(ours), {}
+    ldm, names = unet_names(ours), {}
     for name, layer in ours.items():
         processor = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?$", r".processor.\1", name)
-        spellings = {dotted + name, dotted + processor, *((name, processor) if part == "unet" else ())}
+        bare = {name, processor, name.removeprefix("text_model.")}  # transformers 5 leaves that out
+        spellings = bare | {dotted + n for n in bare}
         spellings |= {prefix + n.replace(".", "_") for prefix in kohya for n in (name, ldm[name])}
         names |= dict.fromkeys(spellings, layer)
     return names
-
-
-def ldm_names(names) -> dict:
-    """{name: name in the original UNet (LDM)}; there a block is one resnet with its attention."""
-    resnets = sorted({m[0] for name in names if (m := re.match(r"(down|up)_blocks\.\d\.resnets\.\d", name))})
-    ups = [name for name in resnets if name.startswith("up")]
-    number = {name: i for i, name in enumerate(ups)}
-    for i, name in enumerate(name for name in resnets if name not in number):
-        number[name] = 1 + i + int(name.split(".")[1])  # after conv_in and one downsampler per earlier block
-
-    def convert(name):
-        if not (match := re.fullmatch(BLOCK, name)):
-            return LDM_LAYERS.get(name, name)
-        block, kind, j, layer = match.groups()
-        layer, is_attention = LDM_LAYERS.get(layer, layer), int(kind == "attentions")
-        if block == "mid_block":
-            return f"middle_block.{2 * int(j) + is_attention}.{layer}"
-        last = max(i for resnet, i in number.items() if resnet.startswith(f"{block}."))
-        if kind == "downsamplers":
-            return f"input_blocks.{last + 1}.0.op"
-        if kind == "upsamplers":  # in its block, after the resnet and, if any, the attention
-            return f"output_blocks.{last}.{1 + any(n.startswith(f'{block}.attentions.') for n in names)}.{layer}"
-        side = "output_blocks" if block.startswith("up") else "input_blocks"
-        return f"{side}.{number[f'{block}.resnets.{j}']}.{is_attention}.{layer}"
-
-    return {name: convert(name) for name in names}
 
 
 def save_lora(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
