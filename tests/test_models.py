@@ -1,6 +1,7 @@
 """UNets and branches: equal to PyTorch diffusers, no effect of new branches, bad input refused."""
 
 import functools
+import json
 from pathlib import Path
 
 import flax.traverse_util
@@ -12,7 +13,7 @@ from golden import make_models as golden
 
 from cddistill import models
 from cddistill.diffusion import DDPM
-from cddistill.models import convert
+from cddistill.models import configured, convert
 from cddistill.models.adapter import ControlNetModel, MuBlendModel
 from cddistill.models.blocks import GroupNorm, Upsample2D, conv
 from cddistill.models.init import weight_shapes
@@ -28,6 +29,10 @@ SDXL = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SSD1B = SDXL | {
+    "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
 }  # fmt: skip
 SMALL = golden.PIXEL | {
     "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
@@ -58,8 +63,9 @@ def recorded_net(name):
 
 
 # One of every structure: cross-attention, deeper transformers with added conditions, a class-conditional pixel model
-# with self-attention, a guidance embedding. Extra input channels are tested below, block options in test_modules.
-USUAL = ("sd15", "sdxl", "pixel", "lcm")
+# with self-attention, a guidance embedding, numbers of transformer blocks per layer. Extra input channels are tested
+# below, block options in test_modules.
+USUAL = ("sd15", "sdxl", "pixel", "lcm", "layers")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in USUAL else SLOW) for x in golden.UNETS])
@@ -106,6 +112,7 @@ def test_controlnet_and_every_gradient_equal_diffusers(name, parity):
         ("Stable Diffusion 1.5", SD1, 859_520_964, 361_279_120),  # the others are variants of it: slow
         pytest.param("Stable Diffusion 2.1", SD2, 865_910_724, 364_228_240, marks=SLOW),
         pytest.param("SDXL", SDXL, 2_567_463_684, None, marks=SLOW),
+        pytest.param("SSD-1B", SSD1B, 1_331_334_404, None, marks=SLOW),
         pytest.param("InstructPix2Pix", SD1 | {"in_channels": 8}, 859_532_484, None, marks=SLOW),
         pytest.param("LCM of Stable Diffusion 1.5", SD1 | {"time_cond_proj_dim": 256}, 859_602_884, None, marks=SLOW),
         pytest.param("Stable Diffusion 1.5 inpainting", SD1 | {"in_channels": 9}, 859_535_364, None, marks=SLOW),
@@ -338,6 +345,80 @@ def test_unsupported_options_are_refused(change, sentence):
         models.abstract(golden.PIXEL | change)
 
 
+LAYERS = golden.SSD | {"layers_per_block": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"reverse_transformer_layers_per_block": None},
+            "numbers per layer: give the decoder's, coarsest first, in",
+        ),
+        ({"reverse_transformer_layers_per_block": [1, 2]}, "has 2 entries but block_out_channels has 3"),
+        ({"reverse_transformer_layers_per_block": [[1], 2, 1]}, r"per_block\[0\] = \[1\] has 1 entries for 2 layers"),
+        (
+            {"transformer_layers_per_block": [1, [], 2]},
+            r"^transformer_layers_per_block\[1\] = \[\] has 0 entries",
+        ),
+        ({"transformer_layers_per_block": [1, [1, "2"], 2]}, "does not support transformer_layers_per_block = "),
+        ({"layers_per_block": True}, "layers_per_block = True"),
+    ],
+)
+def test_numbers_of_transformer_blocks_must_fit_the_layers(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        models.abstract(LAYERS | change)
+
+
+def test_numbers_of_transformer_blocks_per_layer_survive_config_json():
+    module = UNet2DConditionModel.from_config(golden.SSD)
+    assert UNet2DConditionModel.from_config(json.loads(json.dumps(module.to_config()))) == module
+    assert module.up_depths() == ((1, 2, 3), (2, 1, 1), 1)
+    branch = jax.eval_shape(models.make_branch, Denoiser(weight_shapes(module), Apply(module), DDPM(), "eps"),
+                            jax.random.key(0))  # fmt: skip
+    assert branch.module.depths() == module.depths()
+    assert "reverse_transformer_layers_per_block" not in branch.module.to_config()  # a ControlNet has no decoder
+
+
+# What diffusers' EMAModel writes into the config.json of unet_ema/, and what other libraries note in any config.
+EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 37000, "power": 2 / 3,
+       "update_after_step": 0, "use_ema_warmup": False}  # fmt: skip
+NOTES = {"_name_or_path": "x/y", "_diffusers_version": "0.21.0", "_use_default_values": ["act_fn"], "_commit_hash": "0",
+         "transformers_version": "4.30.0", "torch_dtype": "float16", "dtype": "bfloat16"}  # fmt: skip
+QUANTIZED = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+SMALLEST = {
+    "UNet2DConditionModel": golden.ONE,
+    "ControlNetModel": {k: v for k, v in golden.ONE.items() if k not in golden.UNET_KEYS},
+    "AutoencoderKL": {"block_out_channels": [8], "norm_num_groups": 4},
+    "AutoencoderTiny": {},
+    "CLIPTextModel": {},
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_notes_of_trainers_and_libraries_are_ignored_and_changes_of_the_network_refused(name):
+    config = SMALLEST[name] | {"_class_name": name}
+    assert convert.build(config | EMA | NOTES) == convert.build(config)
+    with pytest.raises(ValueError, match=f"{name} does not support quantization_config = "):
+        convert.build(config | QUANTIZED)
+    with pytest.raises(ValueError, match=f"{name} does not support decay_rate = 0.9; cddistill.models"):
+        convert.build(config | {"decay_rate": 0.9})
+
+
 def test_harmless_options_are_ignored():
     harmless = {"_diffusers_version": "0.6.0", "dropout": 0.0, "upcast_attention": True, "encoder_hid_dim": None}
     assert models.abstract(golden.PIXEL | harmless)[0] == models.abstract(golden.PIXEL)[0]
+
+
+DEFAULTS = json.loads((Path(golden.__file__).parent / "defaults.json").read_text())["networks"]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_a_config_leaves_out_is_as_in_pytorchs_class(name):
+    """Every option of the class is a field with its default, or supported at its default, or without effect."""
+    theirs = {k: v for k, v in DEFAULTS[name].items() if not k.startswith("_")}
+    module = convert.build({"_class_name": name})
+    assert convert.build(theirs | {"_class_name": name}) == module
+    ours = {k: v for k, v in json.loads(json.dumps(module.options())).items() if k in theirs}
+    assert ours == {k: theirs[k] for k in ours}
+    assert not {*theirs} - {*ours, *module.supported, *module.no_effect, *configured.NOTES}

@@ -127,3 +127,55 @@ class Upsample2D(nn.Module):
         b, h, w, c = x.shape
         x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         return conv(self.channels, 3, self.dtype, "conv")(x)
+
+
+class DownBlock2D(nn.Module):
+    """Resnets, each with optional attention, then an optional downsampler: (output, all outputs as skips)."""
+
+    num_layers: int
+    resnet: Any  # constructors, to be called with a name
+    attention: Any  # and with the layer's number in the block
+    downsampler: Any
+
+    @nn.compact
+    def __call__(self, h, emb, context):
+        skips = ()
+        for i in range(self.num_layers):
+            h = self.resnet(name=f"resnets_{i}")(h, emb)
+            h = self.attention(i, name=f"attentions_{i}")(h, context) if self.attention else h
+            skips += (h,)
+        if self.downsampler:
+            h = self.downsampler(name="downsamplers_0")(h)
+            skips += (h,)
+        return h, skips
+
+
+class MidBlock2D(nn.Module):
+    """A resnet, or two with attention in between."""
+
+    resnet: Any
+    attention: Any
+
+    @nn.compact
+    def __call__(self, h, emb, context):
+        h = self.resnet(name="resnets_0")(h, emb)
+        if self.attention:
+            h = self.attention(0, name="attentions_0")(h, context)
+            h = self.resnet(name="resnets_1")(h, emb)
+        return h
+
+
+class UpBlock2D(nn.Module):
+    """Resnets, each with one skip and optional attention, then an optional upsampler: (output, its input)."""
+
+    resnet: Any
+    attention: Any
+    upsampler: Any
+
+    @nn.compact
+    def __call__(self, h, skips, emb, context):
+        for i, skip in enumerate(reversed(skips)):
+            h = self.resnet(name=f"resnets_{i}")(jnp.concatenate([h, skip], -1), emb)
+            h = self.attention(i, name=f"attentions_{i}")(h, context) if self.attention else h
+        upsampled = self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
+        return upsampled, h

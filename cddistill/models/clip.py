@@ -34,12 +34,12 @@ SUPPORTED = {
 }
 # Options of transformers without effect on a text encoder: names, training, token ids, generation.
 NO_EFFECT = {
-    "architectures", "transformers_version", "torch_dtype", "dtype", "tokenizer_class", "finetuning_task",
-    "problem_type", "id2label", "label2id", "attention_dropout", "dropout", "initializer_factor", "initializer_range",
-    "gradient_checkpointing", "use_bfloat16", "tf_legacy_loss", "bos_token_id", "pad_token_id", "sep_token_id",
-    "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "prefix", "is_encoder_decoder",
-    "tie_encoder_decoder", "tie_word_embeddings", "cross_attention_hidden_size", "task_specific_params", "torchscript",
-    "return_dict", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "use_cache",
+    "architectures", "tokenizer_class", "finetuning_task", "problem_type", "id2label", "label2id",
+    "attention_dropout", "dropout", "initializer_factor", "initializer_range", "gradient_checkpointing",
+    "use_bfloat16", "tf_legacy_loss", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "prefix", "is_encoder_decoder", "tie_encoder_decoder",
+    "tie_word_embeddings", "cross_attention_hidden_size", "task_specific_params", "torchscript", "return_dict",
+    "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "use_cache",
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
@@ -170,7 +170,8 @@ class CLIPTextModel(Configured):
     @classmethod
     def from_config(cls, config: dict, **run_options):
         """The module of a transformers config.json, or of the "text_config" inside one."""
-        return super().from_config(config.get("text_config", config), **run_options)
+        quantized = {k: v for k, v in config.items() if k == "quantization_config"}  # beside a text_config
+        return super().from_config((config.get("text_config") or config) | quantized, **run_options)
 
     def check(self):
         """Raise ValueError if hidden_size does not divide into the heads."""

@@ -6,7 +6,7 @@ of diffusers' config.json. Weights are float32, `dtype` is the layers' compute t
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from cddistill.models.attention import SpatialAttention, Transformer2DModel
 from cddistill.models.blocks import (
     DecoderLevel,
+    DownBlock2D,
     Downsample2D,
     GroupNorm,
+    MidBlock2D,
     ResnetBlock2D,
     TimestepEmbedding,
+    UpBlock2D,
     Upsample2D,
     conv,
     sinusoid,
@@ -51,7 +54,7 @@ SUPPORTED = {
     "attention_type": ("default",),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1,),
-    "reverse_transformer_layers_per_block": (None,),
+    "reverse_transformer_layers_per_block": (None,),  # of a ControlNet, which has no decoder
     "global_pool_conditions": (False,),
     "controlnet_conditioning_channel_order": ("rgb",),
 }
@@ -63,6 +66,9 @@ NO_EFFECT = {
     "mid_block_only_cross_attention",
     "addition_embed_type_num_heads",
 }
+
+
+DECODER_LISTS = ("up_block_types", "reverse_transformer_layers_per_block")  # the decoder's options per block
 
 
 class Residuals(NamedTuple):
@@ -90,58 +96,6 @@ def conditioning(text) -> dict:
     return {"encoder_hidden_states": text}
 
 
-class DownBlock2D(nn.Module):
-    """Resnets, each with optional attention, then an optional downsampler: (output, all outputs as skips)."""
-
-    num_layers: int
-    resnet: Any  # constructors, to be called with a name
-    attention: Any
-    downsampler: Any
-
-    @nn.compact
-    def __call__(self, h, emb, context):
-        skips = ()
-        for i in range(self.num_layers):
-            h = self.resnet(name=f"resnets_{i}")(h, emb)
-            h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
-            skips += (h,)
-        if self.downsampler:
-            h = self.downsampler(name="downsamplers_0")(h)
-            skips += (h,)
-        return h, skips
-
-
-class MidBlock2D(nn.Module):
-    """A resnet, or two with attention in between."""
-
-    resnet: Any
-    attention: Any
-
-    @nn.compact
-    def __call__(self, h, emb, context):
-        h = self.resnet(name="resnets_0")(h, emb)
-        if self.attention:
-            h = self.attention(name="attentions_0")(h, context)
-            h = self.resnet(name="resnets_1")(h, emb)
-        return h
-
-
-class UpBlock2D(nn.Module):
-    """Resnets, each with one skip and optional attention, then an optional upsampler: (output, its input)."""
-
-    resnet: Any
-    attention: Any
-    upsampler: Any
-
-    @nn.compact
-    def __call__(self, h, skips, emb, context):
-        for i, skip in enumerate(reversed(skips)):
-            h = self.resnet(name=f"resnets_{i}")(jnp.concatenate([h, skip], -1), emb)
-            h = self.attention(name=f"attentions_{i}")(h, context) if self.attention else h
-        upsampled = self.upsampler(name="upsamplers_0")(h) if self.upsampler else h
-        return upsampled, h
-
-
 class Encoder(Configured):
     """Base of a UNet and its ControlNet: options, embeddings, down blocks and mid block."""
 
@@ -161,7 +115,7 @@ class Encoder(Configured):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5  # of resnets and output; transformer blocks have 1e-6
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1  # per block, or per layer of each block
     attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads; in Attn*Block2D their width (so in diffusers)
     num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
@@ -176,15 +130,20 @@ class Encoder(Configured):
     conv_in_kernel: int = 3
 
     def check(self):
-        """Raise ValueError for per-block options of the wrong length and for unknown blocks."""
+        """Raise ValueError for per-block and per-layer options of the wrong length and for unknown blocks."""
         n, up_block_types = len(self.block_out_channels), getattr(self, "up_block_types", ())
         for name, value in self.options().items():
-            per_block = name in Encoder.__dataclass_fields__ or name == "up_block_types"
+            per_block = name in Encoder.__dataclass_fields__ or name in DECODER_LISTS
             if per_block and isinstance(value, tuple) and len(value) != n:
                 raise ValueError(f"{name} has {len(value)} entries but block_out_channels has {n}")
         if unknown := sorted({*self.down_block_types} - {*DOWN_BLOCKS} | {*up_block_types} - {*UP_BLOCKS}):
             known = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
             raise ValueError(f"block types {', '.join(unknown)} are not supported, only {known} are")
+        check_layers("transformer_layers_per_block", self.depths(), self.per_block(self.layers_per_block))
+
+    def depths(self) -> tuple:
+        """Transformer blocks of the attention layers, per block of the encoder: a number, or one per layer."""
+        return self.per_block(self.transformer_layers_per_block)
 
     def example(self):
         """Smallest inputs that use every weight, as (args, kwargs)."""
@@ -217,22 +176,25 @@ class Encoder(Configured):
             self.resnet_time_scale_shift == "scale_shift", self.dtype,
         )  # fmt: skip
 
-    def attention(self, kind, i, head_dim_of=None):
-        """Constructor of the attention layers of block i, or None."""
+    def attention(self, kind, i, head_dim_of=None, depths=None):
+        """Constructor of the attention layers of block i from their number in the block, or None."""
         heads = self.per_block(self.num_attention_heads or self.attention_head_dim)[i]
         head_dim = self.per_block(self.attention_head_dim)[i if head_dim_of is None else head_dim_of]
-        depth = self.per_block(self.transformer_layers_per_block)[i]
-        only_cross = self.per_block(self.only_cross_attention)[i]
-        cross = partial(
-            Transformer2DModel, heads, depth, self.norm_num_groups, self.use_linear_projection, dtype=self.dtype,
-            flash=self.flash,
-        )  # fmt: skip
-        return {
-            "none": None,
-            "cross": partial(cross, only_cross_attention=only_cross),
-            "mid": cross,
-            "self": partial(SpatialAttention, head_dim, self.norm_num_groups, self.norm_eps, self.dtype, self.flash),
-        }[kind]
+        depths = self.depths()[i] if depths is None else depths
+        only_cross = kind == "cross" and self.per_block(self.only_cross_attention)[i]
+
+        def cross(layer, name):
+            depth = depths if isinstance(depths, int) else depths[layer]
+            return Transformer2DModel(
+                heads, depth, self.norm_num_groups, self.use_linear_projection, only_cross, self.dtype, self.flash,
+                name=name,
+            )  # fmt: skip
+
+        def spatial(layer, name):
+            groups, eps = self.norm_num_groups, self.norm_eps
+            return SpatialAttention(head_dim, groups, eps, self.dtype, self.flash, name=name)
+
+        return {"none": None, "cross": cross, "mid": cross, "self": spatial}[kind]
 
     def block(self, cls):
         """The block's class, rematerialised if remat is set."""
@@ -312,12 +274,31 @@ class Encoder(Configured):
 class UNet2DConditionModel(Encoder):
     """The denoiser, with diffusers' argument names; `concat` is concatenated to z_t's channels."""
 
+    supported = {k: v for k, v in SUPPORTED.items() if k not in DECODER_LISTS}
+
     out_channels: int = 4
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None  # coarsest first
     center_input_sample: bool = False
     conv_out_kernel: int = 3
     sample_size: int | tuple[int, ...] | None = None  # only written to configs
     output_layer = "conv_out"  # the network's last layer
+
+    def check(self):
+        """The same for the decoder, which must have its own numbers of transformer blocks if they are per layer."""
+        super().check()
+        nested = any(isinstance(depth, tuple) for depth in self.depths())
+        if nested and self.reverse_transformer_layers_per_block is None:
+            raise ValueError(
+                f"transformer_layers_per_block = {self.transformer_layers_per_block} has numbers per layer: give the "
+                "decoder's, coarsest first, in reverse_transformer_layers_per_block"
+            )
+        layers = [n + 1 for n in reversed(self.per_block(self.layers_per_block))]
+        check_layers("reverse_transformer_layers_per_block", self.up_depths(), layers)
+
+    def up_depths(self) -> tuple:
+        """`depths` of the decoder, coarsest block first."""
+        return self.reverse_transformer_layers_per_block or self.depths()[::-1]
 
     @nn.compact
     def __call__(self, z_t, t, residuals: Residuals | None = None, *, features: bool = False, **conditions):
@@ -358,12 +339,19 @@ class UNet2DConditionModel(Encoder):
             num = self.per_block(self.layers_per_block)[i] + 1
             up = partial(Upsample2D, self.block_out_channels[i], self.dtype) if i else None
             # diffusers does not reverse attention_head_dim for AttnUpBlock2D, hence j
-            attention = self.attention(UP_BLOCKS[kind], i, head_dim_of=j)
+            attention = self.attention(UP_BLOCKS[kind], i, head_dim_of=j, depths=self.up_depths()[j])
             block = self.block(UpBlock2D)(self.resnet(i), attention, up, name=f"up_blocks_{j}")
             upsampled, after = block(h, skips[-num:], emb, context)
             levels += (DecoderLevel(h, skips[-1], after),)
             h, skips = upsampled, skips[:-num]
         return h, levels
+
+
+def check_layers(name: str, depths, layers) -> None:
+    """Raise ValueError for a block of fewer numbers than attention layers."""
+    for i, (depth, n) in enumerate(zip(depths, layers, strict=True)):
+        if isinstance(depth, tuple) and len(depth) < n:
+            raise ValueError(f"{name}[{i}] = {list(depth)} has {len(depth)} entries for {n} layers")
 
 
 def adjust(residuals: Residuals, skips, mid):

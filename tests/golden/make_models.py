@@ -61,6 +61,20 @@ ONE = SD | {  # a single block, for what differs outside of blocks only
     "down_block_types": ["CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D"],
 }
+SSD = (
+    SD
+    | XL
+    | {  # the layout of SSD-1B: numbers of transformer blocks per layer, which differ on the way up
+        "block_out_channels": [16, 16, 32],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [2, 2, 4],
+        "transformer_layers_per_block": [1, [1, 2], [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 2, 3], [2, 1, 1], 1],
+    }
+)
 UNETS = {
     "sd15": SD,
     "sd21_unclip": SD | {"attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True,
@@ -72,6 +86,9 @@ UNETS = {
     "instruct_pix2pix": ONE | {"in_channels": 8},
     "inpainting": ONE | {"in_channels": 9},
     "lcm": ONE | {"time_cond_proj_dim": 5},
+    "ssd1b": SSD,
+    "layers": ONE | {"transformer_layers_per_block": [[2]], "reverse_transformer_layers_per_block": [[1, 2]]},
+    "no_mid": ONE | {"mid_block_type": None},
     "pixel": PIXEL,
     "odd": PIXEL | ODD,
 }  # fmt: skip
