@@ -19,6 +19,7 @@ from cddistill.models.schedulers import Sampling
 from cddistill.net import Denoiser
 
 RECORDED = np.load(Path(golden.__file__).parent / "schedulers.npz")
+THEIRS = json.loads((Path(golden.__file__).parent / "defaults.json").read_text())["schedulers"]
 ALL = golden.CONFIGS | golden.STUDENTS
 NOISE, FRESH = jnp.asarray(golden.NOISE), jnp.asarray(golden.FRESH)
 
@@ -77,6 +78,58 @@ def test_alphas_equal_diffusers(name, write):
     np.testing.assert_allclose(alpha**2, theirs, rtol=1e-5, atol=1e-6)  # theirs is a float32 product of 1000 numbers
     np.testing.assert_allclose(sigma**2, 1.0 - theirs, rtol=1e-5, atol=1e-6)
     assert alpha[-1] == np.sqrt(theirs[-1]) or not schedule.zero_snr  # 0 or 2^-12, exactly
+
+
+# alphas_cumprod at timesteps 500 and 999 of diffusers' classes without any option.
+LINEAR, SD_LINEAR = (0.07779665, 4.0358304e-05), (0.16077163, 1.5789628e-03)  # betas to 0.02, and Stable Diffusion's
+SCALED = (0.27633247, 4.6600951e-03)
+ALPHAS = dict.fromkeys(
+    ("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
+     "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler",
+     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
+     "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"), LINEAR,
+) | dict.fromkeys(
+    ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
+    SD_LINEAR,
+) | {"LCMScheduler": SCALED, "TCDScheduler": SCALED}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+def test_what_a_file_leaves_out_is_as_in_its_class(name, write):
+    """Only the class is given; every option of the class, written out at its default, changes nothing."""
+    bare, full = ({"_class_name": name} | options for options in ({}, THEIRS[name]))
+    (schedule, predicts), own = schedulers.read_scheduler(write(bare)), THEIRS[name]
+    alpha, _ = schedule.alpha_sigma(jnp.array([500, 999]))
+    np.testing.assert_allclose(alpha**2, ALPHAS[name], rtol=1e-4)  # theirs is a float32 product of 1000 numbers
+    assert (schedule.num_timesteps, predicts) == (1000, "eps")
+    assert schedulers.read_scheduler(write(full)) == (schedule, predicts)
+    _, config = schedulers.read_config(write(bare))
+    assert {k: v for k, v in config.items() if k in own} == {k: own[k] for k in config if k in own}
+    if name in schedulers.SUPPORTED:
+        assert schedulers.read_sampling(write(full)) == schedulers.read_sampling(write(bare))
+
+
+def test_every_scheduler_of_another_process_is_refused_by_name(write):
+    """All classes that diffusers has, and one that it has not; sampling refuses them, too."""
+    others = {*THEIRS} - {*ALPHAS} | {"MyScheduler"}
+    assert {"EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "CMStochasticIterativeScheduler"} < others
+    for name in sorted(others):
+        for reads in (schedulers.read_scheduler, schedulers.read_sampling):
+            with pytest.raises(ValueError, match=f"scheduler_config.json: .* {name!r} is not supported, .*DDIMSch"):
+                reads(write({"_class_name": name} | THEIRS.get(name, {})))
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+def test_zero_snr_is_read_where_the_class_knows_it(name, write):
+    """2^-12 where diffusers divides by alpha."""
+    path = write({"_class_name": name, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    if "rescale_betas_zero_snr" not in THEIRS[name]:
+        with pytest.raises(ValueError, match=f"rescale_betas_zero_snr = True is not supported for {name}, which"):
+            schedulers.read_scheduler(path)
+        return
+    alpha, _ = schedulers.read_scheduler(path)[0].alpha_sigma(jnp.array([999]))
+    divides = name.startswith(("Euler", "DPMSolver", "UniPC"))
+    np.testing.assert_array_equal(alpha, [2.0**-12 if divides else 0.0])
 
 
 @pytest.mark.parametrize("name", golden.CONFIGS)
@@ -179,8 +232,11 @@ def test_schedules_round_trip(tmp_path, schedule, predicts):
     np.testing.assert_array_equal(how.times(schedule, 3), schedule.grid(3))
 
 
-def test_without_a_file_the_schedule_is_stable_diffusions(tmp_path):
+def test_without_a_file_the_schedule_is_stable_diffusions(tmp_path, caplog):
     assert read(tmp_path / "none.json") == (DDPM(), "eps", Sampling())
+    assert (
+        "none.json is missing: Stable Diffusion 1.x's schedule and prediction of the noise are assumed" in caplog.text
+    )
     np.testing.assert_array_equal(Sampling().times(DDPM(), 4), [999, 749, 499, 249])
     net = Denoiser({}, lambda p, z, t: 0.3 * z, DDPM(), "v")
     ours = sampling.sample(Sampling(), net, DDPM(), NOISE, 4)
@@ -237,11 +293,63 @@ def test_unsupported_sampling_is_refused(write, config, sentence):
         ),
         (golden.DDIM | {"trained_betas": "betas.npy"}, "trained_betas = betas.npy is not supported"),
         (golden.DDIM | golden.ZERO_SNR, "with rescale_betas_zero_snr .* epsilon cannot recover x0"),
+        (golden.DDIM | {"sigma_data": 0.5}, "sigma_data = 0.5 is not supported: remove it if it has no effect on DDIM"),
+        (golden.EULER | {"snr_shift_scale": 3.0, "shift": 2}, "shift = 2, snr_shift_scale = 3.0 is not supported"),
+        (golden.DPM | {"use_flow_sigmas": True}, "use_flow_sigmas = True is not supported, only False"),
+        (
+            golden.EULER | {"timestep_type": "continuous"},
+            "timestep_type = 'continuous' is not supported, only discrete",
+        ),
+        (
+            golden.DDIM | {"variance_type": "learned_range"},
+            "variance_type = 'learned_range' is not supported, only None",
+        ),
+        (golden.DDIM | {"predict_epsilon": False}, "predict_epsilon = False is not supported"),
+        (golden.DDIM | {"prediction_type": None}, "prediction_type = None is not supported"),
+        (golden.DDIM | {"beta_start": "0.00085"}, "beta_start = '0.00085' is not a number"),
+        (golden.DDIM | {"beta_end": 1.2}, "beta_end = 1.2 is not between 0 and 1"),
+        (golden.DDIM | {"num_train_timesteps": 0}, "num_train_timesteps = 0 is not positive"),
+        (golden.DDIM | {"num_train_timesteps": 1000.0}, "num_train_timesteps = 1000.0 is not an integer"),
+        (golden.DDIM | {"rescale_betas_zero_snr": "true"}, "rescale_betas_zero_snr = 'true' is not true or false"),
+        ({"_class_name": ["DDIMScheduler"]}, r"the scheduler's _class_name \['DDIMScheduler'\] is not supported"),
     ],
 )
 def test_unsupported_schedules_are_refused(write, config, sentence):
     with pytest.raises(ValueError, match=f"scheduler_config.json: {sentence}"):
         schedulers.read_scheduler(write(config))
+
+
+def test_options_without_effect_on_the_process_are_ignored(write):
+    harmless = {"use_karras_sigmas": True, "thresholding": True, "variance_type": "fixed_large",
+                "algorithm_type": "deis", "tensor_format": "pt", "solver_p": None, "predict_epsilon": True,
+                "interpolation_type": "log_linear", "_anything": 1}  # fmt: skip
+    config = golden.DDIM | {"_class_name": "DDPMScheduler"}
+    assert schedulers.read_scheduler(write(config | harmless)) == schedulers.read_scheduler(write(config))
+    replaced = {"beta_start": 0.2, "_use_default_values": ["beta_start"]}  # diffusers drops such values
+    assert schedulers.read_scheduler(write(config | replaced))[0].beta_start == 0.0001
+
+
+def test_the_class_is_that_of_the_pipeline_as_in_diffusers(tmp_path, caplog):
+    """model_index.json decides; a file without a class, in no pipeline, is refused."""
+    (tmp_path / "scheduler").mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match='config.json does not name its class: add "_class_name", such as "DDIMSched'):
+        schedulers.read_scheduler(path)
+
+    def index(name):
+        (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", name]}))
+
+    index("LCMScheduler")
+    assert schedulers.read_scheduler(path) == (DDPM(), "eps")  # its default betas are Stable Diffusion's
+    assert schedulers.read_sampling(path).sampler == "lcm"
+    path.write_text(json.dumps(golden.HEUN))
+    index("FlaxDDIMScheduler")
+    assert schedulers.read_sampling(path).sampler == "ddim"
+    assert "says HeunDiscreteScheduler, but model_index.json says DDIMScheduler, which is used" in caplog.text
+    index("EDMEulerScheduler")
+    with pytest.raises(ValueError, match=r"model_index.json: the scheduler's _class_name 'EDMEulerScheduler' is not"):
+        schedulers.read_scheduler(path)
 
 
 def test_writing_unsupported_schedules_and_timesteps_is_refused(tmp_path):

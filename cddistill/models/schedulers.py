@@ -14,6 +14,9 @@ import numpy as np
 
 from cddistill import io
 from cddistill.diffusion import DDPM, Schedule
+from cddistill.models.configured import has_type
+from cddistill.models.index import FILE as INDEX
+from cddistill.models.index import parts_of, read_index
 
 PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 COMMON = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000,
@@ -22,19 +25,58 @@ COMMON = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "nu
           "clip_sample_range": 1.0, "solver_order": 2, "original_inference_steps": 50, "timestep_scaling": 10.0,
           "_timesteps": None}  # fmt: skip
 LINSPACE, SD_BETAS = {"timestep_spacing": "linspace"}, {"beta_start": 0.00085, "beta_end": 0.012}
-DEFAULTS = {  # defaults of each class that differ from COMMON; the classes that `read_sampling` supports
+LCM = SD_BETAS | {"beta_schedule": "scaled_linear", "clip_sample": False}
+DEFAULTS = {  # every class of diffusers for a DDPM process, with its defaults that differ from COMMON
     "DDIMScheduler": {},
+    "DDIMInverseScheduler": {},
+    "DDIMParallelScheduler": {},
+    "DDPMScheduler": {},
+    "DDPMParallelScheduler": {},
     "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
     "EulerDiscreteScheduler": LINSPACE,
     "EulerAncestralDiscreteScheduler": LINSPACE,
+    "LMSDiscreteScheduler": LINSPACE,
     "HeunDiscreteScheduler": LINSPACE | SD_BETAS | {"clip_sample": False},
+    "KDPM2DiscreteScheduler": LINSPACE | SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": LINSPACE | SD_BETAS,
+    "DPMSolverSDEScheduler": LINSPACE | SD_BETAS,
     "DPMSolverMultistepScheduler": LINSPACE,
-    "LCMScheduler": SD_BETAS | {"beta_schedule": "scaled_linear", "clip_sample": False},
+    "DPMSolverMultistepInverseScheduler": LINSPACE,
+    "DPMSolverSinglestepScheduler": {},  # has no timestep_spacing
+    "DEISMultistepScheduler": LINSPACE,
+    "UniPCMultistepScheduler": LINSPACE,
+    "SASolverScheduler": LINSPACE,
+    "LCMScheduler": LCM,
+    "TCDScheduler": LCM,
 }
-DIVIDE_BY_ALPHA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler")
+DIVIDE_BY_ALPHA = (
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
+RESCALING = DIVIDE_BY_ALPHA + (  # the classes that know rescale_betas_zero_snr; the others ignore it
+    "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
+    "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
 OFF = (False, None)
+PROCESS = {  # options that change the noise process or the network's output: their supported values
+    "prediction_type": tuple(PREDICTS), "timestep_type": ("discrete",), "use_flow_sigmas": OFF,
+    "use_dynamic_shifting": OFF, "predict_epsilon": (True,), "timestep_values": (None,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}  # fmt: skip
+HARMLESS = {  # options of samplers, and of old versions, that leave the process as it is
+    "algorithm_type", "corrector_order", "disable_corrector", "dtype", "dynamic_thresholding_ratio", "euler_at_final",
+    "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "noise_sampler_seed", "predict_x0", "predictor_order", "sample_max_value", "shift_terminal", "sigma_max",
+    "sigma_min", "skip_prk_steps", "solver_p", "solver_type", "tau_func", "tensor_format", "thresholding",
+    "time_shift_type", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+}  # fmt: skip
+TYPES = {
+    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "rescale_betas_zero_snr": bool | None,
+    "steps_offset": int, "set_alpha_to_one": bool | None, "clip_sample": bool | None, "clip_sample_range": float,
+    "solver_order": int, "original_inference_steps": int, "timestep_scaling": float,
+}  # fmt: skip
 SIGMAS = {"use_karras_sigmas": OFF, "use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
-SUPPORTED = {  # the only supported values of options that `Sampling` has no field for
+SUPPORTED = {  # classes that can be sampled with: the only supported values of options that `Sampling` has no field for
     "DDIMScheduler": {"thresholding": OFF},
     "PNDMScheduler": {},
     "EulerDiscreteScheduler": SIGMAS | {
@@ -119,22 +161,41 @@ class Sampling:
         return alpha, sigma
 
 
+def scheduler_file(root: Path) -> Path:
+    """The scheduler_config.json of a pipeline's folder, in scheduler/ or at the top; it may be missing.
+
+    Raises ValueError if it is and model_index.json names a scheduler.
+    """
+    name = "scheduler_config.json"
+    nested = root / "scheduler" / name
+    if "scheduler" in parts_of(read_index(root)) and not (nested.is_file() or (root / name).is_file()):
+        raise ValueError(f"{nested} is missing, but {INDEX} names a scheduler: download it too")
+    return root / name if (root / name).is_file() and not nested.is_file() else nested
+
+
 def read_scheduler(path: Path) -> tuple[DDPM, str]:
     """(schedule, prediction type "eps", "v" or "x0") of a scheduler_config.json, with the defaults of its class.
 
     rescale_betas_zero_snr sets the last alpha to 0 or, for classes that divide by it, to 2^-12 as in diffusers. A
-    missing file means Stable Diffusion 1.x. Raises ValueError naming the key for anything unsupported.
+    missing file means Stable Diffusion 1.x, with a warning. Raises ValueError naming the class or key for anything that
+    is unsupported or unknown.
     """
     if not path.is_file():
+        logging.warning("%s is missing: Stable Diffusion 1.x's schedule and prediction of the noise are assumed", path)
         return DDPM(), "eps"
     name, config = read_config(path)
-    check(path, config, {"prediction_type": tuple(PREDICTS)})
     total, betas = config["num_train_timesteps"], config["trained_betas"]
     if betas is None:
         check(path, config, {"beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2")})
-    elif not isinstance(betas, list) or len(betas) != total:
+        check_betas(path, config)
+    elif not isinstance(betas, list) or len(betas) != total or not all(isinstance(x, int | float) for x in betas):
         raise ValueError(f"{path}: trained_betas = {str(betas):.40} is not supported, only a list of {total} numbers")
     zero_snr, predicts = bool(config["rescale_betas_zero_snr"]), PREDICTS[config["prediction_type"]]
+    if zero_snr and name not in RESCALING:
+        raise ValueError(
+            f"{path}: rescale_betas_zero_snr = True is not supported for {name}, which ignores it; set it to false or, "
+            "for a network that was trained with it, change _class_name to DDIMScheduler"
+        )
     if zero_snr and predicts == "eps":
         raise ValueError(
             f"{path}: with rescale_betas_zero_snr the first z_t is pure noise, from which prediction_type "
@@ -161,8 +222,10 @@ def read_sampling(path: Path) -> Sampling:
     if not path.is_file():
         return Sampling()
     name, config = read_config(path)
-    if name not in DEFAULTS:
-        raise ValueError(f"{path}: _class_name {name!r} is not supported, only {', '.join(DEFAULTS)} are")
+    if name not in SUPPORTED:
+        raise ValueError(
+            f"{path}: _class_name {name!r} is not supported, only {', '.join(SUPPORTED)} are, for sampling: change it"
+        )
     check(path, config, SUPPORTED[name] | {"timestep_spacing": ("leading", "linspace", "trailing")})
     if name == "PNDMScheduler":
         logging.warning("%s: PNDM is not supported, sampling with DDIM at its timesteps", path)
@@ -190,10 +253,56 @@ def read_sampling(path: Path) -> Sampling:
 
 
 def read_config(path: Path) -> tuple[str, dict]:
-    """(class name, options) of a scheduler_config.json, with the defaults of that class filled in."""
+    """(class name, options) of a scheduler_config.json of a DDPM process, with the defaults of that class filled in.
+
+    Raises ValueError naming the class or key for another process, for an option that is unknown or of the wrong type.
+    """
     config = io.read_json(path)
-    name = config.get("_class_name", "DDIMScheduler").removeprefix("Flax")
-    return name, COMMON | DEFAULTS.get(name, {}) | config
+    name = read_class(path, config)
+    replaced = config.get("_use_default_values") or ()  # values of another class, which diffusers drops
+    config = {key: value for key, value in config.items() if key not in replaced}
+    known = {*COMMON, *PROCESS, *HARMLESS}
+    if unknown := sorted(key for key in config if key not in known and not key.startswith("_")):
+        found = ", ".join(f"{key} = {config[key]!r}" for key in unknown)
+        raise ValueError(f"{path}: {found} is not supported: remove it if it has no effect on {name}")
+    config = COMMON | DEFAULTS[name] | config
+    check(path, config, PROCESS)
+    for key, kind in TYPES.items():
+        if not has_type(config[key], kind):
+            expected = {int: "an integer", float: "a number"}.get(kind, "true or false")
+            raise ValueError(f"{path}: {key} = {config[key]!r} is not {expected}")
+    return name, config
+
+
+def read_class(path: Path, config: dict) -> str:
+    """The class of a scheduler: of model_index.json, which diffusers follows, else of the file itself.
+
+    Raises ValueError if neither names one, or either one of another process than DDPM's.
+    """
+    root = path.parent.parent if path.parent.name == "scheduler" else path.parent
+    _, pipelines = parts_of(read_index(root)).get("scheduler", ("", None))
+    own = config.get("_class_name")
+    own = own.removeprefix("Flax") if isinstance(own, str) else own
+    if own is None and pipelines is None:
+        raise ValueError(f'{path} does not name its class: add "_class_name", such as "DDIMScheduler"')
+    for file, name in ((root / INDEX, pipelines), (path, own)):
+        if name is not None and name not in [*DEFAULTS]:  # perhaps a list
+            raise ValueError(
+                f"{file}: the scheduler's _class_name {name!r} is not supported, as only DDPM's noise process is, with "
+                f"the classes {', '.join(DEFAULTS)}; EDM's, flow matching's and consistency models' are not"
+            )
+    if own and pipelines and own != pipelines:
+        logging.warning("%s says %s, but %s says %s, which is used, as in diffusers", path, own, INDEX, pipelines)
+    return pipelines or own
+
+
+def check_betas(path: Path, config: dict) -> None:
+    """Raise ValueError for betas, or a number of timesteps, that make no schedule."""
+    if config["num_train_timesteps"] < 1:
+        raise ValueError(f"{path}: num_train_timesteps = {config['num_train_timesteps']} is not positive")
+    for key in ("beta_start", "beta_end"):
+        if not 0 < config[key] < 1:
+            raise ValueError(f"{path}: {key} = {config[key]} is not between 0 and 1")
 
 
 def check(path: Path, config: dict, supported: dict) -> None:

@@ -1,0 +1,29 @@
+"""model_index.json, which names the parts of a diffusers pipeline: {"unet": ["diffusers", "UNet2DConditionModel"]}."""
+
+from pathlib import Path
+
+from cddistill import io
+
+FILE = "model_index.json"
+
+
+def read_index(root: Path) -> dict:
+    """model_index.json of a pipeline's folder; {} if there is none."""
+    path = root / FILE
+    return io.read_json(path) if path.is_file() else {}
+
+
+def parts_of(index: dict) -> dict[str, tuple[str, str]]:
+    """{part: (library, class)}, classes without the "Flax" of diffusers' former Flax classes; [null, null] is no part.
+
+    Options, such as "requires_safety_checker": false, are no parts either.
+    """
+    named = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)}
+    return {part: (str(library), name.removeprefix("Flax")) for part, (library, name) in named.items()}
+
+
+def has(root: Path, part: str) -> bool:
+    """Whether a folder has a part; ValueError if its model_index.json names one that is not there."""
+    if part in parts_of(read_index(root)) and not (root / part).is_dir():
+        raise ValueError(f"{root} lacks {part}/, which its {FILE} names: download that folder too")
+    return (root / part).is_dir()
