@@ -74,6 +74,7 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None) -> Pa
     if requires.teacher:
         check_teacher(experiment, requires, frozen)
         check_table(experiment, requires, teacher)
+        check_encoded(experiment, teacher)
         check_exportable(experiment, teacher)
     shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
     layout = sharding.by_shape(mesh, shapes)
@@ -223,6 +224,17 @@ def check_table(experiment: Experiment, requires: Requires, teacher: Pipeline) -
         logging.warning(
             "data.num_classes=%d makes %d the null label, and that of %s is %d: set data.num_classes=%d unless its "
             "classes are others", config.num_classes, config.num_classes, run.teacher, null, null,
+        )  # fmt: skip
+
+
+def check_encoded(experiment: Experiment, teacher: Pipeline) -> None:
+    """Warn of latents that another VAE than the teacher's encoded; it may be the same one in another precision."""
+    manifest = getattr(data.load(experiment.data, "train"), "encoded", None) or {}
+    made_by = manifest.get("fingerprints", {}).get("vae", "")
+    if made_by and made_by != teacher.vae_weights:
+        logging.warning(
+            "%s was encoded by another VAE (%s) than that of %s (%s): encode again unless only their precision differs",
+            experiment.data.path, made_by, experiment.run.teacher, teacher.vae_weights or "none",
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from cddistill.diffusion import DDPM
 from cddistill.method import Requires
 from cddistill.models import lora, parts, schedulers
 from cddistill.models.families import DENOISERS, FAMILIES
-from cddistill.models.fingerprint import fingerprint
+from cddistill.models.fingerprint import fingerprint, of_network
 from cddistill.models.prompt import Prompts, load_prompts
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Autoencoder, Denoiser, Net
@@ -119,6 +119,12 @@ class Pipeline:
         """Fingerprint of the denoiser and the LoRA, both as stored: merged sums differ from platform to platform."""
         nets = {"teacher": self.stored} | self.loras
         return fingerprint({name: net.params for name, net in nets.items()})
+
+    @functools.cached_property
+    def vae_weights(self) -> str:
+        """Fingerprint of the VAE; "" for pixel models."""
+        vae = self.autoencoder
+        return "" if vae.params is None else of_network(vae.params, vae.encoder.module.to_config())
 
     def has(self, part: str) -> bool:
         """Whether the folder has a part; ValueError if its model_index.json names one that is not there."""

@@ -11,7 +11,7 @@ import test_latent
 import tiny
 from PIL import Image
 
-from cddistill import commands, config, data, io, models, pipeline
+from cddistill import build, commands, config, data, io, models, pipeline
 from cddistill.data import configure, digests
 from cddistill.diffusion import DDPM
 from cddistill.models import tokenizer
@@ -180,6 +180,18 @@ def test_text_encoders_and_tokenizers_count(teacher, monkeypatch):
     assert found(0, "a") == first
     assert [name for name, x in found(1, "a").items() if x != first[name]] == ["text_encoder"]
     assert [name for name, x in found(0, "b").items() if x != first[name]] == ["tokenizers"]
+
+
+def test_training_on_latents_of_another_vae_is_said(teacher, pictures, tmp_path, caplog):
+    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    c = settings(teacher, pictures)
+    c.batch_size = 8
+    c.data.update(source="arrays", path=str(tmp_path / "out"))
+    build.build(config.resolve(c))
+    assert not caplog.text
+    save_vae(teacher, seed=1)
+    build.build(config.resolve(c))
+    assert "was encoded by another VAE (weights" in caplog.text
 
 
 # --- numbers that float16 cannot hold

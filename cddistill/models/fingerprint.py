@@ -1,6 +1,7 @@
 """A checksum of a network's weights: independent of sharding, different if any bit or name differs."""
 
 import hashlib
+import json
 
 import flax.traverse_util
 import jax
@@ -17,6 +18,12 @@ def fingerprint(params) -> str:
     sums = jax.device_get({name: leaf_sum(x) for name, x in flat.items()})
     lines = "\n".join(f"{name} {np.shape(x)} {int(sums[name]):08x}" for name, x in sorted(flat.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def of_network(params, config: dict) -> str:
+    """A fingerprint of a network's weights and of its config.json, such as a VAE's scaling factor."""
+    options = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"weights {fingerprint(params)}, config {options}"
 
 
 @jax.jit

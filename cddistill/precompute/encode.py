@@ -21,7 +21,7 @@ from cddistill.config import Experiment
 from cddistill.data import digests
 from cddistill.data.contracts import NULL_FILES
 from cddistill.data.splits import SPLITS
-from cddistill.models.fingerprint import fingerprint
+from cddistill.models.fingerprint import of_network
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
@@ -109,19 +109,15 @@ def weights_of(teacher: Pipeline) -> dict[str, str]:
     """Fingerprints of the VAE, the text encoders with their LoRA, and the tokenizers' files."""
     found, tokenizers = {}, sorted(teacher.root.glob("tokenizer*/*"))
     if teacher.autoencoder.params is not None:
-        found["vae"] = fingerprint_with(teacher.autoencoder.params, teacher.autoencoder.encoder.module)
+        found["vae"] = teacher.vae_weights
     if teacher.prompts:
         names = teacher.prompts.family.text_encoders
         found |= {
-            name: fingerprint_with(x.params, x.module) for name, x in zip(names, teacher.prompts.nets, strict=True)
+            name: of_network(x.params, x.module.to_config())
+            for name, x in zip(names, teacher.prompts.nets, strict=True)
         }
         found["tokenizers"] = digests.of_values(p.read_bytes().hex() for p in tokenizers if p.is_file())
     return found
-
-
-def fingerprint_with(params, module) -> str:
-    """A fingerprint of a network's weights and of its options, such as a VAE's scaling factor."""
-    return f"weights {fingerprint(params)}, config {digests.of_values([module.to_config()]).split()[-1].strip('()')}"
 
 
 def item_of(plain, augmented, seed: int, i: int):

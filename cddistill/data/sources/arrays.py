@@ -103,6 +103,8 @@ class ArrayItems:
         captions = [path for part in self.parts if (path := part / "captions.json").exists()]
         self.captions = list(itertools.chain(*map(read_captions, captions))) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
+        manifest = self.parts[0] / "manifest.json"
+        self.encoded = io.read_json(manifest, "encode again") if manifest.is_file() else None  # by --mode=encode
         self.check(config)
         self.null = {name: self.read_null(name) for name in NULL_FILES if name in self.arrays}
         rows = map(str, range(n))
@@ -163,7 +165,7 @@ class ArrayItems:
                 f"cond.npy in {self.root} has values from {low:.3g} to {high:.3g}, and conditions lie in [0, 1]: "
                 "divide pixels in 0 .. 255 by 255, and take (x + 1) / 2 of those in [-1, 1]"
             )
-        if "x0" in found and not (self.parts[0] / "manifest.json").is_file():  # whose scale is the teacher's
+        if "x0" in found and self.encoded is None:  # else the scale is the teacher's
             self.check_scale(*found["x0"], len(some))
 
     def check_scale(self, low, high, mean, std, count):
