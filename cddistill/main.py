@@ -1,18 +1,24 @@
 """Command line: flags -> config -> one of MODES; nothing else.
 
-python -m cddistill.main --config=configs/ccd_sr.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+python -m cddistill.main --config=configs/ccd_sr.py [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
 
+import difflib
 import errno
+import inspect
 import logging
 import os
 import pathlib
 import re
 import shutil
 import sys
+import traceback
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
+
+import cddistill
+from cddistill import io, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -21,13 +27,16 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
 }
 MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21."
-)
+CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 INPUT = flags.DEFINE_string("input", None, "sample: the image, or folder of images, that conditions the student.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: a text; give it again for a grid of several.")
+LABEL = flags.DEFINE_multi_string("label", [], "sample: class labels, as in --label=0,3.")
+NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "sample: what guidance leads away from, instead of the empty prompt."
+)
+NUMBER = flags.DEFINE_string("n", None, "sample: images for each prompt, label or input (1); without any, in all (64).")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
 )
@@ -37,73 +46,237 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
 )
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER)
+USED_BY = {
+    **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n"), ("sample",)),
+    "output": ("sample", "export", "encode", "pairs"),
+    "checkpoint": ("evaluate", "sample", "export"),
+}
+HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
+OVERRIDE = re.compile(r"--?(no)?config\.(.+)", re.DOTALL)
 
 
-def default_workdir() -> pathlib.Path:
-    """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
-    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, variant)))
-
-
-def main(_):
+def main(settings):
     """Run the mode; heavy imports happen here, so that a wrong flag is reported at once."""
     logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
     from cddistill import api, commands, sharding, train
 
     sharding.initialize()
-    if PROMPT.value and (MODE.value != "sample" or INPUT.value):
-        raise ValueError("--prompt is for --mode=sample without --input")
-    workdir, which = pathlib.Path(WORKDIR.value or default_workdir()), CHECKPOINT.value
+    check_devices()
+    workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
     if MODE.value == "train":
-        return train.train(CONFIG.value, workdir)
+        return train.train(settings, workdir)
     if MODE.value == "evaluate":
-        return commands.evaluate_run(CONFIG.value, workdir, which)
-    output = OUTPUT.value or (CONFIG.value.data.pairs if MODE.value == "pairs" else "")
+        return commands.evaluate_run(settings, workdir, which)
+    output = os.path.expanduser(OUTPUT.value or (settings.data.pairs if MODE.value == "pairs" else ""))
     if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
-        return commands.encode_data(CONFIG.value, pathlib.Path(output))
+        return commands.encode_data(settings, pathlib.Path(output))
     if MODE.value == "pairs":
-        return commands.make_pairs(CONFIG.value, pathlib.Path(output))
+        return commands.make_pairs(settings, pathlib.Path(output))
     if MODE.value == "export":
-        return commands.export_run(CONFIG.value, workdir, output, which)
-    if PROMPT.value:
-        return api.sample_prompts(CONFIG.value, workdir, PROMPT.value, output, which)
-    return commands.sample(CONFIG.value, workdir, INPUT.value, output, which)
+        return commands.export_run(settings, workdir, output, which)
+    n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
+    labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
+    source = INPUT.value and os.path.expanduser(INPUT.value)
+    return api.sample_run(settings, workdir, output, which, PROMPT.value, labels, NEGATIVE.value, n, source)
+
+
+def default_workdir() -> pathlib.Path:
+    """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
+    path, _, variant = CONFIG.value.partition(":")
+    return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+
+
+def check_devices() -> None:
+    """ValueError if JAX_PLATFORMS asks for devices that are not there; JAX's own error is a traceback."""
+    import jax
+
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if not asked:
+            raise
+        why = f" ({str(error).partition(' (set JAX')[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here{why}: unset it to use those that there "
+            "are, or install what they need, such as pip install 'cddistill[gpu]'"
+        ) from error
+
+
+# ---- from arguments to a config
 
 
 def parse(argv):
-    """absl's flag parser, with errors in a config file or an override as one sentence."""
+    """The config that the arguments describe; any mistake in them, or in the config file, is one sentence."""
     try:
-        rest = flags.FLAGS(argv)
-        if CONFIG.value is None:
+        if "--version" in argv:
+            print(f"cddistill {cddistill.__version__}")
+            sys.exit(0)
+        asked = bool(HELP & {*argv})
+        arguments, overrides = split([x for x in argv if x not in HELP])
+        rest = parse_options(arguments, known_only=asked)
+        if CONFIG.value is None and not asked:
             raise ValueError("--config is missing: try --config=configs/ccd_sr.py")
-        if len(rest) > 1:
+        if len(rest) > 1 and not asked:
             raise ValueError(f"unexpected argument {rest[1]!r}: options start with --, values follow =")
-    except (flags.Error, AttributeError, KeyError, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        check_mode()
+        settings = None if CONFIG.value is None else override(load_config(CONFIG.value), overrides)
+        if asked:
+            print(usage(settings))
+            sys.exit(0)
+    except (flags.Error, OSError, ValueError) as error:
+        if os.environ.get("CDDISTILL_TRACEBACK"):
+            raise
         fail(error)
-    return rest
+    return settings
+
+
+def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """(other arguments, [(field, text)]) of a command line; the text of --config.remat is "true", of --noconfig.remat
+    "false", and in --config.steps 5 the next argument."""
+    others, overrides, argv = [], [], list(argv)
+    while argv:
+        argument = argv.pop(0)
+        if not (found := OVERRIDE.fullmatch(argument)):
+            others.append(argument)
+            continue
+        field, equals, text = found[2].partition("=")
+        if found[1]:
+            text = "false"
+        elif not equals:
+            text = argv.pop(0) if argv and not re.match("--?[A-Za-z]", argv[0]) else "true"
+        overrides.append((field, text))
+    return others, overrides
+
+
+def parse_options(arguments: list[str], known_only: bool) -> list[str]:
+    """absl's parser, with a hint for an option that it does not know. Returns what is no option."""
+    try:
+        return flags.FLAGS(arguments, known_only=known_only)
+    except flags.UnrecognizedFlagError as error:
+        from cddistill.config import owners
+
+        spec = flags.FLAGS["config"].value  # read, although the others failed
+        fields = io.flatten(load_config(spec).to_dict()) if spec else owners()
+        options = [option.name for option in OPTIONS]
+        near = typed.nearest(error.flagname, [*options, *fields])
+        hint = f"did you mean --{'' if near in options else 'config.'}{near}?" if near else "--help lists them all"
+        raise ValueError(f"unknown option --{error.flagname}: {hint}") from error
+
+
+def check_mode() -> None:
+    """ValueError for a mode that is not one of MODES, and for options that it does not use."""
+    typed.choose("--mode", dict.fromkeys(MODES), MODE.value)
+    for option, modes in USED_BY.items():
+        if flags.FLAGS[option].present and MODE.value not in modes:
+            raise ValueError(f"--{option} is for --mode={' or '.join(modes)}, not {MODE.value}: leave it out")
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of "file.py" or "file.py:variant". ValueError, naming the file, if it cannot be made."""
+    name, _, variant = spec.partition(":")
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(missing(path))
+    scope = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+        if not (get_config := scope.get("get_config")):
+            raise ValueError(f"{path} has no function get_config(): it must return a config, as configs/ccd_sr.py does")
+        if variant and not inspect.signature(get_config).parameters:
+            raise ValueError(f"{path} has no variants: leave out :{variant}")
+        settings = get_config(*[variant] * bool(variant))
+    except Exception as error:  # the file is a program, which can raise anything
+        if os.environ.get("CDDISTILL_TRACEBACK"):
+            raise
+        raise ValueError(config_error(path, error)) from error
+    if not isinstance(settings, ConfigDict | dict):
+        raise ValueError(f"get_config() of {path} returned {type(settings).__name__}: it must return a config")
+    return ConfigDict(settings).lock() if isinstance(settings, dict) else settings.lock()
+
+
+def missing(path: pathlib.Path) -> str:
+    """The sentence for a config file that does not exist, with one that does."""
+    if path.is_dir():
+        return f"config file {path} is a folder: choose one of its files"
+    there = {x.stem: x for folder in (pathlib.Path("configs"), path.parent) for x in folder.glob("*.py")}
+    close = difflib.get_close_matches(path.stem, there, 1, 0.7)
+    hint = "start in the folder that holds configs/, or give a full path"
+    return f"config file {path} does not exist; {f'did you mean {there[close[0]]}?' if close else hint}"
+
+
+def config_error(path: pathlib.Path, error: Exception) -> str:
+    """An error that a config file raised, with its line."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError) and path.name in said:
+        return said
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        return f"{path}, line {error.lineno}: {error.msg}"
+    where = f"{path}, line {[0, *lines][-1]}"
+    if key := re.search(r'(?:Key|instead of) "([^"]+)"', said):  # a ConfigDict's
+        from cddistill.config import owners
+
+        near = typed.nearest(key[1], owners())
+        return f"{where}: unknown config key {key[1]!r}: " + (f"did you mean {near!r}?" if near else "--help lists all")
+    if wrong := re.search(r"field '(\w+)'.*?\. (.+) is of original type <class '(\w+)'> .* type <class '(\w+)'>", said):
+        return f"{where}: {wrong[1]} must be {wrong[4]}, not {wrong[3]} {wrong[2]}"
+    return f"{where}: {said}" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: {said}"
+
+
+def override(settings: ConfigDict, overrides: list[tuple[str, str]]) -> ConfigDict:
+    """The config with the fields of the command line, each of the type that it had. ValueError for unknown ones."""
+    texts = {}
+    for field, text in overrides:
+        texts.setdefault(field, []).append(text)
+    for field, given in texts.items():
+        node, *path = settings, *field.split(".")
+        for part in path:
+            if not isinstance(node, ConfigDict) or part not in node:
+                raise ValueError(unknown(field, io.flatten(settings.to_dict())))
+            parent, node = node, node[part]
+        if isinstance(node, ConfigDict):
+            raise ValueError(f"config.{field} is a group: set a field, such as --config.{field}.{next(iter(node))}")
+        parent[path[-1]] = typed.parse(given, node, f"config.{field}")
+    return settings
+
+
+def unknown(field: str, known) -> str:
+    """The sentence for a field that a config does not have."""
+    near, leaf = typed.nearest(field, known), field.rpartition(".")[2]
+    if not near:
+        return f"unknown config key {field!r}: --help lists all"
+    if leaf == near.rpartition(".")[2]:
+        return f"unknown config key {field!r}: did you mean --config.{near}?"
+    return f"unknown config key {leaf!r}: did you mean {near.rpartition('.')[2]!r}? (--config.{near})"
+
+
+def usage(settings: ConfigDict | None) -> str:
+    """--help: the options, and the fields of the config with their values and comments."""
+    from cddistill.config import describe
+
+    texts = {o.name: flags.FLAGS[o.name].help.partition(";\n")[0] for o in OPTIONS}  # absl adds how to repeat one
+    options = "\n".join(f"  --{name:<16} {text}" for name, text in texts.items())
+    of = CONFIG.value if settings is not None else "a config (with --config: of that file)"
+    return f"{__doc__.splitlines()[2]}\n\n{options}\n\nFields of {of}:\n\n" + "\n".join(describe(settings))
+
+
+# ---- errors
 
 
 def sentence(error: BaseException) -> str:
-    """An error as one line; those of flag parsers and of the disk are reworded."""
+    """An error as one line; those of the disk are reworded."""
     if isinstance(error, shutil.Error):  # (from, to, why) of every file
         _, place, why = error.args[0][0]
         return f"{place} cannot be written ({why}): free some space, or choose another place"
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{': '.join(filter(None, (error.filename, error.strerror)))}; {REMEDIES[error.errno]}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = " ".join(" ".join(lines).split())
-    if "Traceback" in said:  # config_flags wraps a config file's own error in its traceback
-        return lines[-1].partition(": ")[2]
-    if near := re.search(r'Did you mean "(.+)" instead of "(.+)"', said):  # from inside layers of quotes
-        return f"unknown config key {near[2]!r}: did you mean {near[1]!r}?"
-    if isinstance(error, (AttributeError, KeyError)):
-        return f"unknown config key {said}"
-    if missing := re.search(r"No such file or directory: '(.+\.py)'", said):
-        return f"config file {missing[1]} does not exist; start in the folder that holds configs/, or give a full path"
-    return said
+    return " ".join(" ".join(lines).split())
 
 
 def fail(error: BaseException):
@@ -112,10 +285,10 @@ def fail(error: BaseException):
     os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 
-def guarded(argv):
+def guarded(settings):
     """`main`, with expected errors as one sentence; any other keeps its traceback."""
     try:
-        return main(argv)
+        return main(settings)
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("CDDISTILL_TRACEBACK"):
             raise

@@ -1,5 +1,6 @@
 """The command line on mistakes: exit status 2, one sentence, nothing written."""
 
+import dataclasses
 import errno
 import os
 import pathlib
@@ -8,7 +9,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+import cddistill as package
+from cddistill import config, io, main, typed
 from cddistill.main import sentence
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,6 +51,202 @@ def test_mistakes_exit_with_one_sentence(flags, sentence, tmp_path):
     assert sentence in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ---- arguments, in this process: a process of its own takes seconds
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(*arguments) is the config that they describe; a mistake is a SystemExit with its sentence."""
+
+    def refuse(error):
+        raise SystemExit(main.sentence(error))
+
+    monkeypatch.setattr(main, "fail", refuse)
+    monkeypatch.chdir(ROOT)
+    yield lambda *arguments: main.parse(["cddistill", *arguments])
+    flags.FLAGS.unparse_flags()
+
+
+SR = "--config=configs/ccd_sr.py"
+D2G = "--config=configs/dmd2_emoji.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([SR, "--config.lr=1e-3"], "unknown config key 'lr': did you mean --config.optim.lr?"),
+        ([SR, "--config.ema_decay=0.9"], "'ema_decay': did you mean --config.method.ema_decay?"),
+        ([SR, "--config.data.batch_size=3"], "'data.batch_size': did you mean --config.batch_size?"),
+        ([D2G, "--config.optim.critics.lr=1"], "'optim.critics.lr': did you mean --config.optim"),
+        ([SR, "--config.data.sise=3"], "unknown config key 'sise': did you mean 'size'? (--config.data.size)"),
+        ([SR, "--config.learning_rate=1"], "'learning_rate': did you mean 'lr'? (--config.optim.lr)"),
+        ([SR, "--batch-size=4"], "unknown option --batch-size: did you mean --config.batch_size?"),
+        ([SR, "--config.nothing_like_it=3"], "unknown config key 'nothing_like_it': --help lists all"),
+        ([SR, "--config.steps.x=3"], "unknown config key 'x'"),
+        ([SR, "--config.optim=3"], "config.optim is a group: set a field, such as --config.optim."),
+        ([SR, "--batch_size=4"], "unknown option --batch_size: did you mean --config.batch_size?"),
+        ([SR, "--optim.lr=4"], "unknown option --optim.lr: did you mean --config.optim.lr?"),
+        ([SR, "--scale=2"], "unknown option --scale: did you mean --config.data.scale?"),
+        ([SR, "--data_path=x"], "unknown option --data_path: did you mean --config.data.path?"),
+        ([SR, "--learn=x"], "unknown option --learn: --help lists them all"),
+        ([SR, "--wokdir=x"], "unknown option --wokdir: did you mean --workdir?"),
+        (["--lr=3"], "unknown option --lr: did you mean --config.optim.lr?"),
+        ([SR, "--mode=smaple"], "unknown --mode 'smaple': did you mean 'sample'?"),
+        ([SR, "--mode=play"], "unknown --mode 'play': known: train, evaluate, sample"),
+        ([SR, "--prompt=a"], "--prompt is for --mode=sample, not train"),
+        ([SR, "--mode=evaluate", "--output=x"], "--output is for --mode=sample or export or encode or pairs"),
+        ([SR, "--mode=encode", "--checkpoint=best"], "--checkpoint is for --mode=evaluate or sample or export"),
+        ([SR, "--config.steps=1.5"], "config.steps must be a whole number, not '1.5'"),
+        ([SR, "--config.steps="], "config.steps must be a whole number, not ''"),
+        ([SR, "--config.seed=1e400"], "config.seed must be a whole number"),
+        ([SR, "--config.optim.lr=fast"], "config.optim.lr must be a number, not 'fast'"),
+        ([SR, "--config.optim.lr=nan"], "config.optim.lr must be a number, not 'nan'"),
+        ([SR, "--config.remat=maybe"], "config.remat must be true or false, not 'maybe'"),
+        ([SR, "--noconfig.steps"], "config.steps must be a whole number, not 'false'"),
+        ([SR, "again"], "unexpected argument 'again'"),
+        (["--config=configs/ccd_sr"], "config file configs/ccd_sr does not exist; did you mean configs/ccd_sr.py?"),
+        (["--config=ccd_rs.py"], "config file ccd_rs.py does not exist; did you mean configs/ccd_sr.py?"),
+        (["--config=elsewhere/x.py"], "elsewhere/x.py does not exist; start in the folder that holds configs/"),
+        (["--config=configs"], "config file configs is a folder: choose one of its files"),
+        (["--config=configs/pretrained.py:huge"], "configs/pretrained.py has no variants: leave out :huge"),
+        (["--config=configs/ccd_sr.py:huge"], "configs/ccd_sr.py has no variant 'huge': emoji, pe, sd21"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(parsed, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*arguments)
+    assert said in stopped.value.code
+    assert "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--config.steps=1e3"], "steps", 1000),
+        (["--config.data.size", "64.0"], "data.size", 64),
+        (["--config.steps=1_000"], "steps", 1000),
+        (["--config.fsdp", "-1"], "fsdp", -1),
+        (["--config.optim.lr=1e-3"], "optim.lr", 1e-3),
+        (["--config.optim.lr=1"], "optim.lr", 1.0),
+        (["--config.remat=Yes"], "remat", True),
+        (["--config.remat=1"], "remat", True),
+        (["--config.remat"], "remat", True),
+        (["--config.flash=FALSE"], "flash", False),
+        (["--noconfig.flash"], "flash", False),
+        (["--config.sample_steps=1,4"], "sample_steps", (1, 4)),
+        (["--config.sample_steps=(1, 4)"], "sample_steps", (1, 4)),
+        (["--config.sample_steps=[4]"], "sample_steps", (4,)),
+        (["--config.sample_steps=4"], "sample_steps", (4,)),
+        (["--config.sample_steps=1e0,4"], "sample_steps", (1, 4)),
+        (["--config.sample_steps=1", "--config.sample_steps=4"], "sample_steps", (1, 4)),
+        (["--config.teacher_steps="], "teacher_steps", ()),
+        (["--config.data.mixture=icons,emoji"], "data.mixture", ("icons", "emoji")),
+        (["--config.teacher=a=b"], "teacher", "a=b"),
+        (["--config.steps=3", "--config.steps=5"], "steps", 5),
+    ],
+)
+def test_values_are_read_by_the_type_of_their_field(parsed, arguments, field, value):
+    for order in ([SR, *arguments], [*arguments, SR]):
+        resolved = io.flatten(config.plain(parsed(*order)))[field]
+        cls = config.owners()[field]
+        kind = next(f.type for f in dataclasses.fields(cls) if f.name == field.rpartition(".")[2])
+        fitted = typed.fit(resolved, kind, field)
+        assert fitted == value
+        assert type(fitted) is type(value)
+
+
+def test_a_common_field_sets_those_of_every_turn_and_a_reference_its_owner(parsed):
+    settings = parsed(D2G, "--config.optim.lr=0.5", "--config.optim.critic.lr=0.25")
+    optim = config.resolve(settings).optim
+    assert (optim["student"].lr, optim["critic"].lr) == (0.5, 0.25)
+    assert parsed("--config=configs/pretrained.py", "--config.teacher=x").method.scheduler == "x"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "c = defaults('codi'); c.lr = 3; return c",
+            "mine.py, line 3: unknown config key 'lr': did you mean 'optim.lr'?",
+        ),
+        ("c = defaults('codi'); c.optim.lrr = 3; return c", "unknown config key 'lrr': did you mean 'optim.lr'?"),
+        ("c = defaults('codi'); c.steps = 1.5; return c", "mine.py, line 3: steps must be int, not float 1.5"),
+        ("return defaults('cody')", "mine.py, line 3: unknown method.name 'cody': did you mean 'codi'?"),
+        ("return undefined", "mine.py, line 3: NameError: name 'undefined' is not defined"),
+        ("return 3", "mine.py returned int: it must return a config"),
+        ("return (", "mine.py, line 3: '(' was never closed"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(parsed, tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"from cddistill.config import defaults\ndef get_config():\n    {body}\n")
+    with pytest.raises(SystemExit) as stopped:
+        parsed(f"--config={tmp_path}/mine.py")
+    assert said in stopped.value.code
+
+
+def test_a_config_file_without_get_config_and_a_home_folder_are_understood(parsed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    with pytest.raises(SystemExit, match=r"mine\.py has no function get_config\(\)"):
+        parsed("--config=~/mine.py")
+    settings = parsed(SR, "--config.teacher=~/models/teacher", "--config.data.path=~/data")
+    experiment = config.resolve(settings)
+    assert experiment.run.teacher == f"{tmp_path}/models/teacher"
+    assert experiment.data.path == f"{tmp_path}/data"
+    assert config.plain(settings)["data"]["path"] == f"{tmp_path}/data"
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h", "--helpfull"])
+def test_help_lists_options_and_fields_with_their_comments(parsed, capsys, asked):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(asked)
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:1] == ["--negative_prompt"] for line in lines)
+    for field, comment in {
+        "steps=1000": "updates of the first turn",
+        "optim.warmup=0": "updates of linear warm-up from 0",
+        "data.scale=4": "factor from the low to the high resolution",
+        "method.ratio=5": "critic updates per student update (paper: 5; SD 1.5: 10)",
+    }.items():
+        assert [line for line in lines if line.split()[:1] == [f"--config.{field}"] and line.endswith(comment)], field
+
+
+def test_help_of_a_config_shows_its_values_and_only_its_method(parsed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(SR, "--config.steps=7", "--help")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--config.steps=7 " in said
+    assert "--config.method.grid_power=2.5" in said
+    assert "--config.method.ratio" not in said
+
+
+def test_the_version_is_printed(parsed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--version")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"cddistill {package.__version__}\n"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "abacus"])
+def test_devices_that_are_not_there_are_one_sentence(platform):
+    done = subprocess.run(
+        [sys.executable, "-c", "from cddistill import main; main.check_devices()"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+    )
+    if not done.returncode:
+        pytest.skip(f"there is a {platform} here")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: JAX_PLATFORMS={platform} asks for devices that JAX cannot use here")
+    assert "unset it" in last
+
+
+# ---- errors
 
 
 @pytest.mark.parametrize(
