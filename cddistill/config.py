@@ -5,12 +5,15 @@ fields can be set in a config file or on the command line; an unknown key is an 
 """
 
 import dataclasses
+import functools
+import os
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from cddistill import data, typed
-from cddistill.data import DataConfig
+from cddistill import data, io, typed
+from cddistill.data import SOURCES, TASKS, DataConfig
+from cddistill.data.loader import option_classes
 from cddistill.method import Method
 from cddistill.methods import METHODS
 from cddistill.optim import OptimConfig
@@ -23,13 +26,13 @@ class Run:
 
     teacher: str = "emoji"  # a diffusers folder, a Hub id, or "emoji", the teacher that ships with the package
     lora: str = ""  # a LoRA (safetensors file or its folder) to merge into the teacher and its text encoders
-    lora_scale: float = 1.0
+    lora_scale: float = 1.0  # times the LoRA's update of the weights; 1 = as it was trained
     controlnet: str = ""  # a ControlNet's folder: initialises a student's branch, or conditions a pretrained network
     random_init: bool = False  # initialise the teacher at random, to train one
     steps: int = 1000  # updates of the first turn
     batch_size: int = 32  # global, over all devices and hosts
     accumulate: int = 1  # micro-batches per step
-    seed: int = 0
+    seed: int = 0  # of new weights, of the order of the data, and of all noise
     parallel: str = "jit"  # or "pmap"
     fsdp: int = 1  # devices that share one copy of the weights; -1 = all; jit only
     dtype: str = "float32"  # that networks compute in; "bfloat16" halves activations; weights stay float32
@@ -42,7 +45,7 @@ class Run:
     sample_steps: tuple[int, ...] = (1, 2, 4)  # numbers of steps in which the student is evaluated
     eval_images: int = 0  # images of the test split; 0 = all
     baseline: str = ""  # a folder with unet/ and controlnet/, or "emoji_sr": fine-tuned without distillation
-    baseline_steps: tuple[int, ...] = (4, 50)
+    baseline_steps: tuple[int, ...] = (4, 50)  # numbers of steps in which the baseline is evaluated
     teacher_steps: tuple[int, ...] = ()  # numbers of steps in which the teacher itself is evaluated
     teacher_guidance: float = 1.0  # classifier-free guidance scale of the teacher's samples; 1 = none
     teacher_sampler: str = "ddim"  # or "heun", "dpm_solver_pp": for the teacher's samples, also in pairs
@@ -64,12 +67,14 @@ class Experiment(NamedTuple):
     optim: dict[str, OptimConfig]  # by turn
 
 
+MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX's int32
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
+PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs")
 
 
 def mutable_on_resume(experiment: Experiment) -> set[str]:
@@ -79,6 +84,11 @@ def mutable_on_resume(experiment: Experiment) -> set[str]:
     """
     free = {*MUTABLE_ON_RESUME, *(f"method.{name}" for name in experiment.method.mutable_on_resume)}
     return free if all(o.decay == "constant" for o in experiment.optim.values()) else free - {"steps"}
+
+
+def paths(experiment: Experiment) -> set[str]:
+    """The config keys that say where something lies. They may change: see `train.check_inputs`."""
+    return {*PATHS, *(f"method.{name}" for name in experiment.method.paths)}
 
 
 def defaults(method: str) -> ConfigDict:
@@ -100,6 +110,7 @@ def defaults(method: str) -> ConfigDict:
 def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     """Typed values; ValueError in one sentence for an unknown key, a wrong type or a value out of range."""
     config = plain(config)
+    check_names(config)
     method = dict(config.pop("method", {}))
     cls = typed.choose("method.name", METHODS, method.pop("name", None))
     method = typed.make(cls, method, "method.")
@@ -112,6 +123,8 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     for name in (*counts, "encode_epochs", "num_pairs", "pairs_shard", "pairs_batch"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
+    if not 0 <= run.seed < MAX_SEED:
+        raise ValueError(f"seed must be in 0 ... {MAX_SEED - 1}, not {run.seed}")
     if not run.sample_steps or min(run.sample_steps) < 1:
         raise ValueError(f"sample_steps {run.sample_steps} must be numbers of at least 1, as in (1, 4)")
     typed.choose("teacher_sampler", dict.fromkeys(ODE_SAMPLERS), run.teacher_sampler)
@@ -125,8 +138,66 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     return Experiment(run, method, data_config, by_turn)
 
 
+def check_names(config: dict[str, Any]) -> None:
+    """ValueError for a key that no config has, with the one that was probably meant."""
+    for key in io.flatten(config):
+        group, _, field = key.partition(".")
+        common = f"optim.{field.rpartition('.')[2]}" if group == "optim" else key  # optim.<turn>.<field>
+        if common not in owners():
+            near = typed.nearest(key, owners())
+            raise ValueError(f"unknown config key {key}: {f'did you mean {near!r}?' if near else '--help lists all'}")
+
+
 def plain(config) -> dict[str, Any]:
-    """A ConfigDict as nested dicts of plain values (tuples stay tuples)."""
+    """A ConfigDict as nested dicts of plain values (tuples stay tuples). A text that starts with ~ is a path."""
     if isinstance(config, ConfigDict):
         config = config.to_dict()
-    return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items()}
+    return {k: plain(v) if isinstance(v, dict) else expand(v) for k, v in config.items()}
+
+
+def expand(value):
+    """The value; a text with its leading ~ as the home folder."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+# ---- all fields, for messages and --help
+
+
+@functools.cache
+def owners() -> dict[str, type]:
+    """The class of every config key, "optim.lr": OptimConfig; those of a method under "method.", whatever method."""
+    groups = {"": (Run,), "method.": METHODS.values(), "optim.": (OptimConfig,)}
+    groups["data."] = (DataConfig, *option_classes())
+    keys = {f"{g}{f.name}": cls for g, classes in groups.items() for cls in classes for f in dataclasses.fields(cls)}
+    return keys | {"method.name": Method}
+
+
+def describe(settings=None) -> list[str]:
+    """--config.<field>=<value> and its comment, a line each: those of a config or, without one, of every method."""
+    choices = {"method.name": METHODS, "data.source": SOURCES, "data.task": TASKS}
+    notes = {key: f"one of {', '.join(table)}" for key, table in choices.items()}
+
+    def lines(values: dict[str, Any], method: str):
+        for key, value in values.items():
+            cls, field = owners().get(key), key.rpartition(".")[2]
+            if key.startswith("method."):
+                cls = METHODS[method]
+            if cls is None and value == values.get(f"optim.{field}"):
+                continue  # optim.<turn>.<field> as for all turns
+            note = notes.get(key) or typed.comments(cls or OptimConfig).get(field, "")
+            yield f"  --config.{key}={shown(value):<{max(28 - len(key), 1)}}  {note}".rstrip()
+
+    if settings is not None:
+        settings = plain(settings)
+        return [*lines(io.flatten(settings), settings["method"]["name"])]
+    common = io.flatten(plain(defaults(next(iter(METHODS)))))
+    found = [*lines({k: v for k, v in common.items() if not k.startswith("method.")}, "")]
+    for name in METHODS:
+        own = {k: v for k, v in io.flatten(plain(defaults(name))).items() if k.startswith("method.")}
+        found += ["", f"Of the method {name}:", *lines({k: v for k, v in own.items() if k != "method.name"}, name)]
+    return found
+
+
+def shown(value) -> str:
+    """A value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -59,6 +59,7 @@ class Method(Protocol):
     """What every method has."""
 
     mutable_on_resume: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that may change when a run is resumed
+    paths: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that are paths: what lies there must not change
 
     @abc.abstractmethod
     def init(self, key: jax.Array, frozen: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:

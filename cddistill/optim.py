@@ -9,9 +9,9 @@ import optax
 class OptimConfig:
     """AdamW with gradient clipping; `config.optim.<turn>.<field>` overrides a field for one turn."""
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lr: float = 1e-4  # learning rate, after the warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the averages of the gradient and of its square
+    eps: float = 1e-8  # added to the root of the latter
     weight_decay: float = 0.0  # decoupled, times lr; libraries disagree on the default (optax 1e-4, PyTorch 1e-2)
     clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     warmup: int = 0  # updates of linear warm-up from 0

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cddistill import build, config, models
+from cddistill import build, config, io, models
 from cddistill.diffusion import DDPM
+from cddistill.methods import METHODS
 from cddistill.net import Autoencoder, Denoiser
 from cddistill.step import init_state
 
@@ -41,6 +42,22 @@ def test_every_config_resolves_and_documents_its_command(path):
         ({"method": {"name": "cody"}}, "unknown method.name 'cody': did you mean 'codi'"),
         ({"steps": "many"}, "steps must be int, not str 'many'"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 1.5}, "steps must be int, not float 1.5"),
+        ({"steps": True}, "steps must be int, not bool True"),
+        ({"remat": 1}, "remat must be bool, not int 1"),
+        ({"seed": -1}, "seed must be in 0 ... 2147483547, not -1"),
+        ({"seed": 2**31}, "seed must be in 0 ... 2147483547, not 2147483648"),
+        ({"sample_steps": ("a", 4)}, "each of sample_steps must be int, not str 'a'"),
+        ({"sample_steps": 0}, "sample_steps (0,) must be numbers of at least 1".replace(")", r"\)")),
+        ({"optim": {"betas": 0.9}}, "optim.betas must be 2 values, not 1: 0.9"),
+        ({"lr": 1.0}, "unknown config key lr: did you mean 'optim.lr'"),
+        ({"ratio": 5}, "unknown config key ratio: did you mean 'method.ratio'"),
+        ({"data": {"batch_size": 5}}, "unknown config key data.batch_size: did you mean 'batch_size'"),
+        (
+            {"optim": {"student": {"warm_up": 5}}},
+            "unknown config key optim.student.warm_up: did you mean 'optim.warmup'",
+        ),
+        ({"unlike_any_other": 5}, "unknown config key unlike_any_other: --help lists all"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"teacher_sampler": "euler"}, "unknown teacher_sampler 'euler': known: ddim, heun, dpm_solver_pp"),
         ({"pairs_shard": 0}, "pairs_shard must be at least 1"),
@@ -55,6 +72,22 @@ def test_config_errors_name_the_key_and_value(change, sentence):
     merged |= {k: v for k, v in change.items() if k not in base}
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         config.resolve(merged)
+
+
+def test_numbers_and_tuples_may_be_written_in_other_ways():
+    """1e3 for an integer, an integer for a float, a list or a single value for a tuple."""
+    run = config.resolve({"method": {"name": "codi"}, "steps": 1e3, "lora_scale": 2, "sample_steps": [4, 1e0]}).run
+    assert (run.steps, run.lora_scale, run.sample_steps) == (1000, 2.0, (4, 1))
+    assert isinstance(run.steps, int)
+    assert isinstance(run.lora_scale, float)
+    assert config.resolve({"method": {"name": "codi"}, "sample_steps": 4}).run.sample_steps == (4,)
+
+
+def test_every_field_of_a_config_is_known_by_its_class():
+    for name in METHODS:
+        for key in io.flatten(config.plain(config.defaults(name))):
+            group, _, field = key.partition(".")
+            assert (f"optim.{field.rpartition('.')[2]}" if group == "optim" else key) in config.owners(), key
 
 
 @pytest.mark.parametrize(("field", "known"), [("sampler", "ddim, heun"), ("adapter", "none, controlnet")])

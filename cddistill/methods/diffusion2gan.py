@@ -58,6 +58,8 @@ class Diffusion2GAN(Generator):
     mix: str = "image"  # mismatched part: the image; "each": the image, the text or the noise, at random
     ema_decay: float = 0.999  # per step, of the student that is evaluated (ours); 0 = the student itself
 
+    paths = ("metric",)
+
     def __post_init__(self):
         check_choices(self, CHOICES)
         for name in ("time", "disc_time"):
