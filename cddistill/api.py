@@ -1,6 +1,8 @@
 """cddistill in Python: load a trained run or a diffusers folder, and generate images with it."""
 
 import dataclasses
+import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,16 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from cddistill import commands, config, generate, io, sharding
+from cddistill import commands, config, generate, io, models, sharding
 from cddistill.data import TASKS, images
 from cddistill.data.contracts import Task
 from cddistill.evals import grids
 from cddistill.generate import Student
-from cddistill.method import Generator
 from cddistill.methods import UNTRAINED
+from cddistill.models import adapter
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline, of_run
-from cddistill.train import cache_programs
+from cddistill.train import INPUTS, cache_programs
 
 STEPS = {"lcm": 4}  # of pretrained networks by sampler, where their scheduler names no timesteps; others: 50
 
@@ -45,62 +47,85 @@ class Model:
         return jax.eval_shape(Autoencoder.images, self.student.frozen["autoencoder"], x0).shape[1]
 
 
-def load(path, *, checkpoint: str = "latest") -> Model:
+def load(path, *, checkpoint: str = "latest", teacher=None) -> Model:
     """A model that generates images: the workdir of a run, a diffusers folder, a Hub id or "emoji".
 
-    checkpoint is that of a run, "latest", "best" or a step. Raises ValueError, in one sentence, for anything else.
+    checkpoint is that of a run, "latest", "best" or a step; teacher is where its config.teacher lies now, if it was
+    moved. The data of a run is not needed. Raises ValueError, in one sentence, for anything else.
     """
+    path = os.path.expanduser(str(path))
     workdir = Path(path)
     if (workdir / "checkpoints").is_dir():
-        return load_run(workdir, checkpoint)
-    return load_pipeline(Pipeline(str(path)), UNTRAINED(scheduler=str(path)))
+        return load_run(workdir, checkpoint, moved_settings(workdir, teacher))
+    if teacher is not None:
+        raise ValueError(f"teacher= is for the workdir of a run, and {path} has no checkpoints/: leave it out")
+    return load_pipeline(Pipeline(path), UNTRAINED(scheduler=path))
 
 
-def load_pipeline(pipeline: Pipeline, method) -> Model:
-    """The networks of a folder, sampled by a method that trains nothing."""
+def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
+    """The networks of a folder, sampled by a method that trains nothing; with a ControlNet of its own or a folder's."""
     frozen = {"teacher": pipeline.denoiser, "autoencoder": pipeline.autoencoder}
-    if pipeline.has("controlnet"):
-        frozen["controlnet"] = pipeline.controlnet(pipeline.name)
+    if controlnet or pipeline.has("controlnet"):
+        frozen["controlnet"] = pipeline.controlnet(controlnet or pipeline.name)
     how = pipeline.sampling()
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
     student = Student(method, sharding.make_mesh(), frozen, {}, {})
     return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
 
 
-def load_run(workdir: Path, checkpoint: str, settings=None) -> Model:
-    """The trained student of a run, whose config is by default that in its workdir."""
-    settings = settings or io.read_json(workdir / "config.json")
-    parts, state = commands.finished(settings, workdir, checkpoint)
-    if not isinstance(parts.experiment.method, Generator):
-        raise ValueError(f"the run in {workdir} trained no generator: its result is exported with --mode=export")
+def load_run(workdir: Path, checkpoint: str, settings) -> Model:
+    """The trained student of a run with this config."""
+    commands.check_generates(config.resolve(settings).method)
+    parts, state = commands.finished(settings, workdir, checkpoint, split=None)
     student, data = generate.student_of(parts, state), parts.experiment.data
     shape, steps = generate.example(data)["x0"].shape[1:], max(parts.experiment.run.sample_steps)
     return Model(str(workdir), student, parts.pipeline, data.task, shape, data.num_classes, steps)
 
 
+def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
+    """The config that a run has recorded, with the paths that are right here: that of `teacher` and, for relative paths
+    of another working folder, absolute ones. Raises ValueError if the teacher is nowhere."""
+    settings = io.read_json(workdir / "config.json", "restore it")
+    inputs = io.read_json(workdir / INPUTS, "delete it") if (workdir / INPUTS).is_file() else {}
+    for key, absolute in inputs.get("paths", {}).items():
+        *groups, field = key.split(".")
+        group = functools.reduce(dict.__getitem__, groups, settings)
+        if not Path(group[field]).expanduser().exists() and Path(absolute).exists():
+            group[field] = absolute
+    if teacher is not None:
+        settings["teacher"] = str(teacher)
+    try:
+        models.resolve(settings["teacher"])
+    except ValueError as error:
+        raise ValueError(f"{error}; if the teacher of {workdir} was moved, pass teacher=, its new place") from error
+    return settings
+
+
 def sample(
     model: Model, *, prompt: str | Sequence[str] | None = None, label: int | Sequence[int] | None = None, image=None,
-    n: int | None = None, steps: int | None = None, guidance: float | None = None, seed: int = 0,
+    negative_prompt: str | Sequence[str] | None = None, n: int | None = None, steps: int | None = None,
+    guidance: float | None = None, seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Images, float32 [n, h, w, 3] in [0, 1].
 
     prompt, label and image are one or a list: texts, class labels, and conditions (a path, a PIL image or a uint8 array
-    [h, w, c]). n images are generated if none of them is a list. The same seed gives the same images. Raises ValueError
-    for inputs that the model does not take, or of different numbers.
+    [h, w, c]). n images are generated if none of them is a list. Guidance leads away from negative_prompt, one or a
+    list, instead of from the empty prompt. The same seed gives the same images. Raises ValueError for inputs that the
+    model does not take, or of different numbers.
     """
-    given = {name: listed(x) for name, x in (("prompt", prompt), ("label", label), ("image", image)) if x is not None}
-    n = max([n or 1, *map(len, given.values())])
-    if wrong := [name for name, x in given.items() if len(x) not in (1, n)]:
-        raise ValueError(f"{wrong[0]} has {len(given[wrong[0]])} entries for {n} images: give one, or as many")
-    given = {name: x * n if len(x) == 1 else x for name, x in given.items()}
+    given = {"prompt": prompt, "label": label, "image": image, "negative_prompt": negative_prompt}
+    given, n = aligned({name: listed(x) for name, x in given.items() if x is not None}, n or 1)
+    student = guided(model.student, guidance)
+    if "negative_prompt" in given:
+        check_guided(student.method, model.name)
     batch = {"x0": np.zeros((n, *model.shape), np.float32), "index": np.arange(n, dtype=np.int32)}
-    batch |= texts(model, given.get("prompt"), given.get("label"), n)
-    conditional = "controlnet" in model.student.frozen or model.student.method.requires().condition
-    if conditional and "image" not in given:
+    batch |= texts(model, given.get("prompt"), given.get("label"), n, given.get("negative_prompt"))
+    if takes_image(model) and "image" not in given:
         raise ValueError(f"{model.name} generates from an image: pass image=, a path, a PIL image or an array")
     if "image" in given:
+        if not takes_image(model):
+            raise ValueError(f"{model.name} takes no image: leave it out")
         batch["cond"] = np.stack([condition(model, source) for source in given["image"]])
-    student = guided(model.student, guidance)
     batch = generate.with_latent_condition(student, model.pipeline, model.task or TASKS["none"](), batch)
     return generate.sample(student, batch, steps or model.steps, seed, task=model.task)
 
@@ -110,15 +135,31 @@ def listed(x) -> list:
     return list(x) if isinstance(x, list | tuple) or (isinstance(x, np.ndarray) and x.ndim == 1) else [x]
 
 
-def texts(model: Model, prompts, labels, n: int) -> dict[str, Any]:
-    """The text and null text of a batch."""
+def aligned(given: dict[str, list], n: int = 1) -> tuple[dict[str, list], int]:
+    """(the lists with as many entries as the longest, or n; that number). ValueError for a list of another length that
+    is not 1."""
+    n = max([n, *map(len, given.values())])
+    if wrong := [name for name, x in given.items() if len(x) not in (1, n)]:
+        raise ValueError(f"{wrong[0]} has {len(given[wrong[0]])} entries for {n} images: give one, or as many")
+    return {name: x * n if len(x) == 1 else x for name, x in given.items()}, n
+
+
+def takes_image(model: Model) -> bool:
+    """Whether a model generates from an image: by its method, a ControlNet, or input channels for one."""
+    method, frozen = model.student.method, model.student.frozen
+    concat = adapter.has_concat_channels(frozen["teacher"], model.shape[-1])
+    return bool(method.requires().condition or (not method.turns() and ("controlnet" in frozen or concat)))
+
+
+def texts(model: Model, prompts, labels, n: int, negatives=None) -> dict[str, Any]:
+    """The text and null text of a batch; negative prompts are the null text."""
     encoders = model.pipeline.prompts
     if encoders is None and not getattr(model.student.frozen["teacher"].module, "conditional", True):
         if prompts is not None or labels is not None:
             raise ValueError(f"{model.name} is unconditional: it takes neither prompt nor label")
         return {"text": {}, "null": {}}
     if encoders is None:
-        if prompts is not None:
+        if prompts is not None or negatives is not None:
             raise ValueError(f"{model.name} has no text encoder, so it takes no prompt: give a label, or nothing")
         null = np.full(n, model.null_label, np.int32)
         chosen = null if labels is None else np.asarray(labels, np.int32)
@@ -129,16 +170,21 @@ def texts(model: Model, prompts, labels, n: int) -> dict[str, Any]:
         raise ValueError(f"{model.name} is conditioned on text, so it takes no label: give a prompt, or nothing")
     if model.student.method.requires().text_encoder:  # the student has one of its own
         ids = lambda texts: {"input_ids": encoders.tokenize(texts)[0]}
-        return {"text": ids(prompts or [""] * n), "null": ids([""] * n)}
+        return {"text": ids(prompts or [""] * n), "null": ids(negatives or [""] * n)}
     sizes = {"target_size": (model.size, model.size)}
-    null = encoders.null(n, **sizes)
-    return {"text": null if prompts is None else encoders(prompts, **sizes), "null": null}
+    empty = encoders.null(n, **sizes)
+    text, null = (empty if x is None else encoders(x, **sizes) for x in (prompts, negatives))
+    return {"text": text, "null": null}
 
 
 def condition(model: Model, source) -> np.ndarray:
     """The condition [h, w, c] in [0, 1] of a path, a PIL image or an array."""
     if isinstance(source, np.ndarray):
         source = images.from_array(source, "image")
+    elif isinstance(source, str | Path):
+        source = Path(source).expanduser()
+        if not source.exists():
+            raise ValueError(f"the image {source} does not exist")
     if model.task is not None:
         return model.task.read(source, model.size)
     return np.float32(images.fit(images.read(source), model.size)) / np.float32(255)
@@ -153,20 +199,68 @@ def guided(student: Student, guidance: float | None) -> Student:
     return student._replace(method=dataclasses.replace(student.method, guidance=float(guidance)))
 
 
-def sample_prompts(settings, workdir: Path, prompts: Sequence[str], output: str, checkpoint: str = "latest") -> None:
-    """--mode=sample --prompt: write one image, or a grid of one for each prompt, to a file.
+def check_guided(method, name: str) -> None:
+    """ValueError if a negative prompt would have no effect on what this method generates."""
+    if not hasattr(method, "guidance"):
+        raise ValueError(f"{name} is sampled without guidance, so it takes no negative prompt: leave it out")
+    if method.guidance == 1.0:
+        raise ValueError(
+            "a negative prompt has no effect at guidance scale 1: set guidance= (--config.method.guidance=), 5 or so"
+        )
 
-    The student of the run in workdir or, for a method that trains nothing, config.teacher; no data is read.
-    """
+
+# ---- --mode=sample
+
+
+def sample_run(
+    settings, workdir: Path, output: str, checkpoint: str = "latest", prompts: Sequence[str] = (),
+    labels: Sequence[int] = (), negative_prompt: str | None = None, n: int | None = None, source: str | None = None,
+) -> None:  # fmt: skip
+    """`sample_prompts` for prompts and labels, and for an image without a task; else `commands.sample`."""
     experiment = config.resolve(settings)
-    run, method = experiment.run, experiment.method
-    if not isinstance(method, Generator):
-        raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
-    grids.image_suffix(output)
-    io.ensure_writable(Path(output).parent, "--output")
+    if n is not None and n < 1:
+        raise ValueError(f"--n must be at least 1, not {n}")
+    bare = source is not None and not (experiment.method.turns() or experiment.data.task.conditional)
+    if prompts or labels or negative_prompt is not None or bare:
+        sample_prompts(settings, workdir, prompts, output, checkpoint, labels, negative_prompt, n or 1, source)
+    else:
+        commands.sample(settings, workdir, source, output, checkpoint, n)
+
+
+def sample_prompts(
+    settings, workdir: Path, prompts: Sequence[str], output: str, checkpoint: str = "latest",
+    labels: Sequence[int] = (), negative_prompt: str | None = None, n: int = 1, source: str | None = None,
+) -> None:  # fmt: skip
+    """Write n images for each prompt, label or input, in a row, to a file or, for a folder of inputs, one for each.
+
+    The student of the run in workdir or, for a method that trains nothing, config.teacher; no data is read. Raises
+    ValueError if the numbers of prompts, labels and inputs differ and are not 1.
+    """
+    run, method = (experiment := config.resolve(settings)).run, experiment.method
+    commands.check_generates(method)
+    if negative_prompt is not None:
+        check_guided(method, "this student")
+    inputs = commands.image_files(Path(source)) if source else []
+    outputs = grids.outputs(inputs, output, bool(source) and Path(source).is_dir())
+    given = {"prompt": list(prompts), "label": list(labels), "image": inputs}
+    given, number = aligned({name: x for name, x in given.items() if x})
+    io.ensure_writable(outputs[0].parent, "--output")
     cache_programs()
-    model = load_run(workdir, checkpoint, settings) if method.turns() else load_pipeline(of_run(run), method)
-    steps = max(run.sample_steps)
-    images = sample(model, prompt=list(prompts), steps=steps, seed=run.seed)
-    grids.save_image(output, grids.to_uint8(images)[0] if len(images) == 1 else grids.grid(images))
-    print(f"{len(images)} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
+    model = open_model(settings, workdir, checkpoint)
+    if takes_image(model) and not inputs:
+        raise ValueError(f"{model.name} generates from an image: pass --input, an image or a folder of images")
+    if inputs and model.task and (note := model.task.input_note(model.size)):
+        print(note)
+    steps, given = max(run.sample_steps), {name: [x for x in xs for _ in range(n)] for name, xs in given.items()}
+    commands.announce(number * n, steps)
+    generated = sample(model, **given, negative_prompt=negative_prompt, n=number * n, steps=steps, seed=run.seed)
+    commands.save_groups([path.name for path in inputs] if len(outputs) > 1 else [""], generated, outputs, n)
+    commands.conclude(len(generated), steps, method, output)
+
+
+def open_model(settings, workdir: Path, checkpoint: str) -> Model:
+    """What a config samples: its trained student or, for a method that trains nothing, its teacher."""
+    experiment = config.resolve(settings)
+    if experiment.method.turns():
+        return load_run(workdir, checkpoint, settings)
+    return load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet)

@@ -53,23 +53,26 @@ class Parts(NamedTuple):
         return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
 
 
-def build(experiment: Experiment, splits: Mapping[str, str] | None = None) -> Parts:
+def build(experiment: Experiment, splits: Mapping[str, str] | None = None, training: bool = True) -> Parts:
     """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step.
 
-    splits are those that will be read besides "train", and what for: see `training_splits`.
+    splits are those that will be read besides "train", and what for: see `training_splits`. Without `training` a
+    generator has no nets that only losses use, and of the training split only shapes count.
     """
     run, method, requires = experiment.run, experiment.method, experiment.method.requires()
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
     teacher = pipeline.of_run(run, place=functools.partial(place, mesh))
     check_exports(method)
-    check_required_data(experiment, requires)
+    if training:
+        check_required_data(experiment, requires)
     check_splits(experiment.data, splits or {})
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
     frozen["autoencoder"] = teacher.autoencoder
     if requires.text_encoder:
         frozen["teacher_text_encoder"] = teacher.text_encoder
-    frozen |= {role: load() for role, load in requires.nets.items()}
+    if training or not isinstance(method, Generator):
+        frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     if requires.teacher:
         check_teacher(experiment, requires, frozen)
@@ -271,6 +274,7 @@ def check_labels(config, classes: int) -> None:
 def check_teacher(experiment: Experiment, requires: Requires, frozen) -> None:
     """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
     run, method, teacher = experiment.run, experiment.method, frozen["teacher"]
+    check_space(experiment, frozen)
     if requires.text and not getattr(teacher.module, "conditional", True):
         raise ValueError(
             "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"
@@ -297,6 +301,21 @@ def check_ids(config, size: int) -> None:
             f"the token ids of {config.source_name} {config.path} go from {ids.min()} to {ids.max()}, and the text "
             f"encoder has a vocabulary of {size}: encode the captions again with this teacher"
         )
+
+
+def check_space(experiment: Experiment, frozen) -> None:
+    """ValueError if the teacher generates latents and the data are images."""
+    config, teacher, vae = experiment.data, experiment.run.teacher, frozen["autoencoder"].params is not None
+    channels = getattr(frozen["teacher"].module, "out_channels", 3)
+    if config.source.precomputed or (not vae and channels == 3):
+        return
+    space = f"latents of {channels} channels" if vae else f"{channels} channels, not on RGB"
+    missing = "" if vae else "if those are latents, give a folder that also has vae/, and "
+    raise ValueError(
+        f"the teacher {teacher} works on {space}, and data.source={config.source_name} has images: {missing}encode "
+        "them first, with --mode=encode --output=DIR, then use data.source=arrays and data.path=DIR (--mode=sample "
+        "with --prompt or --label needs no data)"
+    )
 
 
 def check_heun(schedule) -> None:

@@ -1,22 +1,30 @@
 """Checkpoints of the training state, the config recorded in a workdir, and graceful shutdown on SIGTERM."""
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Collection
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import io, sharding
+from cddistill import data, io, sharding
+from cddistill.data import DataConfig
+from cddistill.data.contracts import Source
 from cddistill.step import TrainState
 
 
@@ -214,10 +222,38 @@ def check_same(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         raise CheckpointMismatch(f"checkpoint {path} has another model: {first}. Use its config, or another workdir")
 
 
+# ---- what a run was started with
+
+
 def write_config(workdir, config: dict[str, Any]) -> None:
     """Record a config (nested dicts) as workdir/config.json, atomically; only host 0 writes."""
     if sharding.is_host0():
         io.write_json(Path(workdir) / "config.json", config)
+
+
+def has_steps(workdir) -> bool:
+    """Whether a run has saved a checkpoint, readable or not."""
+    return any(p.name.partition(".")[0].isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
+
+
+def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (old, new)} of every value that differs from the config in the workdir; {} if it has none.
+
+    Two texts are one value if they are the same path, one relative and the other absolute, say.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        return {}
+    old = io.flatten(io.read_json(path, "restore it, or use another workdir"))
+    new = io.flatten(json.loads(json.dumps(config)))
+    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old | new)}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not same_path(a, b)}
+
+
+def same_path(a, b) -> bool:
+    """Whether two values are texts that name one place."""
+    real = [os.path.realpath(os.path.expanduser(x)) for x in (a, b) if isinstance(x, str) and x]
+    return len(real) == 2 and real[0] == real[1]
 
 
 def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) -> None:
@@ -225,18 +261,87 @@ def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) ->
 
     The keys in `free`, and the keys below them, may change when a run is resumed: "steps", "parallel", ...
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        return
-    old = io.flatten(io.read_json(path, "restore it, or use another workdir"))
-    new = io.flatten(json.loads(json.dumps(config)))
     differences = [
-        f"{key}: {old.get(key, 'absent')} in the workdir, {new.get(key, 'absent')} now"
-        for key in sorted(old | new)
-        if old.get(key, "absent") != new.get(key, "absent") and not any(f"{key}.".startswith(f"{f}.") for f in free)
+        f"{key}: {old} in the workdir, {new} now"
+        for key, (old, new) in changed(workdir, config).items()
+        if not any(f"{key}.".startswith(f"{f}.") for f in free)
     ]
     if differences:
-        raise ValueError(f"{path.parent} holds another run ({'; '.join(differences)}): undo it, or use another workdir")
+        raise ValueError(f"{workdir} holds another run ({'; '.join(differences)}): undo it, or use another workdir")
+
+
+def fingerprint_path(path: str) -> str:
+    """16 hexadecimal digits for a file, or a folder with all below it but what is hidden; other texts are themselves.
+
+    From the names and sizes of the files, and the first 4 kB of the first 1,000 of them: data sets are large.
+    """
+    root = Path(path)
+    if not path or not root.exists():
+        return path
+    inside = lambda p: p.relative_to(root).as_posix()
+    files = [root] if root.is_file() else sorted((p for p in root.rglob("*") if p.is_file()), key=inside)
+    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    digest = hashlib.sha256()
+    for i, file in enumerate(files):
+        digest.update(os.fsencode(f"{inside(file)} {file.stat().st_size}\n"))
+        if i < 1000:
+            with file.open("rb") as opened:
+                digest.update(opened.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def write_example(workdir, example: dict[str, Any]) -> None:
+    """Keep one example, arrays [1, ...] by name, as workdir/example.npz: see `data_or_example`. Only host 0 writes."""
+    if sharding.is_host0():
+        file = BytesIO()
+        np.savez_compressed(file, **io.flatten(example))
+        io.write_atomic(Path(workdir) / "example.npz", file.getvalue())
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptExample(Source):
+    """The example that is kept with a run: it shows shapes and the null text."""
+
+    file: str = ""
+    written: int = 0  # when, in ns: another file is another data set
+
+    precomputed = True
+
+    def open(self, config, split):
+        return ExampleItems(self.file)
+
+
+class ExampleItems:
+    """One example as a data set."""
+
+    def __init__(self, file: str):
+        with np.load(file) as arrays:
+            self.row = flax.traverse_util.unflatten_dict({name: x[0] for name, x in arrays.items()}, sep=".")
+
+    def __len__(self):
+        return 1
+
+    def item(self, i, rng):
+        return {"caption": "", "label": np.int32(0)} | self.row
+
+
+def data_or_example(workdir, config: DataConfig) -> DataConfig:
+    """The config if its data can be read, else one whose data is the example that was kept with the run.
+
+    A run can be loaded, sampled and exported where its data is not. Raises the data's own ValueError for runs that
+    have kept none.
+    """
+    file = Path(workdir) / "example.npz"
+    try:
+        for split in ("train", "validation"):
+            data.load(config, split)
+    except ValueError:
+        if not file.is_file():
+            raise
+    else:
+        return config
+    kept = KeptExample(str(file.resolve()), file.stat().st_mtime_ns)
+    return dataclasses.replace(config, source=kept, path="")
 
 
 class Preemption:

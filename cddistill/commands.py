@@ -1,5 +1,6 @@
 """What can be done besides training: evaluate, sample and export a run, encode a data set, generate pairs."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,26 +14,34 @@ from cddistill.evals import compare, grids
 from cddistill.method import Generator
 from cddistill.precompute import encode, pairs
 from cddistill.step import TrainState
-from cddistill.train import cache_programs
+from cddistill.train import cache_programs, check_inputs
 
 
-def finished(settings, workdir: Path, which: str = "latest", split: str = "validation") -> tuple[Parts, TrainState]:
+def finished(
+    settings, workdir: Path, which: str = "latest", split: str | None = "validation"
+) -> tuple[Parts, TrainState]:
     """(parts, trained weights) of a run: of its "latest" or "best" checkpoint, or of the one of a step, "2000".
 
-    split is the one that will be read.
+    split is the one that will be read. With None, the example that training kept stands for data that is not there.
+    Paths in the config may be others than in training, but not the weights that lie there.
     """
     experiment = config.resolve(settings)
     if not experiment.method.turns():  # nothing to train: the student came with config.teacher
         io.ensure_writable(workdir)
-        parts = build(experiment, {split: "this mode reads it"})
+        parts = build(experiment, {split: "this mode reads it"} if split else {})
         return parts, parts.init()
     if not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir} holds no run: train first, with --mode=train --workdir={workdir}")
-    checkpoint.check_config(workdir, config.plain(settings), {*config.mutable_on_resume(experiment), "steps"})
+        absent = "" if workdir.is_dir() else " does not exist, so it"
+        raise ValueError(f"{workdir}{absent} holds no run: train first, with --mode=train --workdir={workdir}")
+    plain, paths = config.plain(settings), config.paths(experiment)
+    checkpoint.check_config(workdir, plain, {*config.mutable_on_resume(experiment), *paths, "steps"})
     cache_programs()
     checkpoints = open_checkpoints(workdir, experiment, read_only=True)
     step = checkpoints.resolve(which)
-    parts = build(experiment, {split: "this mode reads it"})
+    without_pairs = dataclasses.replace(experiment.data, pairs="")  # only training reads them
+    read = without_pairs if split else checkpoint.data_or_example(workdir, without_pairs)
+    parts = build(experiment._replace(data=read), {split: "this mode reads it"} if split else {}, training=False)
+    check_inputs(workdir, parts, plain, {key for key in paths if not key.startswith("data.")})
     return parts, checkpoints.restore_weights(parts.abstract, step=step)
 
 
@@ -48,7 +57,8 @@ def export_run(settings, workdir: Path, output: str, which: str = "latest") -> N
     file = target.suffix in export.FILES
     if not file and target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
-    parts, state = finished(settings, workdir, which)
+    generates = isinstance(config.resolve(settings).method, Generator)
+    parts, state = finished(settings, workdir, which, None if generates else "train")
     io.ensure_writable(target.parent if file else target, "--output")
     scores = workdir / "scores.json"
     scores = io.read_json(scores, "delete it") if scores.is_file() else {}
@@ -79,35 +89,61 @@ def prepare(write: Callable, settings, output: Path) -> None:
 # ---- sampling
 
 
-def sample(settings, workdir: Path, source: str | None, output: str, which: str = "latest") -> None:
-    """Generate images with a trained student: one for each image in `source` (its condition), or, for a student without
-    a condition, a grid of 64."""
-    task = config.resolve(settings).data.task
+def sample(
+    settings, workdir: Path, source: str | None, output: str, which: str = "latest", n: int | None = None
+) -> None:
+    """Generate images with a trained student: for each image in `source`, its condition, n in a row (1) or, for a
+    student without a condition, a grid of n (64)."""
+    experiment = config.resolve(settings)
+    check_generates(experiment.method)
+    task = experiment.data.task
     paths = image_files(Path(source), task) if source else []
     outputs = grids.outputs(paths, output, bool(source) and Path(source).is_dir())
-    parts, state = finished(settings, workdir, which)
-    method, run = parts.experiment.method, parts.experiment.run
-    if not isinstance(method, Generator):
-        raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
-    student, steps = generate.student_of(parts, state), max(run.sample_steps)
+    parts, state = finished(settings, workdir, which, None if source else "validation")
+    student, steps = generate.student_of(parts, state), max(parts.experiment.run.sample_steps)
     if source is None:
-        return sample_grid(parts, student, output, steps)
-    batch = condition_on(parts, paths)
-    generated = generate.sample(student, batch, steps, run.seed, task=task)
-    drawn = [grids.to_uint8(image[None], path.name)[0] for path, image in zip(paths, generated, strict=True)]
-    for path, image in zip(outputs, drawn, strict=True):
-        grids.save_image(path, image)
-    print(f"{len(paths)} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
-    return None
+        images = sample_grid(parts, student, steps, n or 64)
+        grids.save_image(output, grids.grid(images, scale=2))
+    else:
+        n = n or 1
+        batch = condition_on(parts, [path for path in paths for _ in range(n)])
+        announce(len(paths) * n, steps)
+        images = generate.sample(student, batch, steps, parts.experiment.run.seed, task=task)
+        save_groups([path.name for path in paths], images, outputs, n)
+    conclude(len(images), steps, student.method, output)
 
 
-def sample_grid(parts: Parts, student: generate.Student, output: str, steps: int) -> None:
-    """64 samples for the classes or prompts of validation examples, as one image."""
-    examples = generate.arrays(data.examples(parts.experiment.data, "validation", 64))
+def sample_grid(parts: Parts, student: generate.Student, steps: int, n: int) -> np.ndarray:
+    """Images [n, h, w, c] for the classes or prompts of the first n validation examples, or of as many as there are."""
+    examples = generate.arrays(data.examples(parts.experiment.data, "validation", n))
     if "cond" in examples:
         raise ValueError("--mode=sample needs --input: an image, or a folder of images, to condition on")
-    images = generate.sample(student, examples, steps, parts.experiment.run.seed)
-    grids.save_image(output, grids.grid(images, scale=2))
+    announce(len(examples["x0"]), steps)
+    return generate.sample(student, examples, steps, parts.experiment.run.seed)
+
+
+def check_generates(method) -> None:
+    """ValueError for a method whose result is no generator of images."""
+    if not isinstance(method, Generator):
+        raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
+
+
+def announce(n: int, steps: int) -> None:
+    """A sign of life before the first image."""
+    print(f"generating {n} image{'s' * (n > 1)} in {steps} steps; compiling comes first, minutes for a large network")
+
+
+def conclude(n: int, steps: int, method: Generator, output: str) -> None:
+    """What was written, and where."""
+    print(f"{n} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
+
+
+def save_groups(names: list[str], images: np.ndarray, outputs: list[Path], n: int) -> None:
+    """Images [k, h, w, c], n of each kind, to files, an equal number in each: one as it is, several as a grid with a
+    row for each kind. names are those of the files in messages."""
+    pixels = [grids.to_uint8(group, name) for group, name in zip(np.split(images, len(outputs)), names, strict=True)]
+    for path, group in zip(outputs, pixels, strict=True):
+        grids.save_image(path, group[0] if len(group) == 1 else grids.grid(group, columns=n if n > 1 else None))
 
 
 def condition_on(parts: Parts, paths: list[Path]) -> dict:
@@ -126,6 +162,8 @@ def condition_on(parts: Parts, paths: list[Path]) -> dict:
 
 def image_files(source: Path, task) -> list[Path]:
     """One input, or all in a folder that the task takes as inputs."""
+    if not source.exists():
+        raise ValueError(f"--input={source} does not exist: give an image, or a folder of images")
     found = [source]
     if source.is_dir():
         found = task.input_files(

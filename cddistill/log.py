@@ -91,6 +91,7 @@ class Terminal(MetricWriter):
         self.start = None  # (step, time) of the first log
         self.printed = -math.inf
         columns = ("{task.completed}/{task.total}", rich.progress.BarColumn(), "{task.description}")
+        columns = (*columns, rich.progress.TimeElapsedColumn())  # which moves while the first step compiles
         self.bar = rich.progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("compiling", total=total_steps, completed=first_step)
         self.bar.start()

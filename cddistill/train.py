@@ -1,16 +1,22 @@
 """Training, from a config to a report: build, restore, loop, log, checkpoint, evaluate. The file to read first."""
 
 import contextlib
+import dataclasses
+import os
 import resource
 import time
 from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, io, log, sharding
-from cddistill.build import build, open_checkpoints, training_splits
+from cddistill import checkpoint, config, data, generate, io, log, sharding
+from cddistill.build import Parts, build, open_checkpoints, training_splits
 from cddistill.evals import compare, preview
+from cddistill.models.fingerprint import fingerprint
 from cddistill.step import active
+
+INPUTS = "inputs.json"
+WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
 def train(settings, workdir: Path) -> None:
@@ -23,17 +29,13 @@ def train(settings, workdir: Path) -> None:
     run = experiment.run
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
-    io.ensure_writable(workdir)
-    checkpoint.check_config(workdir, plain, config.mutable_on_resume(experiment))
-    cache_programs()
-    parts = build(experiment, training_splits(run))
-    if run.report and run.baseline:
-        compare.load_baseline(parts)  # fails now rather than after training
-    checkpoint.write_config(workdir, plain)
+    parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
     first = int(state.step)
     print(overview(parts), flush=True)
+    if int(state.step) < run.steps:
+        print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
     with checkpoint.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
@@ -42,6 +44,28 @@ def train(settings, workdir: Path) -> None:
     elif run.report:
         timings |= {f"training{f' since step {first}' * (first > 0)}, s": time.monotonic() - began}
         compare.evaluate_and_report(parts, state, workdir, timings, plain)
+    if sharding.is_host0():
+        written = [name for name in WRITTEN if (workdir / name).exists()]
+        print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
+
+
+def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
+    """Build the run, and record its config and inputs, once it is known that they are those of the workdir."""
+    io.ensure_writable(workdir)
+    resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
+    if resumes:  # before the first checkpoint, another config may still be tried
+        old = io.read_json(workdir / INPUTS) if (workdir / INPUTS).is_file() else {}
+        free = config.mutable_on_resume(experiment)
+        checkpoint.check_config(workdir, plain, free | paths if old else free)
+    cache_programs()
+    parts = build(experiment, training_splits(experiment.run))
+    if resumes:
+        check_inputs(workdir, parts, plain, paths)
+    if experiment.run.report and experiment.run.baseline:
+        compare.load_baseline(parts)  # fails now rather than after training
+    record_inputs(workdir, parts, plain, old)
+    checkpoint.write_config(workdir, plain)
+    return parts
 
 
 def start(parts, checkpoints):
@@ -128,12 +152,68 @@ def init_from_run(parts, state, workdir: Path):
     return state.replace(nets=nets, ema={name: jax.tree.map(jax.numpy.copy, nets[name]) for name in state.ema})
 
 
+# ---- paths that change
+
+
+def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
+    """Raises ValueError if one of the paths `keys` in the config changed, and something else lies there than before.
+
+    The networks that a run starts from must have the same weights (`input_weights`), its data the same files
+    (`checkpoint.fingerprint_path`). A baseline may be any, and a run that has started reads init_from_run no more. Runs
+    that have recorded nothing pass: training then lets no path change.
+    """
+    moved = {k: v for k, v in checkpoint.changed(workdir, plain).items() if k in keys - {"baseline", "init_from_run"}}
+    if not moved or not (workdir / INPUTS).is_file():
+        return
+    known = io.read_json(workdir / INPUTS)
+    data_keys = [key for key in moved if key in known["data"]]
+    wrong = [key for key in data_keys if checkpoint.fingerprint_path(moved[key][1]) != known["data"][key]]
+    if networks := [key for key in moved if key not in data_keys]:
+        now = input_weights(parts)  # without what only training loads
+        same = now == {role: known["weights"].get(role) for role in now}
+        wrong += [key for key in networks if not (same and all(moved[key]))]  # "" is no place
+    if wrong:
+        said = "; ".join(f"{key}: {moved[key][0]} in the workdir, {moved[key][1]} now" for key in wrong)
+        raise ValueError(
+            f"{workdir} holds another run ({said}), and what lies there differs: a path may change to that of a copy; "
+            "undo it, or use another workdir"
+        )
+
+
+def input_weights(parts) -> dict[str, str]:
+    """Fingerprints of the networks that a run starts from, by role; a teacher's LoRA counts with the teacher."""
+    run, method = parts.experiment.run, parts.experiment.method
+    own = {} if method.paths else method.requires().nets  # come with the package
+    nets = {role: net.params for role, net in parts.frozen.items() if role not in own and jax.tree.leaves(net.params)}
+    if run.lora:  # merged sums differ from platform to platform: what is stored counts, and is read again
+        nets = {role: params for role, params in nets.items() if role not in ("teacher", "teacher_text_encoder")}
+    found = {role: fingerprint(checkpoint.by_name(params)) for role, params in nets.items()}
+    return found | ({"teacher": dataclasses.replace(parts.pipeline).weights} if run.lora else {})
+
+
+def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
+    """Write inputs.json: where a run's inputs lie and their fingerprints, for `check_inputs`; and one example.
+
+    `old` is what was recorded when the run started, whose fingerprints stay.
+    """
+    values = {key: value for key, value in io.flatten(plain).items() if key in config.paths(parts.experiment)}
+    found = {
+        "paths": {key: os.path.realpath(value) for key, value in values.items() if value and os.path.exists(value)},
+        "weights": old.get("weights") or input_weights(parts),
+        "data": old.get("data") or {k: checkpoint.fingerprint_path(values[k]) for k in ("data.path", "data.pairs")},
+    }
+    if sharding.is_host0():
+        io.write_json(workdir / INPUTS, found)
+    if not old or not (workdir / "example.npz").is_file():
+        checkpoint.write_example(workdir, generate.arrays(data.examples(parts.experiment.data, "train", 1)))
+
+
 def overview(parts) -> str:
     """What trains, on what, in one line."""
     moving = sorted({name for turn in parts.experiment.method.turns().values() for name in turn.moves})
     weights = {name: sum(x.size for x in jax.tree.leaves(parts.abstract.nets[name])) / 1e6 for name in moving}
     trained = " + ".join(f"{name} {millions:.1f} M" for name, millions in weights.items())
-    return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}; the first step compiles"
+    return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def cache_programs() -> None:

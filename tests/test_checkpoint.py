@@ -21,7 +21,19 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cddistill.checkpoint import CheckpointMismatch, Checkpoints, Preemption, check_config, write_config
+from cddistill import data
+from cddistill.checkpoint import (
+    CheckpointMismatch,
+    Checkpoints,
+    Preemption,
+    changed,
+    check_config,
+    data_or_example,
+    fingerprint_path,
+    write_config,
+    write_example,
+)
+from cddistill.data import DataConfig
 from cddistill.log import JsonlWriter
 from cddistill.net import Net
 from cddistill.step import TrainState, init_state
@@ -372,6 +384,64 @@ def test_restarting_with_another_config_names_the_changed_keys(tmp_path):
     assert "method.name: dmd2 in the workdir, absent now" in str(error.value)
     assert "steps" not in str(error.value)
     assert "betas" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("data", "./data", True),
+        ("data", "{cwd}/data", True),
+        ("{cwd}/data/", "data", True),
+        ("~/data", "{home}/data", True),
+        ("link", "data", True),
+        ("data", "date", False),
+        ("", ".", False),
+        ("", "{cwd}", False),
+        (1, "1", False),
+    ],
+)
+def test_two_ways_to_write_a_path_are_one_value(old, new, same, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    old, new = (x.format(cwd=tmp_path, home=home) if isinstance(x, str) else x for x in (old, new))
+    write_config(tmp_path / "run", {"data": {"path": old}})
+    assert changed(tmp_path / "run", {"data": {"path": new}}) == ({} if same else {"data.path": (old, new)})
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_path):
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "x.npy").write_bytes(bytes(5000))
+    (tmp_path / "a" / "sub" / "y.txt").write_text("words")
+    of = lambda name: fingerprint_path(str(tmp_path / name))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / ".hidden").write_text("")
+    assert of("a") == of("b")
+    found = [of("a")]
+    (tmp_path / "b" / "x.npy").write_bytes(b"1" + bytes(4999))  # content
+    found.append(of("b"))
+    (tmp_path / "b" / "x.npy").write_bytes(bytes(5001))  # size
+    found.append(of("b"))
+    (tmp_path / "b" / "sub" / "y.txt").rename(tmp_path / "b" / "y.txt")  # name
+    found.append(of("b"))
+    assert len({*found, of("a/x.npy")}) == 5
+    assert (fingerprint_path("cifar10"), fingerprint_path("")) == ("cifar10", "")
+
+
+def test_an_example_stands_for_data_that_is_not_there(tmp_path):
+    config = DataConfig(source="folder", path=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="gone"):
+        data_or_example(tmp_path, config)
+    example = {"x0": np.ones((1, 4, 4, 3), np.float32), "text": {"class_labels": np.array([5], np.int32)}}
+    write_example(tmp_path, example)
+    kept = data_or_example(tmp_path, config)
+    batch = next(data.batches(kept, batch_size=3, seed=0))
+    assert batch["x0"].shape == (3, 4, 4, 3)
+    np.testing.assert_array_equal(batch["text"]["class_labels"], [5, 5, 5])
+    here = DataConfig()
+    assert data_or_example(tmp_path, here) is here
 
 
 def test_config_is_written_atomically(tmp_path, monkeypatch):

@@ -347,6 +347,48 @@ def test_a_prompt_is_sampled_without_data(teacher, tmp_path, capsys):
     np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out.png")) / 255, expected[0], atol=0.6 / 255)
 
 
+def test_a_negative_prompt_replaces_the_empty_one_where_guidance_is_used(teacher, tmp_path):
+    model = cddistill.load(teacher)
+    sample = lambda **given: cddistill.sample(model, prompt="ab", steps=2, guidance=3.0, **given)
+    np.testing.assert_array_equal(sample(negative_prompt=""), sample())
+    one, many = sample(negative_prompt="cad"), sample(negative_prompt=["cad", ""])
+    assert np.abs(one - sample()).max() > 1e-3
+    np.testing.assert_allclose(many[0], one[0], atol=1e-5)
+    for guidance in (None, 1.0):
+        with pytest.raises(ValueError, match="a negative prompt has no effect at guidance scale 1: set guidance="):
+            cddistill.sample(model, prompt="ab", negative_prompt="c", guidance=guidance)
+    c = config.defaults("pretrained")
+    c.update(teacher=str(teacher), sample_steps=(2,))
+    c.method.update(scheduler=str(teacher), guidance=3.0)
+    api.sample_run(c, tmp_path, str(tmp_path / "out.png"), prompts=["ab"], negative_prompt="cad")
+    np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out.png")) / 255, one[0], atol=0.6 / 255)
+
+
+def test_a_student_without_guidance_takes_no_negative_prompt(teacher, tmp_path):
+    c = config.defaults("dmd2")
+    c.teacher = str(teacher)
+    with pytest.raises(ValueError, match="sampled without guidance, so it takes no negative prompt: leave it out"):
+        api.sample_run(c, tmp_path, str(tmp_path / "out.png"), prompts=["ab"], negative_prompt="c")
+
+
+@pytest.mark.parametrize("method", ["codi", "dmd2", "diffusion", "pretrained"])
+def test_a_teacher_on_latents_asks_for_encoded_images(teacher, tmp_path, method):
+    c = config.defaults(method)
+    c.update(teacher=str(teacher), batch_size=8)
+    c.data.update(source="emoji", task="sr" if method == "codi" else "none")
+    said = "pipeline.* works on latents of 4 channels, and data.source=emoji has images: encode them first, with --mode"
+    with pytest.raises(ValueError, match=said):
+        commands.evaluate_run(c, tmp_path) if method == "pretrained" else train.train(c, tmp_path)
+
+
+def test_a_network_on_latents_without_its_vae_asks_for_both(teacher, tmp_path):
+    shutil.copytree(teacher / "unet", tmp_path / "unet")
+    c = config.defaults("pretrained")
+    c.teacher = str(tmp_path)
+    with pytest.raises(ValueError, match="works on 4 channels, not on RGB, .* give a folder that also has vae/"):
+        commands.sample(c, tmp_path, None, str(tmp_path / "out.png"))
+
+
 # ---- the text encoder, trained along
 
 
