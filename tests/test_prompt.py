@@ -2,16 +2,21 @@
 
 import functools
 import json
+import unicodedata
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import make_clip as golden
 from test_clip import RECORDED, recorded_net
+from tokenizers import pre_tokenizers
 
 from cddistill import models
+from cddistill.models import tokenizer
 from cddistill.models.families import FAMILIES
 from cddistill.models.prompt import Prompts, load_prompts, time_ids
+from cddistill.net import Net
 
 
 def assert_close(ours, theirs):
@@ -145,3 +150,71 @@ def test_incomplete_and_unsupported_folders_are_refused(folder, encoders):
     (folder / "model_index.json").unlink()
     with pytest.raises(ValueError, match=r"model_index.json is missing"):
         load_prompts(folder)
+
+
+# ---- texts as people type them
+
+
+@pytest.fixture
+def every_byte():
+    """Prompts of a tokenizer whose vocabulary is the 256 bytes, alone and at the end of a word, without merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{x}</w>" for x in letters), tokenizer.START, tokenizer.END]
+    bpe = tokenizer.clip({token: i for i, token in enumerate(tokens)}, [])
+    ours = tokenizer.ClipTokenizer(bpe, len(tokens) - 1, golden.LENGTH)
+    encoder = lambda params: None
+    encoder.module = SimpleNamespace(max_position_embeddings=golden.LENGTH, vocab_size=len(tokens))
+    return Prompts((ours,), (Net(None, encoder),))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "zyzzyva",
+        "a\nb\r\n",
+        "\N{SNAKE}",
+        "e\u0301",
+        "a\0b",
+        "\ufeffa",
+        "\u2028",
+        "日本",
+        "\N{ZERO WIDTH JOINER}",
+    ],
+)
+def test_any_text_is_a_prompt_whose_unknown_words_are_kept_as_bytes(every_byte, text):
+    (ids,) = every_byte.tokenize([text])
+    bpe = every_byte.tokenizers[0].bpe
+    names = [bpe.id_to_token(i) for i in ids[0]]
+    inner = names[1 : names.index(tokenizer.END)]  # END is also the unknown token
+    assert names[0] == tokenizer.START
+    assert set(names[len(inner) + 1 :]) == {tokenizer.END}
+    alphabet = {letter: byte for byte, letter in bytes_to_letters().items()}
+    kept = bytes(alphabet[name.removesuffix("</w>")] for name in inner).decode()
+    assert kept == "".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def bytes_to_letters() -> dict[int, str]:
+    """The letter that stands for each byte in byte-level vocabularies (Radford et al. 2019): printable ones as
+    themselves, the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def test_a_text_that_is_no_unicode_is_refused(every_byte):
+    with pytest.raises(ValueError, match=r"prompts \['a', 'caf.udce9'\] are not valid Unicode: write them in UTF-8"):
+        every_byte.tokenize(["a", b"caf\xe9".decode("utf-8", "surrogateescape")])  # as from a Latin-1 terminal
+
+
+def test_long_prompts_are_named_once_with_what_is_cut(every_byte, caplog):
+    """Also with SDXL's two tokenizers, and where a prompt is asked for several images."""
+    twice = Prompts(every_byte.tokenizers * 2, every_byte.nets * 2)
+    cut = golden.LENGTH - 2
+    twice.tokenize(["x" * (cut + 7)] * 4 + ["short", "y" * (cut + 1)])
+    twice.tokenize(["x" * cut])  # fits
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a prompt of {cut + 7} tokens is truncated to {cut}: {('x' * (cut + 7))[:60]!r} ... loses its last 7; "
+        "1 more are too long"
+    ]

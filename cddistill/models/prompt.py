@@ -51,6 +51,10 @@ class Prompts:
         """Token ids for `embed`: int32 [b, 77] per encoder."""
         if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompts are a list of at least one string, not {texts!r}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+            raise ValueError(f"the prompts {texts!r} are not valid Unicode: write them in UTF-8") from error
         return tuple(map(self.token_ids, self.tokenizers, self.nets, [list(texts)] * len(self.nets)))
 
     def token_ids(self, tokenize, net, texts):

@@ -1,6 +1,7 @@
 """CLIP's byte-pair tokenizer from the files of a diffusers folder, with the ids of transformers' CLIPTokenizer."""
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -25,23 +26,29 @@ class ClipTokenizer:
     def __call__(self, texts, padding="max_length", max_length=None, truncation=True):
         """Ids between the start and end tokens, padded to max_length.
 
-        A text that is too long loses its last tokens, with a warning. Unknown characters are kept as bytes.
+        Texts that are too long lose their last tokens, with one warning for all. Unknown characters are kept as bytes.
         """
         length = max_length or self.model_max_length
-        encoded = self.bpe.encode_batch(list(texts))
-        return {"input_ids": [self.fit(text, e.ids, length) for text, e in zip(texts, encoded, strict=True)]}
+        encoded = [e.ids for e in self.bpe.encode_batch(list(texts))]
+        if long := {text: ids for text, ids in zip(texts, encoded, strict=True) if len(ids) > length}:
+            text, ids = next(iter(long.items()))
+            warn_truncated(" ".join(text.split())[:60], len(ids) - 2, length - 2, len(long) - 1)
+        return {"input_ids": [self.fit(ids, length) for ids in encoded]}
 
-    def fit(self, text: str, ids: list[int], length: int) -> list[int]:
+    def fit(self, ids: list[int], length: int) -> list[int]:
         """ids padded or truncated to a length."""
-        if len(ids) > length:
-            logging.warning(
-                "a prompt of %d tokens is truncated to %d: %r ...",
-                len(ids) - 2,
-                length - 2,
-                " ".join(text.split())[:60],
-            )
-            ids = [*ids[: length - 1], ids[-1]]
+        ids = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
         return ids + [self.pad] * (length - len(ids))
+
+
+@functools.cache
+def warn_truncated(start: str, tokens: int, kept: int, others: int) -> None:
+    """Warn of a prompt that is too long, and of others with it; once, although SDXL has two tokenizers."""
+    logging.warning(
+        "a prompt of %d tokens is truncated to %d: %r ... loses its last %d%s",
+        *(tokens, kept, start, tokens - kept),
+        f"; {others} more are too long" if others else "",
+    )
 
 
 def load(path: Path) -> ClipTokenizer:
