@@ -55,6 +55,7 @@ def folder(net, tmp_path):
 
 def write_scheduler(folder, config):
     (folder / "scheduler").mkdir(exist_ok=True)
+    config = {"_class_name": "DDIMScheduler"} | config
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cddistill import build, commands, config, data, io, models, pipeline
 from cddistill.data import configure, digests
+from cddistill.data.sources.folder import scan
 from cddistill.diffusion import DDPM
 from cddistill.models import tokenizer
 from cddistill.models.clip import CLIPTextModel
@@ -84,7 +85,8 @@ def relabel(folder):
 
 
 def reload(folder):
-    data.loader.open_source.cache_clear()  # as in a new process
+    for cached in (data.loader.open_source, scan):  # as in a new process
+        cached.cache_clear()
 
 
 CHANGES = {  # what is done to (pictures, teacher), and what is said

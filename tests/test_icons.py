@@ -172,7 +172,7 @@ def test_a_mixture_has_every_example_of_its_sources():
 @pytest.mark.parametrize(
     ("mixture", "sentence"),
     [
-        (("icons", "arrays"), "data.mixture has 'arrays': it may have emoji, icons, scenes"),
+        (("icons", "arrays"), "data.mixture has 'arrays': it may have emoji, icons, icon_edits, scenes"),
         ((), "data.mixture is empty"),
     ],
 )

@@ -18,6 +18,7 @@ from PIL import Image
 from cddistill import build, commands, config, data, generate, models, pipeline, sampling, sharding
 from cddistill.data import configure, loader, ode_pairs
 from cddistill.data.ode_pairs import OdePairs
+from cddistill.data.sources.folder import scan
 from cddistill.diffusion import EDM
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models import lora
@@ -243,7 +244,8 @@ def of_folder(teacher, tmp_path):
     c = settings(copied, num_pairs=8, teacher_steps=(2,))
     c.data.update(source="folder", path=str(pictures))
     commands.make_pairs(c, tmp_path / "pairs")
-    loader.open_source.cache_clear()
+    for cached in (loader.open_source, scan):  # as in a new process
+        cached.cache_clear()
     return c, copied, pictures, tmp_path / "pairs"
 
 
