@@ -23,8 +23,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
 from cddistill import data, io, sharding
+from cddistill.config import defaults, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
+from cddistill.methods import METHODS
 from cddistill.step import TrainState
 
 
@@ -239,15 +241,23 @@ def has_steps(workdir) -> bool:
 def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{key: (old, new)} of every value that differs from the config in the workdir; {} if it has none.
 
-    Two texts are one value if they are the same path, one relative and the other absolute, say.
+    Two texts are one value if they are the same path, one relative and the other absolute, say. An option that is newer
+    than the run had its default.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
         return {}
-    old = io.flatten(io.read_json(path, "restore it, or use another workdir"))
+    stored = io.read_json(path, "restore it, or use another workdir")
     new = io.flatten(json.loads(json.dumps(config)))
+    old = {key: x for key, x in options_now(stored).items() if key in new} | io.flatten(stored)
     pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old | new)}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b and not same_path(a, b)}
+
+
+def options_now(stored: dict[str, Any]) -> dict[str, Any]:
+    """Every option of a stored config's method with its default, by key; {} for a config of another form."""
+    name = stored.get("method", {}).get("name")
+    return io.flatten(json.loads(json.dumps(plain(defaults(name))))) if name in METHODS else {}
 
 
 def same_path(a, b) -> bool:

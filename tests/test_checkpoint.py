@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cddistill import data
+from cddistill import config, data
 from cddistill.checkpoint import (
     CheckpointMismatch,
     Checkpoints,
@@ -368,7 +368,7 @@ def test_background_write_error_is_raised_by_the_next_save(opened, monkeypatch):
 
 
 def test_restarting_with_another_config_names_the_changed_keys(tmp_path):
-    config = {"seed": 0, "optim": {"lr": 1e-3, "betas": (0.0, 0.99)}, "method": {"name": "dmd2"}, "steps": 100}
+    config = {"seed": 0, "optim": {"lr": 1e-3, "betas": (0.0, 0.99)}, "method": {"name": "mine"}, "steps": 100}
     check_config(tmp_path / "new", config)  # no recorded config: no error
     write_config(tmp_path, config)
     check_config(tmp_path, config)
@@ -381,9 +381,21 @@ def test_restarting_with_another_config_names_the_changed_keys(tmp_path):
         check_config(tmp_path, other, free=("steps",))
     assert "optim.lr: 0.001 in the workdir, 0.01 now" in str(error.value)
     assert "optim.clip: absent in the workdir, 1.0 now" in str(error.value)
-    assert "method.name: dmd2 in the workdir, absent now" in str(error.value)
+    assert "method.name: mine in the workdir, absent now" in str(error.value)
     assert "steps" not in str(error.value)
     assert "betas" not in str(error.value)
+
+
+def test_an_option_that_is_newer_than_the_run_had_its_default(tmp_path):
+    now = config.plain(config.defaults("codi"))
+    then = now | {"data": {k: v for k, v in now["data"].items() if k != "hole"}}
+    write_config(tmp_path, then)
+    check_config(tmp_path, now)
+    with pytest.raises(ValueError, match="data.hole: rectangles in the workdir, brush now"):
+        check_config(tmp_path, now | {"data": now["data"] | {"hole": "brush"}})
+    write_config(tmp_path, then | {"gone": 1})
+    with pytest.raises(ValueError, match="gone: 1 in the workdir, absent now"):
+        check_config(tmp_path, now)
 
 
 @pytest.mark.parametrize(
