@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from cddistill import io, models
 from cddistill.diffusion import DDPM
 from cddistill.method import Requires
-from cddistill.models import lora, parts, schedulers
-from cddistill.models.families import DENOISERS, FAMILIES
+from cddistill.models import folders, lora, parts, schedulers
+from cddistill.models import index as model_index
+from cddistill.models.families import DENOISERS
 from cddistill.models.fingerprint import fingerprint, of_network
 from cddistill.models.prompt import Prompts, load_prompts
 from cddistill.models.schedulers import Sampling
@@ -41,9 +42,9 @@ class Pipeline:
         """The denoiser without the LoRA."""
         if self.random_seed is None:
             return models.load(self.name, self.subfolder, place=self.place, expect=DENOISERS, **self.options)
-        scheduler = self.root / "scheduler" / "scheduler_config.json"
+        config, scheduler = self.denoiser_config, schedulers.scheduler_file(self.root)
         how = schedulers.read_scheduler(scheduler) if scheduler.is_file() else ()  # or what the network implies
-        return models.init(self.denoiser_config, self.random_seed, *how, **self.options)
+        return models.init(config, self.random_seed, *how, **self.options)
 
     @functools.cached_property
     def denoiser(self) -> Denoiser:
@@ -86,12 +87,12 @@ class Pipeline:
 
     def sampling(self) -> Sampling:
         """How the folder's scheduler samples."""
-        return schedulers.read_sampling(self.root / "scheduler" / "scheduler_config.json")
+        return schedulers.read_sampling(schedulers.scheduler_file(self.root))
 
     @functools.cached_property
     def denoiser_config(self) -> dict:
         """The denoiser's config.json."""
-        return models.convert.read_config(models.convert.find_subfolder(self.root, self.subfolder))
+        return models.convert.open_config(self.name, self.subfolder)[2]
 
     @property
     def x0_shape(self) -> tuple[int, int, int]:
@@ -112,7 +113,8 @@ class Pipeline:
     def takes_latent_condition(self, requires: Requires, channels: int) -> bool:
         """Whether a method's student takes its condition in latent space: because the method says so, or because the
         denoiser has input channels for one besides the `channels` of z_t."""
-        return requires.condition == "latent" or self.denoiser_config.get("in_channels", channels) > channels
+        taken = getattr(models.convert.build(self.denoiser_config), "in_channels", channels)
+        return requires.condition == "latent" or taken > channels
 
     @functools.cached_property
     def weights(self) -> str:
@@ -128,21 +130,22 @@ class Pipeline:
 
     def has(self, part: str) -> bool:
         """Whether the folder has a part; ValueError if its model_index.json names one that is not there."""
-        root = models.resolve(self.name, part)
-        index = read_index(root)
-        if any(index.get(part) or ()) and not (root / part).is_dir():  # may be [null, null]
-            raise ValueError(f"{root} lacks {part}/, which its model_index.json names: download that folder too")
-        return (root / part).is_dir()
+        return model_index.has(models.resolve(self.name, part), part)
 
     @functools.cached_property
     def root(self) -> Path:
-        """The folder, or weight file, with the denoiser; a Hub id's is downloaded."""
+        """The folder with the parts, or of a denoiser that belongs to no pipeline; a Hub id's is downloaded."""
         return models.resolve(self.name)
 
     @functools.cached_property
     def subfolder(self) -> str:
         """The denoiser's subfolder, "unet" unless a family has another one."""
-        return next((f.denoiser for f in FAMILIES.values() if (self.root / f.denoiser).is_dir()), "unet")
+        return next((part for part in folders.PARTS if (self.root / part).is_dir()), "unet")
+
+    @functools.cached_property
+    def source(self) -> Path:
+        """The denoiser's folder or weight file."""
+        return folders.locate(self.name, self.subfolder).part
 
     # ---- writing a student's folder
 
@@ -174,22 +177,25 @@ class Pipeline:
 
         Raises ValueError for sampling that no scheduler describes, and for a damaged model_index.json.
         """
-        own = self.root / "scheduler" / "scheduler_config.json"
+        own = schedulers.scheduler_file(self.root)
         if own.is_file() and not (trained and isinstance(teacher.schedule, DDPM)):
             io.write_json(folder / "scheduler" / own.name, io.read_json(own))
         else:
             write_schedule(folder, teacher, how)
         present = {name.partition("/")[0] for name in self.copies(controlnet)} | {*trained}
-        if index := read_index(self.root):
+        if index := model_index.read_index(self.root):
             write_index(folder, index, present)
 
     def copies(self, controlnet: str = "") -> dict[str, Path]:
         """{name in a student's folder: file of the teacher's pipeline or of a ControlNet's folder}."""
-        copied = parts.pipeline_files(self.root, read_index(self.root))
+        copied = parts.pipeline_files(self.root, model_index.read_index(self.root))
+        if self.source != self.root / self.subfolder:  # a network without a pipeline, or one of several weight files
+            copied = {name: file for name, file in copied.items() if not name.startswith(f"{self.subfolder}/")}
+            copied |= {f"{self.subfolder}/{name}": file for name, file in parts.network_files(self.source).items()}
         if controlnet:
-            branch = models.convert.find_subfolder(models.resolve(controlnet, "controlnet"), "controlnet")
+            branch = folders.locate(controlnet, "controlnet").part
             copied = {name: file for name, file in copied.items() if not name.startswith("controlnet/")}
-            copied |= {f"controlnet/{name}": file for name, file in parts.part_files(branch).items()}
+            copied |= {f"controlnet/{name}": file for name, file in parts.network_files(branch).items()}
         return copied
 
     def merged_encoders(self) -> dict[str, Net]:
@@ -206,12 +212,6 @@ def write_schedule(folder: Path, teacher: Denoiser, how: Sampling | None) -> Non
         schedulers.write_scheduler(folder, teacher.schedule, teacher.predicts, **own)
 
 
-def read_index(root: Path) -> dict:
-    """model_index.json of a folder; {} if there is none."""
-    path = root / "model_index.json"
-    return io.read_json(path) if path.is_file() else {}
-
-
 def write_index(folder: Path, index: dict, present) -> None:
     """The teacher's model_index.json for a folder in which these parts are present, a ControlNet perhaps among them.
 
@@ -225,7 +225,7 @@ def write_index(folder: Path, index: dict, present) -> None:
     if "controlnet" in present and not any(index.get("controlnet") or ()):
         index["controlnet"] = ["diffusers", "ControlNetModel"]
         index["_class_name"] = index.get("_class_name", "").replace("Pipeline", "ControlNetPipeline")
-    io.write_json(folder / "model_index.json", index)
+    io.write_json(folder / model_index.FILE, index)
 
 
 def of_run(run, place: Callable | None = None) -> Pipeline:

@@ -17,7 +17,7 @@ from torch_file import write_torch
 
 from cddistill import build, config, models, sharding
 from cddistill.diffusion import DDPM, EDM
-from cddistill.models import convert
+from cddistill.models import convert, folders
 from cddistill.models.unet import UNet2DConditionModel
 from cddistill.net import Autoencoder, Denoiser, Net
 
@@ -327,7 +327,8 @@ def test_unsupported_networks_are_named(folder):
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name 'FluxTransformer2DModel' is not supported"),
         ({"addition_embed_type": "image"}, "does not support addition_embed_type = 'image'"),
     ):
-        (folder / "unet" / "config.json").write_text(json.dumps(TEXT | change))
+        config = {"_class_name": "UNet2DConditionModel"} | TEXT | change
+        (folder / "unet" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=sentence):
             models.load(folder)
 
@@ -370,7 +371,7 @@ def test_unknown_model_names_are_refused(monkeypatch, tmp_path):
         models.load("nobody/no-such-model")
     with pytest.raises(ValueError, match="'emojy' is neither a folder nor an embedded model"):
         models.load("emojy")
-    monkeypatch.setattr(convert, "ASSETS", tmp_path)
+    monkeypatch.setattr(folders, "ASSETS", tmp_path)
     (tmp_path / "emoji").mkdir()
     assert models.resolve("emoji") == tmp_path / "emoji"
 

@@ -20,11 +20,12 @@ import safetensors.numpy
 
 from cddistill import io
 from cddistill.diffusion import DDPM, EDM
-from cddistill.models import clip, files
+from cddistill.models import clip, files, folders
 from cddistill.models.adapter import ControlNetModel, MuBlendModel
 from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from cddistill.models.edm import KarrasUNet
 from cddistill.models.families import DENOISERS, read_schedule
+from cddistill.models.index import parts_of, read_index
 from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.state_dict import bare_names
 from cddistill.models.tiny_vae import AutoencoderTiny
@@ -32,7 +33,6 @@ from cddistill.models.unet import Apply
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
 from cddistill.net import Autoencoder, Denoiser, Net
 
-ASSETS = Path(__file__).parent / "assets"
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
 CONTROLNETS = (ControlNetModel, MuBlendModel)  # classes of a student's branch
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny)
@@ -61,47 +61,6 @@ def from_torch(path, x):
     return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
-def resolve(folder, subfolder: str = "unet") -> Path:
-    """Path of a folder or weight file, given as a path, an embedded model's name ("emoji") or a Hub id "owner/name".
-
-    A Hub id is downloaded: config files and the weights in subfolder. Raises ValueError if it is none of these or the
-    download fails.
-    """
-    embedded = {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
-    path = embedded.get(str(folder), Path(folder).expanduser())
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        known = f"a folder nor an embedded model ({', '.join(embedded)}) nor a Hub id"
-        raise ValueError(f"{str(folder)!r} is neither {known}")
-    try:
-        return download(str(folder), subfolder)
-    except Exception as error:  # any error of the Hub's client: offline, unknown name, not installed
-        raise ValueError(
-            f"{str(folder)!r} is not a folder and could not be downloaded from the Hub ({type(error).__name__}); "
-            "download it on a machine with network access and pass the path of the folder instead"
-        ) from error
-
-
-def download(name: str, subfolder: str) -> Path:
-    """Download a Hub repository: configs, and its preferred weight file in subfolder or, without one, at the top."""
-    from huggingface_hub import snapshot_download
-
-    for patterns in files.PATTERNS:
-        wanted = ["config.json", *patterns]
-        wanted += [f"{subfolder}/{pattern}" for pattern in wanted]
-        small = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
-        root = Path(snapshot_download(name, allow_patterns=[*small, *wanted]))
-        if files.choose(p.name for p in find_subfolder(root, subfolder).iterdir()):
-            break
-    return root
-
-
-def find_subfolder(root: Path, subfolder: str) -> Path:
-    """root/subfolder if that folder exists, else root."""
-    return root / subfolder if (root / subfolder).is_dir() else root
-
-
 def load(
     folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False, flash: bool = True, place=None,
     expect=(),
@@ -111,8 +70,8 @@ def load(
     Args:
         folder: a path, "emoji" or a Hub id with the network in its subfolder or at its top, or a weight file with
             config.json beside it; models/files.py lists the formats. A UNet's schedule and prediction type come from
-            ../scheduler/scheduler_config.json; without that file they are Stable Diffusion 1.x's (scaled-linear betas,
-            eps).
+            scheduler/scheduler_config.json of the pipeline that it lies in; without that file they are Stable Diffusion
+            1.x's (scaled-linear betas, eps), and a warning says so.
         dtype: compute type of the layers. Weights are float32, whatever the file's type; kernels are [h, w, in, out] or
             [in, out].
         remat: recompute activations in the backward pass, which saves memory.
@@ -123,47 +82,84 @@ def load(
 
     Raises ValueError naming the file or key for anything missing, truncated, misshapen, unsupported or unexpected.
     """
-    path = find_subfolder(resolve(folder, subfolder), subfolder)
-    config = read_config(path)
-    if expect and class_name(config) not in (names := [c.__name__ for c in expect]):
-        held, wanted = (f"{'an' if x[0] in 'AEIO' else 'a'} {x}" for x in (class_name(config), " or ".join(names)))
-        raise ValueError(
-            f"{path} holds {held}, not {wanted}: point at a folder that holds one, or that has it in {subfolder}/"
-        )
-    module = build(config, dtype=dtype, remat=remat, flash=flash)
-    return as_net(module, read_params(path, module, place), path)
+    root, path, config = open_config(folder, subfolder)
+    if expect and config["_class_name"] not in [cls.__name__ for cls in expect]:
+        raise ValueError(unexpected(root, path, config["_class_name"], subfolder, expect))
+    try:
+        module = build(config, dtype=dtype, remat=remat, flash=flash)
+    except ValueError as error:
+        raise ValueError(f"{config_file(path)}: {error}") from error
+    if form := path.is_dir() and folders.foreign_format(sorted(path.iterdir())):
+        raise ValueError(form)
+    return as_net(module, read_params(path, module, place), root)
 
 
-def as_net(module, params, path: Path):
-    """Module and parameters as a Denoiser, Autoencoder or Net; path locates the scheduler's config."""
+def open_config(folder, subfolder: str) -> tuple[Path, Path, dict]:
+    """(pipeline's folder, network's folder or weight file, its config.json) of a name; ValueError as for `load`."""
+    root, path = folders.locate(folder, subfolder)
+    other = {*CLASSES} - {cls.__name__ for cls in DENOISERS}  # a VAE may be loaded from any pipeline
+    if subfolder in folders.PARTS and folders.class_in(config_file(path).parent) not in other:
+        folders.check_pipeline(root)
+    return root, path, read_config(path)
+
+
+def unexpected(root: Path, path: Path, name: str, subfolder: str, expect) -> str:
+    """A sentence on a network of another class than those expected."""
+    held, wanted = (f"{'an' if x[0] in 'AEIO' else 'a'} {x}" for x in (name, " or ".join(c.__name__ for c in expect)))
+    remedy = "point at a folder that holds one, or that has it in " + subfolder + "/"
+    if (root / subfolder).is_dir() and root / subfolder != path:
+        remedy = f"point at {root}"
+    if name in [cls.__name__ for cls in CONTROLNETS]:
+        remedy += ", and pass this one as config.controlnet"
+    return f"{path} holds {held}, not {wanted}: {remedy}"
+
+
+def as_net(module, params, root: Path):
+    """Module and parameters as a Denoiser, Autoencoder or Net; root is the pipeline's folder, with the scheduler."""
     if isinstance(module, DENOISERS):
-        return Denoiser(params, Apply(module), *read_schedule(module, path))
+        return Denoiser(params, Apply(module), *read_schedule(module, root))
     if isinstance(module, AUTOENCODERS):
         return Autoencoder(params, Encode(module), Decode(module))
     return Net(params, clip.Apply(module) if isinstance(module, TEXT_ENCODERS) else Apply(module))
 
 
+def config_file(path: Path) -> Path:
+    """The config.json in a folder or beside a weight file."""
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
 def read_config(path: Path) -> dict:
-    """Contents of the config.json in a folder or beside a weight file."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    """Contents of the config.json in a folder or beside a weight file, with the class as "_class_name".
+
+    A file that names no class has that of the pipeline's model_index.json. Raises ValueError, saying what is there
+    instead, if config.json is missing, and if nothing names the class.
+    """
+    file = config_file(path)
+    if not file.is_file() and (what := folders.what_is(path)):
+        raise ValueError(f"{file} is missing: {what}")
     names = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*"))
     if not file.is_file() and (weights := files.choose(names)):
         raise ValueError(
             f'{file} is missing: {weights} needs one beside it, with the network class as "_class_name" '
             f"({', '.join(CLASSES)}) and the options of that class"
         )
-    return io.read_json(file)
-
-
-def class_name(config: dict) -> str:
-    """Class name in a config.json of diffusers or transformers, without the "Flax" of their former Flax classes."""
-    name = config.get("_class_name") or (config.get("architectures") or ["UNet2DConditionModel"])[0]
-    return name.removeprefix("Flax")
+    config = io.read_json(file)
+    _, indexed = parts_of(read_index(file.parent.parent)).get(file.parent.name, ("", None))
+    name = folders.class_name(config) or indexed
+    if name is None:
+        remedy = f'add "_class_name" ({", ".join(CLASSES)})'
+        if (file.parent / "checkpoints").is_dir():
+            remedy = "it is the config of a run, whose network is written with --mode=export"
+        raise ValueError(f"{file} does not name the class of a network: {remedy}")
+    return config | {"_class_name": name}
 
 
 def build(config: dict, **run_options):
-    """The module for a config.json. run_options are dtype, remat, flash; ValueError for anything unsupported."""
-    name = class_name(config)
+    """The module for a config.json, by default of a UNet2DConditionModel.
+
+    run_options are dtype, remat, flash. Raises ValueError for anything unsupported.
+    """
+    name = folders.class_name(config) or "UNet2DConditionModel"
     if name not in CLASSES:
         raise ValueError(f"_class_name {name!r} is not supported, only {', '.join(CLASSES)} are")
     cls = CLASSES[name]

@@ -49,6 +49,13 @@ def part_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def network_files(source: Path) -> dict[str, Path]:
+    """{name in a student's folder: file} of a network's folder, or of a weight file with its config.json."""
+    if source.is_dir():
+        return part_files(source)
+    return {plain(source.name): source, "config.json": source.parent / "config.json"}
+
+
 def plain(name: str) -> str:
     """The name of a weight file or index without its variant."""
     for stem, suffix in files.NAMES:
