@@ -51,8 +51,8 @@ def part_files(folder: Path) -> dict[str, Path]:
 
 def network_files(source: Path) -> dict[str, Path]:
     """{name in a student's folder: file} of a network's folder, or of a weight file with its config.json."""
-    if source.is_dir():
-        return part_files(source)
+    if source.is_dir() or source.suffix == ".json":  # an index of shards
+        return part_files(source if source.is_dir() else source.parent)
     return {plain(source.name): source, "config.json": source.parent / "config.json"}
 
 
