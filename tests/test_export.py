@@ -7,11 +7,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import test_latent
 import tiny
+from PIL import Image
 
-from cddistill import build, commands, config, export, io, train
+from cddistill import build, commands, config, export, io, models, train
+from cddistill.diffusion import DDPM
 from cddistill.method import Turn
 from cddistill.models import parts
+from cddistill.models.clip import CLIPTextModel
+from cddistill.models.init import init_params_numpy, weight_shapes
+from cddistill.models.schedulers import write_scheduler
+from cddistill.models.vae import AutoencoderKL
 from cddistill.step import active
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -116,6 +123,56 @@ def test_the_example_runs_in_pytorch(teacher, tmp_path, kind):
     found = np.moveaxis(scope["images"].numpy(), 1, -1)
     assert np.std(found) > 0.01
     np.testing.assert_allclose(found, np.clip(expected / 2 + 0.5, 0, 1), atol=1e-5)
+
+
+def text_teacher(folder):
+    """A latent text-to-image pipeline that PyTorch loads, too: its tokenizer's words are single bytes."""
+    unet = models.init(test_latent.UNET, 0, zero_out=False)
+    models.save(folder, "unet", unet.params, unet.module.to_config())
+    clip = test_latent.CLIP | {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    parts = {"vae": AutoencoderKL.from_config(test_latent.VAE), "text_encoder": CLIPTextModel.from_config(clip)}
+    for name, module in parts.items():
+        models.save(folder, name, init_params_numpy(weight_shapes(module), 1), module.to_config())
+    write_scheduler(folder, DDPM(), "eps")
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's characters for bytes
+    chars = [chr(c) for c in [*plain, *range(256, 512 - len(plain))]]
+    words = [*chars, *(f"{c}</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
+    vocabulary = {word: i for i, word in enumerate(words)}
+    settings = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16}
+    io.write_json(folder / "tokenizer" / "vocab.json", vocabulary)
+    io.write_atomic(folder / "tokenizer" / "merges.txt", "#version: 0.2\n")
+    io.write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
+    io.write_json(folder / "tokenizer" / "special_tokens_map.json", special)
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+             "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+             "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+             "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+    io.write_json(folder / "model_index.json", index)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["codi", "diffusion"])
+def test_the_example_of_a_text_pipeline_runs_in_pytorch(tmp_path, method, monkeypatch):
+    """Also without the parts that the teacher's folder names but lacks, and with all weights in float16."""
+    for name in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(name)
+    c, of = settings(text_teacher(tmp_path / "teacher"), method, report=False), tmp_path / "pictures"
+    c.data = test_latent.pictures(tmp_path / "teacher", of).data
+    c.data.task = "sr" if method == "codi" else "none"
+    commands.encode_data(c, tmp_path / "latents")
+    c.data.update(source="arrays", path=str(tmp_path / "latents"))
+    train.train(c, tmp_path / "run")
+    commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
+    Image.new("RGB", (16, 16), (9, 99, 9)).save(tmp_path / "out" / "condition.png")
+    monkeypatch.chdir(tmp_path / "out")
+    scope = {}
+    exec(snippet(tmp_path / "out"), scope)
+    (image,) = scope["images"]
+    assert image.size == (16, 16)
+    assert np.std(image) > 1
 
 
 @pytest.mark.slow
