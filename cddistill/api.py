@@ -240,7 +240,7 @@ def sample_prompts(
     commands.check_generates(method)
     if negative_prompt is not None:
         check_guided(method, "this student")
-    inputs = commands.image_files(Path(source)) if source else []
+    inputs = commands.image_files(Path(source), experiment.data.task) if source else []
     outputs = grids.outputs(inputs, output, bool(source) and Path(source).is_dir())
     given = {"prompt": list(prompts), "label": list(labels), "image": inputs}
     given, number = aligned({name: x for name, x in given.items() if x})

@@ -305,7 +305,8 @@ def check_ids(config, size: int) -> None:
 
 def check_space(experiment: Experiment, frozen) -> None:
     """ValueError if the teacher generates latents and the data are images."""
-    config, teacher, vae = experiment.data, experiment.run.teacher, frozen["autoencoder"].params is not None
+    config, teacher, autoencoder = experiment.data, experiment.run.teacher, frozen["autoencoder"]
+    vae = autoencoder.params is not None
     channels = getattr(frozen["teacher"].module, "out_channels", 3)
     if config.source.precomputed or (not vae and channels == 3):
         return

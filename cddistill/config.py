@@ -5,7 +5,6 @@ fields can be set in a config file or on the command line; an unknown key is an 
 """
 
 import dataclasses
-import functools
 import os
 from typing import Any, NamedTuple
 
@@ -140,11 +139,12 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
 
 def check_names(config: dict[str, Any]) -> None:
     """ValueError for a key that no config has, with the one that was probably meant."""
+    known = owners()
     for key in io.flatten(config):
         group, _, field = key.partition(".")
         common = f"optim.{field.rpartition('.')[2]}" if group == "optim" else key  # optim.<turn>.<field>
-        if common not in owners():
-            near = typed.nearest(key, owners())
+        if common not in known:
+            near = typed.nearest(key, known)
             raise ValueError(f"unknown config key {key}: {f'did you mean {near!r}?' if near else '--help lists all'}")
 
 
@@ -163,7 +163,6 @@ def expand(value):
 # ---- all fields, for messages and --help
 
 
-@functools.cache
 def owners() -> dict[str, type]:
     """The class of every config key, "optim.lr": OptimConfig; those of a method under "method.", whatever method."""
     groups = {"": (Run,), "method.": METHODS.values(), "optim.": (OptimConfig,)}

@@ -39,7 +39,7 @@ def edm_block(cls, width=8, resample="", **config):
 
 
 resnet = partial(blocks.ResnetBlock2D, groups=4, eps=1e-5)
-cross = partial(attention.Transformer2DModel, 2, 1, 4)
+cross = lambda layer, name: attention.Transformer2DModel(2, 1, 4, name=name)
 clip_attention, clip_mlp = partial(clip.CLIPAttention, 2), partial(clip.CLIPMLP, 12)
 FIR = [1, 3, 3, 1]
 OURS = {

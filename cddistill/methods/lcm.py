@@ -156,5 +156,5 @@ class LCM(Generator):
 
     def sampling(self, schedule, steps):
         spaced = Sampling(sampler="lcm", spacing="lcm", original_inference_steps=self.grid_size)
-        timesteps = tuple(map(int, spaced.times(schedule, steps)))
+        timesteps = tuple(map(int, spaced.grid(schedule.num_timesteps, steps)))
         return dataclasses.replace(spaced, timesteps=timesteps)
