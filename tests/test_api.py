@@ -292,7 +292,7 @@ def test_a_run_without_a_checkpoint_may_be_started_with_another_config(trained, 
     """What failed in its first steps, for lack of memory say."""
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(trained / "run" / "config.json", tmp_path)
-    monkeypatch.setattr(train, "build", lambda experiment: 1 / 0)
+    monkeypatch.setattr(train, "build", lambda experiment, *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train(settings_in(trained, batch_size=16), tmp_path)
     (tmp_path / "checkpoints" / "1").mkdir()
