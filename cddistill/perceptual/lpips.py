@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 from cddistill.net import Net
 
 Images = Float[Array | np.ndarray, "n h w 3"]
+Maps = Float[Array | np.ndarray, "n h w c"]
+Weights = Float[Array | np.ndarray, "n H W 1"]
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # mean and std of ImageNet, for images in [-1, 1]
 VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels; one feature per stage
 ALEX = ((11, 64), (5, 192), (3, 384), (3, 256), (3, 256))  # (kernel size, channels); one feature per layer
@@ -98,9 +100,18 @@ def alex(params, a: Images, b: Images) -> Float[Array, " n"]:
     return distance(params, alex_features(params, a), alex_features(params, b))
 
 
-def distance(params, a: list, b: list) -> Float[Array, " n"]:
-    """Eq. 1 for two lists of normalised features [n, h, w, c]."""
-    return sum(((fa - fb) ** 2).mean((1, 2)) @ w for fa, fb, w in zip(a, b, params["heads"], strict=True))
+def distance(params, a: list, b: list, weights: Weights | None = None) -> Float[Array, " n"]:
+    """Eq. 1 for two lists of normalised features [n, h, w, c]; with weights of the image's pixels, of that region."""
+    pairs = zip(a, b, params["heads"], strict=True)
+    return sum(pixel_mean((fa - fb) ** 2, weights) @ head for fa, fb, head in pairs)
+
+
+def pixel_mean(x: Maps, weights: Weights | None = None) -> Float[Array | np.ndarray, "n c"]:
+    """Mean over pixels, weighted if weights are given; they are resized to x by averaging. 0 where all of them are."""
+    if weights is None:
+        return x.mean((1, 2))
+    weights = jax.image.resize(weights, (*x.shape[:3], 1), "linear", antialias=True)
+    return (x * weights).sum((1, 2)) / jnp.maximum(weights.sum((1, 2)), 1e-9)
 
 
 def vgg_features(params, x: Images) -> list:
