@@ -13,6 +13,7 @@ import numpy as np
 from cddistill import commands, config, generate, io, models, sharding
 from cddistill.data import TASKS, images
 from cddistill.data.contracts import Task
+from cddistill.data.resample import to_float
 from cddistill.evals import grids
 from cddistill.generate import Student
 from cddistill.methods import UNTRAINED
@@ -187,7 +188,7 @@ def condition(model: Model, source) -> np.ndarray:
             raise ValueError(f"the image {source} does not exist")
     if model.task is not None:
         return model.task.read(source, model.size)
-    return np.float32(images.fit(images.read(source), model.size)) / np.float32(255)
+    return to_float(images.fit(images.read(source), model.size))
 
 
 def guided(student: Student, guidance: float | None) -> Student:

@@ -174,11 +174,11 @@ def owners() -> dict[str, type]:
 def describe(settings=None) -> list[str]:
     """--config.<field>=<value> and its comment, a line each: those of a config or, without one, of every method."""
     choices = {"method.name": METHODS, "data.source": SOURCES, "data.task": TASKS}
-    notes = {key: f"one of {', '.join(table)}" for key, table in choices.items()}
+    notes, known = {key: f"one of {', '.join(table)}" for key, table in choices.items()}, owners()
 
     def lines(values: dict[str, Any], method: str):
         for key, value in values.items():
-            cls, field = owners().get(key), key.rpartition(".")[2]
+            cls, field = known.get(key), key.rpartition(".")[2]
             if key.startswith("method."):
                 cls = METHODS[method]
             if cls is None and value == values.get(f"optim.{field}"):

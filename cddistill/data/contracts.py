@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from cddistill.data.resample import to_float
+
 Element = dict[str, Any]
 """One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
 float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str."""
@@ -70,7 +72,7 @@ class Task(Protocol):
 
     def target(self, element: Element) -> np.ndarray:
         """The image to generate, float32 [h, w, 3] in [0, 1]."""
-        return np.float32(element["image"]) / np.float32(255)
+        return to_float(element["image"])
 
     def text(self, element: Element) -> str:
         """The prompt that describes the target."""

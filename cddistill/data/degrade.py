@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import j1
 
-from cddistill.data.resample import resample, to_uint8
+from cddistill.data.resample import resample, to_float, to_uint8
 
 SIZES = np.arange(7, 22, 2)  # kernel sizes, pixels; range from the reference implementation's defaults, unverified
 SHAPES = ("gaussian", "gaussian", "generalised", "generalised", "plateau", "plateau")  # isotropic, then anisotropic
@@ -141,7 +141,7 @@ def jpeg(image, rng):
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=round(rng.uniform(*JPEG_QUALITY)))
     with Image.open(buffer) as decoded:
-        return np.asarray(decoded, np.float32) / np.float32(255)
+        return to_float(decoded)
 
 
 def sharpen(image, weight=0.5, radius=51, threshold=10):

@@ -16,6 +16,11 @@ def to_uint8(image):
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
+def to_float(image):
+    """Image of 8 bits as float32 in [0, 1], the same on every platform."""
+    return np.float32(image) / np.float32(255)
+
+
 @functools.lru_cache(maxsize=4096)  # random resizing needs many sizes
 def matrix(n, m, kind):
     """The matrix [m,n] that resamples n points to m. Each row sums to 1."""

@@ -32,8 +32,8 @@ CHOICES = {
     "gan_features": ("fake", "teacher"),
     "weighting": ("dmd", "dmd1", "none"),
     "regression": ("lpips", "l2"),
-    "student_lora": ("none", "attention", "blocks"),
-    "fake_lora": ("none", "attention", "blocks"),
+    "student_lora": ("none", *lora.LAYERS),
+    "fake_lora": ("none", *lora.LAYERS),
 }
 
 
@@ -92,8 +92,7 @@ class DMD2(Generator):
         """A trainable copy of the teacher, or a LoRA for these of its layers."""
         if layers == "none":
             return jax.tree.map(jnp.copy, teacher)
-        targets = lora.present_targets(teacher, {"attention": lora.ATTENTION, "blocks": lora.BLOCKS}[layers])
-        return lora.make_lora(teacher, key, self.lora_rank, self.lora_alpha, targets)
+        return lora.make_lora_of(teacher, layers, key, self.lora_rank, self.lora_alpha)
 
     def turns(self):
         disc = ("disc",) if self.gan_weight else ()

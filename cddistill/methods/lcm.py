@@ -22,11 +22,10 @@ from cddistill.models.guidance import embed_guidance, guidance_embedding, width_
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted, Denoiser
 
-LAYERS = {"attention": lora.ATTENTION, "blocks": lora.BLOCKS}
 CHOICES = {
     "adapter": ("none", *adapter.ADAPTERS),
     "distance": tuple(losses.DISTANCES),
-    "student_lora": ("none", *LAYERS),
+    "student_lora": ("none", *lora.LAYERS),
 }
 
 
@@ -68,8 +67,7 @@ class LCM(Generator):
         teacher = frozen["teacher"]
         sampling.check_boundary(teacher.schedule)
         if self.student_lora != "none":
-            targets = lora.present_targets(teacher, LAYERS[self.student_lora])
-            return {"backbone": lora.make_lora(teacher, key, self.lora_rank, self.lora_alpha, targets)}
+            return {"backbone": lora.make_lora_of(teacher, self.student_lora, key, self.lora_rank, self.lora_alpha)}
         if self.embedding_width:
             return {"backbone": embed_guidance(teacher, self.embedding_width)}
         conditional = "controlnet" in frozen or adapter.has_concat_channels(teacher, batch["x0"].shape[-1])

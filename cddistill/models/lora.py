@@ -36,6 +36,8 @@ BLOCKS = (  # every layer in the blocks, as in LCM-LoRA and DMD2
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 
+LAYERS = {"attention": ATTENTION, "blocks": BLOCKS}  # as methods' options name them
+
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers expects
 PREFIXES = {  # of layer names in files: diffusers' first, then kohya's trainer's
     "unet": ("unet.", "lora_unet_"),
@@ -123,6 +125,11 @@ def make_lora(net, key, rank: int, alpha: float | None = None, targets: tuple[st
         params[*layer, "down"] = x.reshape(shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
         params[*layer, "up"] = jnp.zeros((*(1,) * (len(shape) - 2), rank, kernels[layer][-1]))
     return Net(flax.traverse_util.unflatten_dict(params), Update(alpha))
+
+
+def make_lora_of(net, layers: str, key, rank: int, alpha: float) -> Net:
+    """`make_lora` for those of LAYERS[layers] that the net has; ValueError if it has none."""
+    return make_lora(net, key, rank, alpha, present_targets(net, LAYERS[layers]))
 
 
 def factors(params) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 from cddistill import io
 from cddistill.models import files
 from cddistill.models.families import FAMILIES
+from cddistill.models.index import parts_of
 
 ENCODERS = {name for family in FAMILIES.values() for name in family.text_encoders}
 TOKENIZERS = {name.replace("text_encoder", "tokenizer") for name in ENCODERS}
@@ -21,9 +22,7 @@ def pipeline_files(root: Path, index: dict) -> dict[str, Path]:
     Not among them are hidden files and folders, checkpoints, optimizer states and weights in other precisions or
     formats than those that would be loaded. Raises ValueError naming a file that cannot be read.
     """
-    if not root.is_dir():  # a weight file
-        return {}
-    parts = KNOWN | {name for name, entry in index.items() if isinstance(entry, list) and any(entry)}
+    parts = KNOWN | {*parts_of(index)}
     found = {p.name: p for p in sorted(root.iterdir()) if LICENCE.match(p.name) and p.is_file()}
     for part in sorted(parts):
         if (root / part).is_dir():

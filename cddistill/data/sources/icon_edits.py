@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cddistill.data.contracts import Source
 from cddistill.data.images import resize
-from cddistill.data.sources.icons import SIZE, Icons, caption, pack, pictures
+from cddistill.data.sources.icons import Icons, caption, checked, pack, pictures
 from cddistill.data.splits import in_order, members
 
 
@@ -40,9 +40,7 @@ class IconPairs:
     num_labels = 9
 
     def __init__(self, config, split):
-        if config.size > SIZE:
-            raise ValueError(f"icons are {SIZE} px; data.size must be at most that, not {config.size}")
-        self.size = config.size
+        self.size = checked(config.size)
         styles, self.labels = pack()
         drawings = collections.defaultdict(lambda: collections.defaultdict(dict))  # name -> style -> tone -> place
         for style, rows in styles.items():

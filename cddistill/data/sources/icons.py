@@ -44,9 +44,7 @@ class IconImages:
     num_labels = 9
 
     def __init__(self, config, split):
-        if config.size > SIZE:
-            raise ValueError(f"icons are {SIZE} px; data.size must be at most that, not {config.size}")
-        self.size = config.size
+        self.size = checked(config.size)
         styles, self.labels = pack()
         variants = collections.defaultdict(list)
         for style, rows in styles.items():
@@ -73,6 +71,13 @@ class IconImages:
             "label": self.labels[record["group"]],
             "caption": caption(record),
         }
+
+
+def checked(size: int) -> int:
+    """data.size; ValueError if it is larger than the icons."""
+    if size > SIZE:
+        raise ValueError(f"icons are {SIZE} px; data.size must be at most that, not {size}")
+    return size
 
 
 def caption(record) -> str:

@@ -9,6 +9,7 @@ from skimage import feature
 
 from cddistill.data import images
 from cddistill.data.contracts import Task
+from cddistill.data.resample import to_float
 
 LUMA = np.float32([0.299, 0.587, 0.114])  # ITU-R 601
 
@@ -44,8 +45,8 @@ class Canny(Task):
     def read(self, path, size):
         image = images.fit(images.read(path), size)
         if {*np.unique(image)} <= {0, 255} and (image[..., :1] == image).all():
-            return np.float32(image) / np.float32(255)
-        return picture_of(self.central_edges(np.float32(image) / np.float32(255)))
+            return to_float(image)
+        return picture_of(self.central_edges(to_float(image)))
 
     def input_note(self, size):
         return f"edges of {size} px are taken from the image; an image of {size} px in pure black and white is edges"

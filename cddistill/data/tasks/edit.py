@@ -6,6 +6,7 @@ import numpy as np
 
 from cddistill.data import images
 from cddistill.data.contracts import Task
+from cddistill.data.resample import to_float
 
 CHANGED = 4 / 255  # a pixel has changed if a channel differs by more
 
@@ -17,16 +18,16 @@ class Editing(Task):
     def target(self, element):
         if "edited" not in element:
             raise ValueError("data.task edit needs an edited image for every image: these data have none")
-        return np.float32(element["edited"]) / np.float32(255)
+        return to_float(element["edited"])
 
     def text(self, element):
         return element["instruction"]
 
     def condition(self, element, rng):
-        return np.float32(element["image"]) / np.float32(255)
+        return to_float(element["image"])
 
     def read(self, path, size):
-        return np.float32(images.fit(images.read(path), size)) / np.float32(255)
+        return to_float(images.fit(images.read(path), size))
 
     def references(self, cond):
         return {"not edited": cond}

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from cddistill.data import images
 from cddistill.data.contracts import Task
+from cddistill.data.resample import to_float
 
 GREY = 0.5  # of the hole
 MASK_SUFFIX = "_mask"  # photo_mask.png is the mask of photo.jpg
@@ -44,7 +45,7 @@ class Inpainting(Task):
         if hole.all() or not hole.any():
             problem = "covers all of the image" if hole.all() else "is empty"
             raise ValueError(f"the hole of {name_of(path)} {problem}: white in the mask, or transparent, is generated")
-        return masked(np.float32(images.fit(image, size)) / np.float32(255), hole)
+        return masked(to_float(images.fit(image, size)), hole)
 
     def input_note(self, size):
         return f"generated where the image is transparent, or its mask (name{MASK_SUFFIX}.png) is white; {size} px"

@@ -7,7 +7,7 @@ import numpy as np
 from cddistill.data import images
 from cddistill.data.contracts import Task
 from cddistill.data.degrade import realesrgan, sharpen
-from cddistill.data.resample import resample, to_uint8
+from cddistill.data.resample import resample, to_float, to_uint8
 
 DEGRADATIONS = ("bicubic", "realesrgan")
 
@@ -65,4 +65,4 @@ def downsample(image, scale):
 def upsample(image, size):
     """Small uint8 image [h,w,c] -> conditioning image float32 [H,W,c] in [0, 1], bicubic. size is H = W, or (H, W)."""
     size = (size, size) if np.ndim(size) == 0 else tuple(size)
-    return np.clip(resample(np.float32(image) / np.float32(255), size, "cubic"), 0, 1)
+    return np.clip(resample(to_float(image), size, "cubic"), 0, 1)
