@@ -57,6 +57,7 @@ RESCALING = DIVIDE_BY_ALPHA + (  # the classes that know rescale_betas_zero_snr;
     "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "LCMScheduler", "TCDScheduler",
 )  # fmt: skip
+SPACINGS = ("leading", "linspace", "trailing")  # diffusers' options; LCMScheduler has its own
 OFF = (False, None)
 PROCESS = {  # options that change the noise process or the network's output: their supported values
     "prediction_type": tuple(PREDICTS), "timestep_type": ("discrete",), "use_flow_sigmas": OFF,
@@ -135,12 +136,13 @@ class Sampling:
 
     def grid(self, total: int, n: int) -> np.ndarray:
         """n of `total` timesteps by the spacing, decreasing, bit for bit as in diffusers."""
-        most = self.original_inference_steps if self.spacing == "lcm" else total - self.skip_last
+        of_training = self.spacing not in SPACINGS  # LCM's steps are some of those of its training grid
+        most = self.original_inference_steps if of_training else total - self.skip_last
         if not 1 <= n <= most:
             raise ValueError(f"this scheduler cannot sample in {n} steps, only in 1 to {most}")
         if self.spacing == "trailing":
             return np.round(np.arange(total, 0, -total / n))[:n] - 1  # arange may return one too many
-        if self.spacing == "lcm":
+        if of_training:
             stride = total // most
             return (most - np.floor(np.linspace(0, most, n, endpoint=False))) * stride - 1
         m = n + self.skip_last
@@ -226,7 +228,7 @@ def read_sampling(path: Path) -> Sampling:
         raise ValueError(
             f"{path}: _class_name {name!r} is not supported, only {', '.join(SUPPORTED)} are, for sampling: change it"
         )
-    check(path, config, SUPPORTED[name] | {"timestep_spacing": ("leading", "linspace", "trailing")})
+    check(path, config, SUPPORTED[name] | {"timestep_spacing": SPACINGS})
     if name == "PNDMScheduler":
         logging.warning("%s: PNDM is not supported, sampling with DDIM at its timesteps", path)
     spacing, own = config["timestep_spacing"], config["_timesteps"]
