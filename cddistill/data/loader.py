@@ -173,7 +173,8 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+    threads = 1 if config.source.precomputed else 4  # of rows that need no decoding, several only share one lock
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
 
