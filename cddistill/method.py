@@ -69,8 +69,11 @@ class Method(Protocol):
     def turns(self) -> dict[str, Turn]:
         """The turns by name, in the order in which they are played; {} if nothing is trained."""
 
-    def ema(self) -> dict[str, float]:
-        """EMA decay per step of the nets that have an average; losses see it as n.<name>_ema."""
+    def ema(self) -> dict[str, float | Callable]:
+        """EMA decay of the nets that have an average, a number or a function of the step, int32 [] from 0.
+
+        Losses see the average as n.<name>_ema.
+        """
         return {}
 
     def requires(self) -> Requires:
@@ -156,6 +159,14 @@ def step_noise(key: Key[Array, ""], index: Index, shape: tuple[int, ...]) -> Ste
 def uniform(key: Key[Array, ""], index: Index) -> Float[Array, " b"]:
     """Uniform numbers in [0, 1) that depend on the sample's number, not on the device."""
     return jax.vmap(jax.random.uniform)(per_sample(key, index))
+
+
+def warmed_up(decay: float) -> Callable:
+    """The EMA decay min(decay, (1 + step) / (10 + step)), TensorFlow's num_updates: random weights are soon forgotten.
+
+    With a constant decay d they would still make up d^n of the average after n steps: 42 % at d = 0.9995, n = 1,729.
+    """
+    return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
 def check_choices(method, choices: dict[str, tuple[str, ...]]) -> None:

@@ -41,11 +41,11 @@ def active(turns, step: int) -> tuple[str, ...]:
 def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema, seed=0, accumulate=1, axis=None):
     """One train step: play the turns named in `play` in order; later turns see the weights updated by earlier ones.
 
-    play is static: one program is compiled for each set of turns. turns, optimizers (one per turn) and ema (decay by
-    net) come from the method and the config. Random keys depend only on seed, step and turn, so a resumed run repeats
-    them. accumulate is the number of micro-batches whose gradients are averaged for one update. axis is the name of the
-    pmap axis over which gradients and metrics are averaged; under jit it is None, because a mean over the batch is
-    already global there.
+    play is static: one program is compiled for each set of turns. turns, optimizers (one per turn) and ema (see
+    `Method.ema`) come from the method and the config. Random keys depend only on seed, step and turn, so a resumed run
+    repeats them. accumulate is the number of micro-batches whose gradients are averaged for one update. axis is the
+    name of the pmap axis over which gradients and metrics are averaged; under jit it is None, because a mean over the
+    batch is already global there.
 
     Returns the next state and scalar metrics "<turn>/<name>": those of the loss, and loss, grad_norm and moved.
     """
@@ -69,7 +69,8 @@ def train_step(state: TrainState, frozen, batch, play, *, turns, optimizers, ema
         logs |= {"moved": optax.tree.norm(updates) / optax.tree.norm(moving)}  # |update| / |weights|
         metrics |= {f"{name}/{k}": v for k, v in logs.items()}
 
-    averages = {n: optax.incremental_update(nets[n], state.ema[n], 1.0 - decay) for n, decay in ema.items()}
+    decays = {n: decay(state.step) if callable(decay) else decay for n, decay in ema.items()}
+    averages = {n: optax.incremental_update(nets[n], state.ema[n], 1.0 - decay) for n, decay in decays.items()}
     return TrainState(state.step + 1, nets, averages, opt), metrics
 
 

@@ -17,6 +17,7 @@ def get_config():
     config.optim.warmup = 300
     config.optim.decay = "cosine"
     config.method.ema_decay = 0.999
+    config.method.ema_warmup = True
     config.method.guidance = 2.0
     config.sample_steps = (50,)
     config.log_every = 50

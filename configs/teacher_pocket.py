@@ -22,6 +22,7 @@ def get_config(variant="train"):
     config.method.train_text_encoder = True
     config.method.guidance = 4.0
     config.method.ema_decay = 0.9995
+    config.method.ema_warmup = True
     config.data.num_classes = 33
     if variant == "encode":
         config.data.source = "mixture"

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
-from cddistill.method import Generator, Scored, step_noise
-from cddistill.step import active
+from cddistill.method import Generator, Scored, Turn, step_noise, warmed_up
+from cddistill.step import TrainState, active, train_step
 
 KEY = jax.random.key(0)
 LAYOUTS = {
@@ -139,3 +140,15 @@ def test_noise_depends_on_the_index_of_the_sample():
 
 def leaves(tree):
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(("decay", "left"), [(0.999, 0.999**100), (warmed_up(0.999), 0.0)])
+def test_a_warmed_up_average_forgets_its_start(decay, left):
+    """The average starts at 1 and the weights stay at 0: what is left after 100 steps is the start's share."""
+    turns = {"turn": Turn(moves=("net",), loss=lambda n, batch, key: (0.0 * n.net.sum(), {}))}
+    still = {"turn": optax.sgd(0.0)}
+    state = TrainState(jnp.int32(0), {"net": jnp.zeros(1)}, {"net": jnp.ones(1)}, {"turn": still["turn"].init(0.0)})
+    step = jax.jit(lambda s: train_step(s, {}, {}, ("turn",), turns=turns, optimizers=still, ema={"net": decay})[0])
+    for _ in range(100):
+        state = step(state)
+    np.testing.assert_allclose(state.ema["net"], left, atol=1e-4)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill import losses, models
-from cddistill.method import Requires, Scored, Turn, per_sample
+from cddistill.method import Requires, Scored, Turn, per_sample, warmed_up
 from cddistill.models.init import init_params_jax, weight_shapes
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
 from cddistill.net import Autoencoder
@@ -35,7 +35,7 @@ class TrainAutoencoder(Scored):
     lpips_every: int = 1  # train steps between two evaluations of LPIPS, whose weight is multiplied by this number
     lpips_crop: int = 0  # px: LPIPS of a random square crop of this size; 0 = of the whole image
     kl_weight: float = 5e-4
-    ema_decay: float = 0.999  # per step
+    ema_decay: float = 0.999  # per step, with `method.warmed_up`
 
     def init(self, key, frozen, batch):
         """The teacher's VAE, or a random one if it has none."""
@@ -63,7 +63,7 @@ class TrainAutoencoder(Scored):
         return {"vae": Turn(moves=("vae",), loss=self.loss, lazy=self.lpips_every)}
 
     def ema(self):
-        return {"vae": self.ema_decay}
+        return {"vae": warmed_up(self.ema_decay)}
 
     def requires(self):
         return Requires({"lpips": functools.partial(lpips.load, "vgg")}, teacher=False)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill import health, sampling
-from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform
+from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform, warmed_up
 from cddistill.models import adapter
 from cddistill.models.prompt import embed_ids
 from cddistill.models.schedulers import Sampling
@@ -25,6 +25,7 @@ class Diffusion(Generator):
 
     text_dropout: float = 0.1  # share of samples with the null text, for classifier-free guidance
     ema_decay: float = 0.999  # per step
+    ema_warmup: bool = False  # for random weights: a smaller decay at first, see `method.warmed_up`
     adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
     freeze_backbone: bool = False  # train only the branch, as ControlNet does
     train_text_encoder: bool = False  # of teachers with one text encoder; --mode=encode then writes token ids
@@ -59,7 +60,8 @@ class Diffusion(Generator):
         return super().health_rules() | health.COLLAPSE
 
     def ema(self):
-        return dict.fromkeys(self.turns()["student"].moves, self.ema_decay)
+        decay = warmed_up(self.ema_decay) if self.ema_warmup else self.ema_decay
+        return dict.fromkeys(self.turns()["student"].moves, decay)
 
     def loss(self, n, batch, key):
         """Denoising score matching at random timesteps; there are no metrics beside it."""
