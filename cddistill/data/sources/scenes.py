@@ -155,67 +155,69 @@ def random_edit(rng, solids, excluded=frozenset()):
 def render(world, solids, size):
     """Ray-traced image uint8 [size,size,3], depth float32 [size,size] in metres along the ray, and int [size,size] with
     k where most rays hit solids[k - 1], 0 where they hit none."""
-    rays = camera(size * SUPERSAMPLING)
-    down = rays[..., 1] < -1e-3
-    t = np.where(down, EYE[1] / -np.where(down, rays[..., 1], -1.0), np.inf)
-    solid_or_floor = t < FAR
-    normal = np.broadcast_to([0.0, 1.0, 0.0], rays.shape)
-    floor_at = EYE + np.where(solid_or_floor, t, 0)[..., None] * rays
-    tile = np.floor(floor_at[..., 0] * world.tiles) + np.floor(floor_at[..., 2] * world.tiles)
-    albedo = np.where(tile[..., None] % 2, *world.floor)
-    albedo = np.where(solid_or_floor[..., None], albedo, world.sky + 0.25 * rays[..., 1:2])
-    owner = np.zeros(t.shape, int)
+    rays, t, points = floor(size * SUPERSAMPLING)
+    t, surface, n = t.copy(), t < FAR, size * SUPERSAMPLING
+    tile = np.floor(points[:, 0] * world.tiles) + np.floor(points[:, 2] * world.tiles)
+    albedo = np.stack(world.floor)[np.where(tile % 2, 0, 1)]
+    albedo[~surface] = world.sky + 0.25 * rays[~surface, 1:2]
+    normal, owner = np.tile([0.0, 1.0, 0.0], (len(rays), 1)), np.zeros(len(rays), int)
     for k, solid in enumerate(solids, 1):
-        hit, hit_normal = intersect(solid, EYE, rays)
-        nearer = hit < t
-        t = np.where(nearer, hit, t)
-        normal = np.where(nearer[..., None], hit_normal, normal)
-        albedo = np.where(nearer[..., None], np.clip(COLOURS[solid.colour] + solid.tint, 0, 1), albedo)
-        owner[nearer] = k
-        solid_or_floor = solid_or_floor | nearer
+        met, hit, hit_normal = intersect(solid, EYE, rays)
+        nearer = hit < t[met]
+        at = met[nearer]
+        t[at], normal[at], owner[at], surface[at] = hit[nearer], hit_normal[nearer], k, True
+        albedo[at] = np.clip(COLOURS[solid.colour] + solid.tint, 0, 1)
     t = np.minimum(t, FAR)
-    lit = shade(world, solids, rays, EYE + t[..., None] * rays, normal, albedo, owner > 0)
-    image = pool(np.where(solid_or_floor[..., None], lit, albedo))
-    owned = pool(np.eye(len(solids) + 1)[owner])
-    return (np.clip(image, 0, 1) ** 0.85 * 255 + 0.5).astype(np.uint8), pool(t).astype(np.float32), owned.argmax(-1)
+    points = EYE + t[surface, None] * rays[surface]
+    albedo[surface] = shade(world, solids, rays[surface], points, normal[surface], albedo[surface], owner[surface] > 0)
+    image = pool(albedo.reshape(n, n, 3))
+    owned = pool(np.eye(len(solids) + 1)[owner].reshape(n, n, -1))
+    depth = pool(t.reshape(n, n)).astype(np.float32)
+    return (np.clip(image, 0, 1) ** 0.85 * 255 + 0.5).astype(np.uint8), depth, owned.argmax(-1)
 
 
 def shade(world, solids, rays, points, normal, albedo, shiny):
-    """Blinn-Phong shading with hard shadows; only shiny points have a highlight."""
+    """Blinn-Phong shading [n,3] with hard shadows of n points; only shiny points have a highlight."""
     start = points + 1e-2 * normal  # above the surface, which would otherwise shadow itself
-    light = np.broadcast_to(world.light, rays.shape)
-    bright = ~np.any([np.isfinite(intersect(solid, start, light)[0]) for solid in solids], axis=0)
-    diffuse = np.clip(normal @ world.light, 0, 1) * bright
-    half = world.light - rays
+    bright = np.ones(len(points), bool)
+    for solid in solids:
+        met, hit, _ = intersect(solid, start, world.light)
+        bright[met[np.isfinite(hit)]] = False
+    colour = albedo * (0.32 + 0.72 * (np.clip(normal @ world.light, 0, 1) * bright)[:, None])
+    glossy = np.flatnonzero(bright & shiny)
+    half = world.light - rays[glossy]
     half = half / np.linalg.norm(half, axis=-1, keepdims=True)
-    highlight = 0.35 * np.clip((normal * half).sum(-1), 0, 1) ** 40 * bright * shiny
-    return albedo * (0.32 + 0.72 * diffuse[..., None]) + highlight[..., None]
+    colour[glossy] += 0.35 * np.clip((normal[glossy] * half).sum(-1, keepdims=True), 0, 1) ** 40
+    return colour
 
 
 @functools.cache
-def camera(size):
-    """Unit directions [size,size,3] of the rays through the pixel centres."""
-    v, u = 1 - (np.mgrid[:size, :size] + 0.5) / size * 2
+def floor(size):
+    """Unit directions [size^2,3] of the rays through the pixel centres, their distances to the floor, inf above the
+    horizon, and the points where they meet it, EYE where they do not."""
+    v, u = 1 - (np.mgrid[:size, :size].reshape(2, -1) + 0.5) / size * 2
     forward, right = np.array([0, -0.34, 1.0]) / np.hypot(0.34, 1.0), np.array([1.0, 0, 0])
     up = np.cross(forward, right)
-    rays = forward - 0.45 * u[..., None] * right + 0.45 * v[..., None] * up
-    return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    rays = forward - 0.45 * u[:, None] * right + 0.45 * v[:, None] * up
+    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    down = rays[:, 1] < -1e-3
+    t = np.where(down, EYE[1] / -np.where(down, rays[:, 1], -1.0), np.inf)
+    return rays, t, EYE + np.where(t < FAR, t, 0)[:, None] * rays
 
 
 def intersect(solid, origin, rays):
-    """Distance along each ray to a solid (inf: missed) and the outward normal at the hit.
+    """(numbers of the rays that meet a solid's bounding sphere, distances along them to the solid, inf where they miss
+    it, and outward normals there).
 
-    Rays are unit vectors [..., 3], and origin is one point or one per ray. Only rays that meet the solid's bounding
-    sphere are intersected.
+    Rays are unit vectors [n,3] from one point or one per ray, or one direction from n points.
     """
     radius = SIZES[solid.size]
-    origin = np.broadcast_to(origin - np.array([solid.x, radius, solid.z]), rays.shape)
+    origin = origin - np.array([solid.x, radius, solid.z])
     along = np.einsum("...i,...i", origin, rays)
-    near = np.nonzero(np.einsum("...i,...i", origin, origin) - along**2 < 3.001 * radius**2)  # a cube's corners
+    near = np.flatnonzero(np.einsum("...i,...i", origin, origin) - along**2 < 3.001 * radius**2)  # a cube's corners
     shape = {"ball": ball, "cube": cube, "cylinder": cylinder}[solid.shape]
-    t, normal = np.full(rays.shape[:-1], np.inf), np.zeros(rays.shape)
-    t[near], normal[near] = shape(origin[near], rays[near], radius, solid.yaw)
-    return t, normal
+    origin, rays = (np.broadcast_to(x, (len(along), 3))[near] for x in (origin, rays))
+    return near, *shape(origin, rays, radius, solid.yaw)
 
 
 def ball(origin, rays, radius, yaw):
@@ -265,5 +267,5 @@ def finite(t):
 
 def pool(image):
     """Mean over the rays of each pixel."""
-    n = len(image) // SUPERSAMPLING
-    return image.reshape(n, SUPERSAMPLING, n, SUPERSAMPLING, *image.shape[2:]).mean((1, 3))
+    k = range(SUPERSAMPLING)
+    return sum(image[i::SUPERSAMPLING, j::SUPERSAMPLING] for i in k for j in k) / SUPERSAMPLING**2
