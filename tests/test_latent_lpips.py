@@ -202,6 +202,18 @@ def test_a_published_state_dict_loads_and_round_trips(small, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, latent_lpips.load(tmp_path / "sd15_mine.safetensors"), net)
 
 
+def test_a_pipeline_may_have_its_own(small, tmp_path, monkeypatch):
+    """By its folder, and by the name of an embedded one."""
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine/latent_lpips.safetensors is missing"):
+        latent_lpips.load(tmp_path / "mine")
+    net = small[1]()
+    latent_lpips.save(net, tmp_path / "mine" / latent_lpips.FILE)
+    jax.tree.map(np.testing.assert_array_equal, latent_lpips.load(tmp_path / "mine"), net)
+    monkeypatch.setattr("cddistill.models.folders.ASSETS", tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, latent_lpips.load("mine"), net)
+
+
 def test_a_trunk_to_train_has_the_published_size():
     """Without running statistics of batch norms and heads."""
     convs = jax.eval_shape(lambda key: latent_lpips.init_convs(key, 4, [64, 128, 256, 512, 512]), KEYS[0])

@@ -39,7 +39,7 @@ class Diffusion2GAN(Generator):
 
     time: int = 999  # the student's timestep (noise level); its input is always pure noise (DMD2's one-step SDXL: 399)
     regression: str = "latent_lpips"  # or "lpips" of decoded images, "teacher": the teacher's features, "l2" ...
-    metric: str = ""  # file with the weights of latent_lpips, such as sd15_latest_vgg16_tuned.pth
+    metric: str = ""  # weights of latent_lpips: a file, or a pipeline that has its own, such as "pocket"
     family: str = ""  # autoencoder of those weights, if the file's name does not say: sd15, sd21, sdxl, sd3, flux
     augment: str = "bgo"  # the ensemble's transforms: blit, geometric, cutout; "none" = the metric without transforms
     l1_weight: float = 0.0  # of mean |x^ - x| in the distance (released metric: 1)

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float
 
-from cddistill.models import files
+from cddistill.models import files, folders
 from cddistill.models.blocks import GroupNorm
 from cddistill.models.convert import abbreviate
 from cddistill.net import Net
@@ -27,6 +27,7 @@ from cddistill.perceptual.lpips import VGG, conv, distance, max_pool
 Latents = Float[Array | np.ndarray, "n h w c"]
 # The published names of the convolutions, net.slice<s>.<i>; each is followed by its batch norm, net.slice<s>.<i + 1>.
 CONVS = {1: (0, 3), 2: (7, 10), 3: (14, 17, 20), 4: (24, 27, 30), 5: (34, 37, 40)}
+FILE = "latent_lpips.safetensors"  # in the folder of a pipeline that has one for its VAE
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -112,12 +113,14 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     """LatentLPIPS as a net: net(a, b) -> float32 [n] >= 0 for latents [n, h, w, c] of its family's autoencoder.
 
     Latents are scaled like the diffusion model's, to about unit variance, as those of models.load's Autoencoder.
-    path is a PyTorch state dict of the package elatentlpips, <family>_latest_vgg16_tuned.pth, or a file of `save`;
-    family is needed only if neither metadata nor file name gives it. dtype is the compute type of the convolutions. As
-    one of the frozen nets it is not trained, heads included. Raises ValueError naming the file if it is missing,
-    truncated, of another family or holds anything but the expected weights.
+    path is a PyTorch state dict of the package elatentlpips, <family>_latest_vgg16_tuned.pth, a file of `save`, or a
+    pipeline's folder or embedded model ("pocket") that has latent_lpips.safetensors. family is needed only if neither
+    metadata nor file name gives it. dtype is the compute type of the convolutions. As one of the frozen nets it is not
+    trained, heads included. Raises ValueError naming the file if it is missing, truncated, of another family or holds
+    anything but the expected weights.
     """
-    file = Path(path).expanduser()
+    embedded, given = folders.ASSETS / path, Path(path).expanduser()
+    file = next((folder / FILE for folder in (embedded, given) if folder.is_dir()), given)
     if not file.is_file():
         published = f"download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
         own = f"make one for the family {family} with configs/latent_lpips.py"
