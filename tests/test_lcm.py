@@ -138,7 +138,7 @@ def test_options_that_do_not_fit_are_refused(options, sentence):
 
 def test_teachers_that_do_not_fit_are_refused():
     batch = tiny.make_batch()
-    with pytest.raises(ValueError, match="LCM needs a conditional teacher"):
+    with pytest.raises(ValueError, match="takes the condition: fine-tune one first"):
         METHODS["lcm"](adapter="controlnet", embedding_width=0).init(KEY, tiny.frozen(), batch)
     with pytest.raises(ValueError, match="defined on a DDPM schedule's"):
         METHODS["lcm"]().init(KEY, {"teacher": tiny.teacher().replace(schedule=EDM())}, batch)

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from cddistill import diffusion, health, losses, sampling
 from cddistill.diffusion import guide, like
 from cddistill.method import Generator, Requires, Turn, check_choices, normal, step_noise, uniform
-from cddistill.models import discriminator, lora
+from cddistill.models import adapter, discriminator, lora
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Denoiser
 from cddistill.perceptual import lpips
 from cddistill.sampling import NUM_LEVELS, level_to_time
 
 CHOICES = {
+    "adapter": ("none", *adapter.ADAPTERS),
     "gan_features": ("fake", "teacher"),
     "weighting": ("dmd", "dmd1", "none"),
     "regression": ("lpips", "l2"),
@@ -42,6 +43,7 @@ class DMD2(Generator):
     """Hyper-parameters of DMD2; the defaults are the paper's for ImageNet-64, "ours" marks additions."""
 
     student_timesteps: tuple[int, ...] = (999,)  # noise levels; SDXL: (399,) in one step, (999, 749, 499, 249) in four
+    adapter: str = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
     ratio: int = 5  # critic updates per student update (paper: 5; SD 1.5: 10)
     real_guidance: float = 1.0  # guidance scale of the teacher's score; fake is not guided (SD 1.5: 1.75; SDXL: 8)
     dm_weight: float = 1.0  # 0: only the GAN (ablation)
@@ -75,16 +77,28 @@ class DMD2(Generator):
             raise ValueError(f"method.ratio must be at least 1, not {self.ratio}")
         if not self.dm_weight and not self.gan_weight and not self.regression_weight:
             raise ValueError("method.dm_weight, gan_weight and regression_weight are all 0: the student has no loss")
+        if self.adapter != "none" and (self.regression_weight or {self.student_lora, self.fake_lora} != {"none"}):
+            raise ValueError(
+                f"method.adapter={self.adapter!r} goes with neither regression_weight (pairs have no condition) nor "
+                "student_lora and fake_lora: set those to 0 and 'none'"
+            )
 
     def init(self, key, frozen, batch):
-        """Student and fake are copies of the teacher, or LoRAs of it with zero update; disc is random."""
+        """Student and fake are copies of the teacher, or LoRAs of it with zero update; disc is random.
+
+        Raises ValueError for a condition that the teacher does not take.
+        """
+        adapter.check_conditional(frozen, self.adapter, batch)
         teacher, keys = frozen["teacher"], jax.random.split(key, 3)
         nets = {"student": self.copy(teacher, self.student_lora, keys[0])}
         if "critic" in self.turns():
             nets["fake"] = self.copy(teacher, self.fake_lora, keys[1])
+        if self.adapter in adapter.BRANCHES:
+            nets |= {f"{name}_branch": jax.tree.map(jnp.copy, frozen["controlnet"]) for name in tuple(nets)}
         if self.gan_weight:
             bottleneck = lambda n, b: n.features(b["x0"], level_to_time(n.schedule, 0), b["text"])
-            features = jax.eval_shape(bottleneck, teacher, batch)
+            whole = adapter.joined(teacher, frozen["controlnet"] if self.adapter in adapter.BRANCHES else None)
+            features = jax.eval_shape(bottleneck, whole, adapter.with_condition(self.adapter, batch))
             nets["disc"] = discriminator.make_head(features, keys[2])
         return nets
 
@@ -96,9 +110,13 @@ class DMD2(Generator):
 
     def turns(self):
         disc = ("disc",) if self.gan_weight else ()
-        critic = {"critic": Turn(moves=("fake", *disc), loss=self.critic_loss)}
-        student = {"student": Turn(moves=("student",), loss=self.student_loss, every=self.ratio)}
+        critic = {"critic": Turn(moves=(*self.with_branch("fake"), *disc), loss=self.critic_loss)}
+        student = {"student": Turn(moves=self.with_branch("student"), loss=self.student_loss, every=self.ratio)}
         return critic | student if self.dm_weight or self.gan_weight else student  # the warm-up has no critic
+
+    def with_branch(self, name: str) -> tuple[str, ...]:
+        """The nets that make up the student or fake."""
+        return (name, f"{name}_branch") if self.adapter in adapter.BRANCHES else (name,)
 
     def requires(self):
         use_lpips = bool(self.regression_weight) and self.regression == "lpips"
@@ -107,17 +125,18 @@ class DMD2(Generator):
             images=bool(self.gan_weight) or not self.backward_simulation,
             pairs=bool(self.regression_weight),
             text=self.real_guidance != 1.0,
+            condition=adapter.condition_space(self.adapter),
         )
 
     def exports(self):
-        return {"unet": "student"}
+        return dict(zip(("unet", "controlnet"), self.with_branch("student"), strict=False))
 
     def health_rules(self):
         rules = health.COLLAPSE | health.CRITIC | health.DISTRIBUTION_MATCHING | health.DISCRIMINATOR
         return super().health_rules() | rules
 
     def ema(self):
-        return {"student": self.ema_decay} if self.ema_decay else {}
+        return dict.fromkeys(self.with_branch("student"), self.ema_decay) if self.ema_decay else {}
 
     # ---- the two losses
 
@@ -127,6 +146,7 @@ class DMD2(Generator):
         Value and gradient are those of the loss; the gradient at x is computed once, in `student_gradient`.
         """
         k_gen, k_gradient = jax.random.split(key)
+        batch = adapter.with_condition(self.adapter, batch)
         loss = 0.0
         logs = {}
         if self.dm_weight or self.gan_weight:
@@ -159,6 +179,7 @@ class DMD2(Generator):
     def critic_loss(self, n, batch, key):
         """Denoising of the student's samples (E12, E13) and the GAN loss of real and generated images (E16)."""
         k_gen, k_t, k_eps, k_fake, k_real = jax.random.split(key, 5)
+        batch = adapter.with_condition(self.adapter, batch)
         x0 = jax.lax.stop_gradient(self.generate(n, batch, k_gen))
         t = self.random_timesteps(n, k_t, batch, self.fake_range)
         eps = normal(k_eps, batch["index"], x0.shape[1:])
@@ -212,9 +233,10 @@ class DMD2(Generator):
         t = self.random_timesteps(n, k_t, batch, self.dm_range)
         eps = normal(k_eps, batch["index"], x0.shape[1:])
         z_t = n.teacher.noise(x0, eps, t)
-        real = n.teacher(z_t, t, batch["text"])
-        if self.real_guidance != 1.0:
-            real = guide(real, n.teacher(z_t, t, batch["null"]), self.real_guidance)
+        teacher = self.teacher(n)
+        real = teacher(z_t, t, batch["text"])
+        if self.real_guidance != 1.0:  # guidance drops the text and keeps the condition
+            real = guide(real, teacher(z_t, t, batch["null"]), self.real_guidance)
         fake = self.fake(n)(z_t, t, batch["text"])
         g = fake.x0 - real.x0
         if self.weighting != "none":
@@ -231,7 +253,7 @@ class DMD2(Generator):
 
     def logits(self, n, x0, batch, key):
         """disc's logits [b] for samples x0, noised to a random level if `gan_noised` (E14)."""
-        net = n.teacher if self.gan_features == "teacher" else self.fake(n)
+        net = self.teacher(n) if self.gan_features == "teacher" else self.fake(n)
         t = level_to_time(n.teacher.schedule, 0)
         if self.gan_noised:
             k_t, k_eps = jax.random.split(key)
@@ -245,10 +267,19 @@ class DMD2(Generator):
         return sampling.scale_noise(schedule.alpha_sigma(level_to_time(schedule, self.student_timesteps))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
-        return lora.merge_if_lora(n.teacher, n.student_ema if average and self.ema_decay else n.student)
+        return self.whole(n, "student", "_ema" if average and self.ema_decay else "")
 
     def fake(self, n) -> Denoiser:
-        return lora.merge_if_lora(n.teacher, n.fake)
+        return self.whole(n, "fake")
+
+    def whole(self, n, name: str, suffix: str = "") -> Denoiser:
+        """The student or fake, its LoRA merged and with its branch."""
+        net, *branch = (getattr(n, part + suffix) for part in self.with_branch(name))
+        return adapter.joined(lora.merge_if_lora(n.teacher, net), *(branch or [None]))
+
+    def teacher(self, n) -> Denoiser:
+        """The teacher, with its ControlNet if there is a condition."""
+        return adapter.joined(n.teacher, n.controlnet if self.adapter in adapter.BRANCHES else None)
 
     def random_timesteps(self, n, key, batch, levels):
         """Native timesteps [b], uniform over a range of noise levels, both ends included."""
@@ -259,7 +290,7 @@ class DMD2(Generator):
     # ---- sampling
 
     def sample(self, n, noise, batch, step_noise, steps):
-        student = self.student(n, average=True)
+        student, batch = self.student(n, average=True), adapter.with_condition(self.adapter, batch)
         schedule = n.teacher.schedule
         denoise = lambda z, t: student(z, t, batch["text"])
         timesteps = level_to_time(schedule, self.sampling_levels(steps))

@@ -70,9 +70,7 @@ class LCM(Generator):
             return {"backbone": lora.make_lora_of(teacher, self.student_lora, key, self.lora_rank, self.lora_alpha)}
         if self.embedding_width:
             return {"backbone": embed_guidance(teacher, self.embedding_width)}
-        conditional = "controlnet" in frozen or adapter.has_concat_channels(teacher, batch["x0"].shape[-1])
-        if self.adapter != "none" and not conditional:
-            raise ValueError("LCM needs a conditional teacher: fine-tune one first, and set config.controlnet to it")
+        adapter.check_conditional(frozen, self.adapter, batch)
         return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
 
     def requires(self):

@@ -7,6 +7,7 @@ The third changes the UNet itself:
 * concat (Saharia et al. 2022; InstructPix2Pix, inpainting):       conv_in takes [z_t, c]; its weights for c start at 0
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
 from cddistill.models.init import init_params_jax, weight_shapes
-from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel
+from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel, conditioning
 from cddistill.net import Adapted, Denoiser, Net
 
 # Options of our encoder that diffusers' ControlNet lacks, with the only values that a branch may have.
@@ -159,6 +160,52 @@ def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[s
         widths = embedding_widths(batch["cond"], batch["x0"])
         nets["branch"] = make_branch(frozen["teacher"], key, kind, batch["cond"].shape[-1], widths)
     return nets
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioned:
+    """A UNet and its branch as one function of {"unet": ..., "branch": ...}, whose text also has the condition."""
+
+    unet: Apply
+    branch: Apply
+
+    @property
+    def module(self):
+        return self.unet.module
+
+    def __call__(self, params, z_t, t, text, **kwargs):
+        text = dict(text)
+        residuals = self.branch(params["branch"], z_t, t, text, text.pop("cond"))
+        return self.unet(params["unet"], z_t, t, text, residuals=residuals, **kwargs)
+
+
+def joined(denoiser: Denoiser, branch: Net | None) -> Denoiser:
+    """A denoiser with its branch, for methods that treat both as one network: see `with_condition`."""
+    if branch is None:
+        return denoiser
+    return denoiser.replace(
+        params={"unet": denoiser.params, "branch": branch.params}, apply=Conditioned(denoiser.apply, branch.apply)
+    )
+
+
+def with_condition(kind: str, batch):
+    """The batch with the condition among the text inputs, also the null ones: a `joined` network takes them so, or one
+    with further input channels."""
+    if kind == "none":
+        return batch
+    given = {"concat" if kind == "concat" else "cond": condition(kind, batch)}
+    return batch | {name: conditioning(batch[name]) | given for name in ("text", "null")}
+
+
+def check_conditional(frozen, kind: str, batch) -> None:
+    """ValueError if a method that learns from a conditional teacher has another one."""
+    concat = has_concat_channels(frozen["teacher"], batch["x0"].shape[-1])
+    if kind != "none" and not (concat if kind == "concat" else "controlnet" in frozen):
+        raise ValueError(
+            f"with method.adapter={kind!r} this method needs a teacher that takes the condition: fine-tune one first "
+            "with method diffusion, and set "
+            + ("config.teacher to its folder" if kind == "concat" else "config.controlnet to its controlnet/")
+        )
 
 
 def student(n, freeze_backbone: bool, average: bool = False) -> Adapted:
