@@ -17,6 +17,7 @@ from cddistill.data import ode_pairs
 from cddistill.diffusion import DDPM
 from cddistill.method import Generator, Requires, Turn
 from cddistill.models import adapter
+from cddistill.models.fingerprint import of_network
 from cddistill.models.prompt import embed_ids
 from cddistill.net import Adapted
 from cddistill.optim import optimizer
@@ -345,6 +346,14 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
         made_by, here = describe_teacher(manifest), describe_teacher(ours)
         sentence = f"data.pairs {folder} was made by {made_by}, and this run's teacher is {here}"
         raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
+    if made_with := manifest.get("fingerprints", {}).get("controlnet", ""):
+        net = run.controlnet and teacher.controlnet(run.controlnet)
+        here = of_network(net.params, net.module.to_config()) if net else "none"
+        if here != made_with:
+            raise ValueError(
+                f"data.pairs {folder} was made with another ControlNet ({made_with}) than config.controlnet="
+                f"{run.controlnet!r} ({here}): set it to that one, or make the pairs again"
+            )
     schedule, made_on = describe_schedule(teacher.denoiser), manifest.get("fingerprints", {}).get("schedule")
     if made_on not in (None, schedule):  # None: made by a version that did not keep it
         raise ValueError(f"data.pairs {folder} was made with {made_on}, and this run's teacher has {schedule}")

@@ -35,6 +35,11 @@ class Alarm(NamedTuple):
 Rules = Mapping[str, Rule]
 
 
+def statistics(name: str, x) -> dict:
+    """Metrics <name>_mean (brightness) and <name>_power, the mean square (contrast), of samples x [b, ...]."""
+    return {f"{name}_mean": x.mean(), f"{name}_power": (x**2).mean()}
+
+
 def contrast(mean, power):
     """Standard deviation over the window from means and mean squares."""
     return np.sqrt(max(power.mean() - mean.mean() ** 2, 1e-12))

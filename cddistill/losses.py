@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cddistill import diffusion
 from cddistill.diffusion import Data
+from cddistill.net import Denoiser, Time
 from cddistill.perceptual.latent_lpips import normalize_channels
 
 PerSample = Float[Array, " b"]
@@ -52,6 +54,21 @@ def min_snr(alpha: Float[Array, "*n"], sigma: Float[Array, "*n"], gamma: float) 
     """
     snr = (alpha / sigma) ** 2
     return jnp.minimum(snr, gamma) / jnp.maximum(snr, 1e-12)
+
+
+def denoising(net: Denoiser, x0: Data, eps: Data, t: Time, text) -> tuple[Float[Array, ""], PerSample]:
+    """(mean |out - target|^2, squared error in eps of each sample) of a denoiser at native timesteps t [b].
+
+    x0 networks have EDM's weight SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1).
+    """
+    pred = net(net.noise(x0, eps, t), t, text)
+    alpha, sigma = net.alpha_sigma(t, x0)
+    out, target = (diffusion.target(net.predicts, *x, alpha, sigma) for x in (pred, (x0, eps)))
+    loss = mse(out, target)
+    if net.predicts == "x0":
+        sigma_data = getattr(net.module, "sigma_data", 0.5)
+        loss = loss * ((alpha / sigma) ** 2 + sigma_data**-2).reshape(loss.shape)
+    return loss.mean(), mse(pred.eps, eps)
 
 
 def gan(logits: Sequence[Float[Array, "b ..."]], real: bool) -> PerSample:

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import commands, config, load, sample, train
+from cddistill import build, commands, config, load, pipeline, sample, train
+from cddistill.data.ode_pairs import OdePairs
 from cddistill.methods import METHODS
 from cddistill.models import adapter, save
 from cddistill.net import Adapted
+from cddistill.precompute import pairs as making
 
 KEY = jax.random.key(0)
 BRANCHES = {"controlnet", "fake_branch", "student_branch"}
-DMD2 = METHODS["dmd2"]
+DMD2, D2G = METHODS["dmd2"], METHODS["diffusion2gan"]
 
 
 def disturbed(net, seed=0, scale=0.1):
@@ -93,7 +95,7 @@ def test_dmd2_trains_what_takes_the_condition(kind, batch, branch):
     """All nets of a turn have gradients, and the discriminator reads features of the condition."""
     method = DMD2(adapter=kind, ema_decay=0.9, dm_weight=0.0)
     n = nets_of(method, frozen(kind, batch, branch), batch)
-    moving = {name: disturbed(getattr(n, name), 2) for name in method.with_branch("fake")}
+    moving = {name: disturbed(getattr(n, name), 2) for name in adapter.parts(kind, "fake")}
 
     @jax.jit
     def slopes(moving, batch):
@@ -103,17 +105,52 @@ def test_dmd2_trains_what_takes_the_condition(kind, batch, branch):
     (seen, swapped) = (slopes(moving, b) for b in (batch, other(batch)))
     assert all(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(seen[name])) > 0 for name in moving)
     assert any(bool((x != y).any()) for x, y in zip(*map(jax.tree.leaves, (seen, swapped)), strict=True))
-    assert {*method.ema()} == {*method.with_branch("student")} == {*method.turns()["student"].moves}
+    assert {*method.ema()} == {*adapter.parts(method.adapter, "student")} == {*method.turns()["student"].moves}
 
 
 def test_dmd2_samples_the_average_given_the_condition(batch, branch):
     method, noise = DMD2(adapter="controlnet", ema_decay=0.9), tiny.randn(0, 4, 8, 8, 3)
     n = nets_of(method, frozen("controlnet", batch, branch), batch)
     draw = jax.jit(lambda nets, b: method.sample(SimpleNamespace(**(vars(n) | nets)), noise, b, None, 1))
-    online = {name: getattr(n, name) for name in method.with_branch("student")}
+    online = {name: getattr(n, name) for name in adapter.parts(method.adapter, "student")}
     x = draw(online, batch)
     assert np.abs(x - draw(online, other(batch))).min() > 0
     np.testing.assert_array_equal(draw({name: disturbed(net) for name, net in online.items()}, batch), x)
+
+
+def with_cond_pairs(batch):
+    """Pairs whose conditions are the batch's, and the mismatched ones."""
+    pairs = batch["pairs"] | {"cond": batch["cond"]}
+    return batch | {"pairs": pairs, "others": jax.tree.map(lambda x: np.roll(x, -1, 0), pairs)}
+
+
+@KINDS
+def test_diffusion2gan_learns_from_pairs_with_a_condition(kind, batch, branch):
+    """The student's turn has gradients for UNet and branch, which depend on the pairs' condition."""
+    method = D2G(adapter=kind, regression="l2", augment="none", gan_weight=0.1, r1="none")
+    batch = with_cond_pairs(batch)
+    n = nets_of(method, frozen(kind, batch, branch), batch)
+    n.play = ("critic", "student")
+    moving = {name: getattr(n, name) for name in method.parts()}
+
+    @jax.jit
+    def slopes(moving, batch):
+        loss = lambda moving: method.student_loss(SimpleNamespace(**(vars(n) | moving)), batch, KEY)[0]
+        return jax.grad(loss)(moving), method.critic_loss(n, batch, KEY)[0]
+
+    (seen, critic), (swapped, _) = (slopes(moving, b) for b in (batch, with_cond_pairs(other(batch))))
+    assert np.isfinite(critic)
+    assert all(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(seen[name])) > 0 for name in moving)
+    assert any(bool((x != y).any()) for x, y in zip(*map(jax.tree.leaves, (seen, swapped)), strict=True))
+    assert {*method.ema()} == {*method.parts()} == {*method.turns()["student"].moves}
+    noise = tiny.randn(0, 4, 8, 8, 3)
+    draw = jax.jit(lambda b: method.sample(n, noise, b, None, 1))
+    assert np.abs(draw(batch) - draw(other(batch))).min() > 0
+
+
+def test_pairs_without_a_condition_are_refused(batch, branch):
+    with pytest.raises(ValueError, match="data.pairs have no condition: make them again"):
+        D2G(adapter="controlnet", regression="l2").init(KEY, frozen("controlnet", batch, branch), batch)
 
 
 def test_a_teacher_without_the_condition_is_refused(batch, branch):
@@ -125,17 +162,55 @@ def test_a_teacher_without_the_condition_is_refused(batch, branch):
         DMD2(adapter="controlnet", student_lora="blocks")
 
 
-@pytest.mark.slow
-def test_dmd2_for_super_resolution_from_a_config_to_a_folder(tmp_path, branch):
-    """The exported student has a unet/ and a controlnet/, and draws the run's images."""
-    folder, net = tiny.save_teacher(tmp_path / "teacher")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The folder of a teacher with a ControlNet for super-resolution."""
+    folder, net = tiny.save_teacher(tmp_path_factory.mktemp("files") / "teacher")
     given = disturbed(adapter.make_branch(net, KEY))
     save(folder, "controlnet", given.params, given.apply.module.to_config(), dtype=np.float32)
-    c = config.defaults("dmd2")
+    return folder
+
+
+def settings(method, folder, **changes):
+    c = config.defaults(method)
     c.update(teacher=str(folder), controlnet=str(folder / "controlnet"), steps=2, batch_size=8, sample_steps=(1,))
     c.update(report=False, checkpoint_every=2)
     c.data.update(size=8, task="sr", scale=2)
-    c.method.update(adapter="controlnet", ratio=1)
+    c.method.update(adapter="controlnet")
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def test_pairs_keep_the_condition_that_the_teacher_saw(files, tmp_path):
+    """Made again from what is stored, x0 is the same, and another when the condition is."""
+    c = settings("diffusion2gan", files, num_pairs=8, pairs_shard=8, pairs_batch=8, teacher_steps=(2,),
+                 **{"data.pairs": str(tmp_path / "pairs")})  # fmt: skip
+    commands.make_pairs(c, tmp_path / "pairs")
+    pairs = OdePairs(tmp_path / "pairs")
+    assert pairs.item(3)["cond"].shape == (8, 8, 3)
+    experiment = config.resolve(c)
+    teacher = pipeline.of_run(experiment.run)
+    generate_x0 = making.sampler(experiment.run, teacher.denoiser, 8, teacher.controlnet(str(files / "controlnet")))
+    rows = [pairs.item(i) for i in range(8)]
+    np.testing.assert_allclose(generate_x0(rows), np.stack([r["x0"] for r in rows]), atol=2e-3)
+    changed = generate_x0([r | {"cond": 1 - r["cond"]} for r in rows])
+    assert np.abs(changed - np.stack([r["x0"] for r in rows])).max() > 1e-2
+    with c.unlocked():
+        c.controlnet = ""
+    with pytest.raises(ValueError, match="was made with another ControlNet .* than config.controlnet=''"):
+        build.build(config.resolve(c))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dmd2", "diffusion2gan"])
+def test_super_resolution_from_a_config_to_a_folder(method, files, tmp_path):
+    """The exported student has a unet/ and a controlnet/, and draws the run's images."""
+    own = {"diffusion2gan": {"method.regression": "l2", "data.pairs": str(tmp_path / "pairs"), "teacher_steps": (2,),
+                             "num_pairs": 8, "method.augment": "none"}}  # fmt: skip
+    c = settings(method, files, **own.get(method, {"method.ratio": 1}))
+    if c.data.pairs:
+        commands.make_pairs(c, tmp_path / "pairs")
     train.train(c, tmp_path / "run")
     commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
     assert {"unet", "controlnet"} <= {p.name for p in (tmp_path / "out").iterdir()}

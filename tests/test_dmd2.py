@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import build, config, models
+from cddistill import build, config, losses, models
 from cddistill.diffusion import DDPM, EDM
 from cddistill.methods import dmd2
 from cddistill.methods.dmd2 import DMD2
@@ -133,7 +133,7 @@ def test_random_timesteps_cover_their_range(levels):
 def test_edm_critic_loss_is_weighted(levels, golden):
     """T11, T12: mean of (sigma^-2 + 4) (critic - x)^2 with the two samples at these levels."""
     t = level_to_time(EDM(), levels)
-    loss, _ = dmd2.denoising(says(FAKE, EDM()), X, jnp.zeros_like(X), t, jnp.zeros(2))
+    loss, _ = losses.denoising(says(FAKE, EDM()), X, jnp.zeros_like(X), t, jnp.zeros(2))
     np.testing.assert_allclose(loss, golden, rtol=1e-5)
 
 
@@ -141,9 +141,9 @@ def test_eps_and_v_critics_use_plain_mse():
     """E13: plain mean squared error in eps or in v."""
     eps, t = tiny.randn(1, *X.shape), jnp.array([100, 800])
     alpha, sigma = (c.reshape(2, 1, 1, 1) for c in SD.alpha_sigma(t))
-    got, _ = dmd2.denoising(says(FAKE, predicts="eps"), X, eps, t, jnp.zeros(2))
+    got, _ = losses.denoising(says(FAKE, predicts="eps"), X, eps, t, jnp.zeros(2))
     np.testing.assert_allclose(got, ((FAKE - eps) ** 2).mean(), rtol=1e-6)
-    got, _ = dmd2.denoising(says(FAKE, predicts="v"), X, eps, t, jnp.zeros(2))
+    got, _ = losses.denoising(says(FAKE, predicts="v"), X, eps, t, jnp.zeros(2))
     np.testing.assert_allclose(got, ((FAKE - (alpha * eps - sigma * X)) ** 2).mean(), rtol=1e-6)
 
 

@@ -160,12 +160,13 @@ class OdePairs:
         return len(self.rows)
 
     def item(self, i, rng=None):
-        """Usable row i: noise and x0 float32 [h,w,c], text and null text as a UNet takes them."""
+        """Usable row i: noise and x0 float32 [h,w,c], text and null text as a UNet takes them, perhaps a condition."""
         row = int(self.rows[i])
         k, at = divmod(row, self.manifest["shard"])
         text = {name: read_row(x, at) for name, x in self.shards[k].items()}
         x0, eps = text.pop("x0"), noise(self.manifest["seed"], row, self.manifest["x0"])
-        return {"noise": eps, "x0": x0, "text": unflatten_text(text), "null": unflatten_text(text | self.null)}
+        given = {"cond": text.pop("cond")} if "cond" in text else {}
+        return given | {"noise": eps, "x0": x0, "text": unflatten_text(text), "null": unflatten_text(text | self.null)}
 
 
 def read_row(x: files.Tensor, i: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from cddistill import health, losses, sampling
 from cddistill.diffusion import like
 from cddistill.method import Generator, Requires, Turn, check_choices, normal, per_sample, uniform
+from cddistill.models import adapter
 from cddistill.models.schedulers import Sampling
 from cddistill.models.unet_discriminator import make_discriminator
 from cddistill.net import Denoiser
@@ -26,6 +27,7 @@ from cddistill.perceptual import ensemble, latent_lpips, lpips
 from cddistill.sampling import NUM_LEVELS, level_to_time
 
 CHOICES = {
+    "adapter": ("none", *adapter.ADAPTERS),
     "regression": ("latent_lpips", "lpips", "teacher", "l2", "pseudo_huber"),
     "augment": tuple(ensemble.POLICIES),
     "r1": ("exact", "approximate", "none"),
@@ -37,6 +39,7 @@ CHOICES = {
 class Diffusion2GAN(Generator):
     """Hyper-parameters of Diffusion2GAN; the defaults are the paper's where it gives them, "ours" marks the others."""
 
+    adapter: str = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
     time: int = 999  # the student's timestep (noise level); its input is always pure noise (DMD2's one-step SDXL: 399)
     regression: str = "latent_lpips"  # or "lpips" of decoded images, "teacher": the teacher's features, "l2" ...
     metric: str = ""  # weights of latent_lpips: a file, or a pipeline that has its own, such as "pocket"
@@ -76,25 +79,33 @@ class Diffusion2GAN(Generator):
     def init(self, key, frozen, batch):
         """The student is a copy of the teacher; the discriminator is another, with new layers.
 
-        Raises ValueError if mix_share needs more than one pair in the batch.
+        Raises ValueError if mix_share needs more than one pair in the batch, or if the teacher or the pairs lack the
+        condition.
         """
+        adapter.check_conditional(frozen, self.adapter, batch)
+        if self.adapter != "none" and "cond" not in batch["pairs"]:
+            raise ValueError("data.pairs have no condition: make them again, with config.controlnet and data.task")
         teacher = frozen["teacher"]
         if self.gan_weight and self.mix_share and len(batch["index"]) < 2:
             raise ValueError("method.mix_share needs two pairs in a batch: raise batch_size, or set mix_share to 0")
-        nets = {"student": jax.tree.map(jnp.copy, teacher)}
+        nets = adapter.copied(self.adapter, {"student": jax.tree.map(jnp.copy, teacher)}, frozen)
         if self.gan_weight:
             nets["disc"] = make_discriminator(teacher, key, noise=self.disc_noise, scales=self.disc_scales)
         return nets
 
     def turns(self):
-        student = {"student": Turn(moves=("student",), loss=self.student_loss)}
+        student = {"student": Turn(moves=self.parts(), loss=self.student_loss)}
         if not self.gan_weight:
             return student
         lazy = 0 if self.r1 == "none" else self.r1_every
         return {"critic": Turn(moves=("disc",), loss=self.critic_loss, after=self.warmup, lazy=lazy)} | student
 
+    def parts(self) -> tuple[str, ...]:
+        """The nets that make up the student."""
+        return adapter.parts(self.adapter, "student")
+
     def ema(self):
-        return {"student": self.ema_decay} if self.ema_decay else {}
+        return dict.fromkeys(self.parts(), self.ema_decay) if self.ema_decay else {}
 
     def requires(self):
         nets = {}
@@ -102,7 +113,7 @@ class Diffusion2GAN(Generator):
             nets["lpips"] = functools.partial(lpips.load, "vgg")
         if self.regression == "latent_lpips":
             nets["latent_lpips"] = self.load_latent_lpips
-        return Requires(nets, images=False, pairs=True)
+        return Requires(nets, images=False, pairs=True, condition=adapter.condition_space(self.adapter))
 
     def load_latent_lpips(self):
         """n.latent_lpips. Raises ValueError if method.metric is empty."""
@@ -114,7 +125,7 @@ class Diffusion2GAN(Generator):
         return latent_lpips.load(self.metric, self.family)
 
     def exports(self):
-        return {"unet": "student"}
+        return dict(zip(("unet", "controlnet"), self.parts(), strict=False))
 
     def health_rules(self):
         return super().health_rules() | health.COLLAPSE | health.CRITIC | health.DISCRIMINATOR
@@ -124,7 +135,7 @@ class Diffusion2GAN(Generator):
     def student_loss(self, n, batch, key):
         """Distance to the teacher's image for the same noise, and the GAN loss conditioned on it (D2, D6, D7)."""
         z, x, text = self.pair(batch["pairs"])
-        generated = self.generate(n.student, z, text)
+        generated = self.generate(self.student(n), z, text)
         loss = 0.0
         logs = {}
         if self.regression_weight:
@@ -140,7 +151,7 @@ class Diffusion2GAN(Generator):
         """Real images against generated and mismatched ones (D8), and every r1_every steps the R1 penalty (D9)."""
         k_mix, k_r1 = jax.random.split(key)
         z, x, text = self.pair(batch["pairs"])
-        generated = jax.lax.stop_gradient(self.generate(n.student, z, text))
+        generated = jax.lax.stop_gradient(self.generate(self.student(n), z, text))
         real = self.logits(n, x, z, text)
         negative = self.logits(n, *self.mixed(batch, generated, k_mix))
         loss = (losses.gan(real, real=True) + losses.gan(negative, real=False)).mean()
@@ -154,8 +165,12 @@ class Diffusion2GAN(Generator):
     # ---- parts of the losses
 
     def pair(self, pairs):
-        """(z, x, text): unit noise, the teacher's ODE solution from it, and the text."""
-        return pairs["noise"], pairs["x0"], pairs["text"]
+        """(z, x, text): unit noise, the teacher's ODE solution from it, and the text with the condition."""
+        return pairs["noise"], pairs["x0"], adapter.with_condition(self.adapter, pairs)["text"]
+
+    def student(self, n, average: bool = False) -> Denoiser:
+        """The student or its moving average, with its branch."""
+        return adapter.whole(n, self.adapter, "student", average and bool(self.ema_decay))
 
     def generate(self, student: Denoiser, z, text):
         """x0 in one step from noise z scaled to the student's timestep (80 z for EDM); any parameterisation (D3)."""
@@ -175,13 +190,18 @@ class Diffusion2GAN(Generator):
 
     def feature_distance(self, n, a, b, text):
         """LPIPS's formula on the teacher's decoder features (ours), for latents without a trained latent LPIPS."""
+        text = self.without_branch(text)
         t = level_to_time(n.teacher.schedule, self.disc_time)
         levels = zip(n.teacher.decoder_features(a, t, text), n.teacher.decoder_features(b, t, text), strict=True)
         return sum(losses.direction(level_a[-1], level_b[-1]) for level_a, level_b in levels)
 
     def logits(self, n, x, z, text):
         """The discriminator's logits for images x with text and noise z: a tuple of maps [b, ...]."""
-        return n.disc(x, level_to_time(n.teacher.schedule, self.disc_time), text, z)
+        return n.disc(x, level_to_time(n.teacher.schedule, self.disc_time), self.without_branch(text), z)
+
+    def without_branch(self, text):
+        """The text inputs of a UNet without a branch: the discriminator (ours) and the features see no ControlNet."""
+        return {k: x for k, x in text.items() if k != "cond"} if self.adapter in adapter.BRANCHES else text
 
     def mixed(self, batch, generated, key):
         """Negatives (images, noise, text): generated images, and real ones with a mismatched image, text or noise."""
@@ -208,8 +228,8 @@ class Diffusion2GAN(Generator):
 
     def sample(self, n, noise, batch, step_noise, steps):
         self.check_steps(steps)
-        student = n.student_ema if self.ema_decay else n.student
-        return self.generate(student, noise, batch["text"])
+        batch = adapter.with_condition(self.adapter, batch)
+        return self.generate(self.student(n, average=True), noise, batch["text"])
 
     def check_steps(self, steps):
         """Raises ValueError unless steps is 1."""

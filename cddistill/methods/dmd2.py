@@ -15,11 +15,12 @@ student's update, as in the released code. Labels E1 ... here and T1 ... in test
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 
-from cddistill import diffusion, health, losses, sampling
+from cddistill import health, losses, sampling
 from cddistill.diffusion import guide, like
 from cddistill.method import Generator, Requires, Turn, check_choices, normal, step_noise, uniform
 from cddistill.models import adapter, discriminator, lora
@@ -93,11 +94,10 @@ class DMD2(Generator):
         nets = {"student": self.copy(teacher, self.student_lora, keys[0])}
         if "critic" in self.turns():
             nets["fake"] = self.copy(teacher, self.fake_lora, keys[1])
-        if self.adapter in adapter.BRANCHES:
-            nets |= {f"{name}_branch": jax.tree.map(jnp.copy, frozen["controlnet"]) for name in tuple(nets)}
+        nets = adapter.copied(self.adapter, nets, frozen)
         if self.gan_weight:
             bottleneck = lambda n, b: n.features(b["x0"], level_to_time(n.schedule, 0), b["text"])
-            whole = adapter.joined(teacher, frozen["controlnet"] if self.adapter in adapter.BRANCHES else None)
+            whole = self.teacher(SimpleNamespace(**frozen))
             features = jax.eval_shape(bottleneck, whole, adapter.with_condition(self.adapter, batch))
             nets["disc"] = discriminator.make_head(features, keys[2])
         return nets
@@ -110,13 +110,10 @@ class DMD2(Generator):
 
     def turns(self):
         disc = ("disc",) if self.gan_weight else ()
-        critic = {"critic": Turn(moves=(*self.with_branch("fake"), *disc), loss=self.critic_loss)}
-        student = {"student": Turn(moves=self.with_branch("student"), loss=self.student_loss, every=self.ratio)}
+        fake, student = (adapter.parts(self.adapter, name) for name in ("fake", "student"))
+        critic = {"critic": Turn(moves=(*fake, *disc), loss=self.critic_loss)}
+        student = {"student": Turn(moves=student, loss=self.student_loss, every=self.ratio)}
         return critic | student if self.dm_weight or self.gan_weight else student  # the warm-up has no critic
-
-    def with_branch(self, name: str) -> tuple[str, ...]:
-        """The nets that make up the student or fake."""
-        return (name, f"{name}_branch") if self.adapter in adapter.BRANCHES else (name,)
 
     def requires(self):
         use_lpips = bool(self.regression_weight) and self.regression == "lpips"
@@ -129,14 +126,14 @@ class DMD2(Generator):
         )
 
     def exports(self):
-        return dict(zip(("unet", "controlnet"), self.with_branch("student"), strict=False))
+        return dict(zip(("unet", "controlnet"), adapter.parts(self.adapter, "student"), strict=False))
 
     def health_rules(self):
         rules = health.COLLAPSE | health.CRITIC | health.DISTRIBUTION_MATCHING | health.DISCRIMINATOR
         return super().health_rules() | rules
 
     def ema(self):
-        return dict.fromkeys(self.with_branch("student"), self.ema_decay) if self.ema_decay else {}
+        return dict.fromkeys(adapter.parts(self.adapter, "student"), self.ema_decay) if self.ema_decay else {}
 
     # ---- the two losses
 
@@ -147,8 +144,7 @@ class DMD2(Generator):
         """
         k_gen, k_gradient = jax.random.split(key)
         batch = adapter.with_condition(self.adapter, batch)
-        loss = 0.0
-        logs = {}
+        loss, logs = 0.0, {}
         if self.dm_weight or self.gan_weight:
             x0 = self.generate(n, batch, k_gen)
             fixed = jax.lax.stop_gradient(x0)
@@ -183,9 +179,9 @@ class DMD2(Generator):
         x0 = jax.lax.stop_gradient(self.generate(n, batch, k_gen))
         t = self.random_timesteps(n, k_t, batch, self.fake_range)
         eps = normal(k_eps, batch["index"], x0.shape[1:])
-        loss, error = denoising(self.fake(n), x0, eps, t, batch["text"])
-        logs = {"denoising": loss, "eps_error": self.mean_in_dm_range(n, t, error), **statistics("sample", x0)}
-        logs |= {} if "imageless" in batch else statistics("real", batch["x0"])
+        loss, error = losses.denoising(self.fake(n), x0, eps, t, batch["text"])
+        logs = {"denoising": loss, "eps_error": self.mean_in_dm_range(n, t, error), **health.statistics("sample", x0)}
+        logs |= {} if "imageless" in batch else health.statistics("real", batch["x0"])
         if self.gan_weight:
             generated = self.logits(n, x0, batch, k_fake)
             real = self.logits(n, batch["x0"], batch, k_real)
@@ -267,19 +263,14 @@ class DMD2(Generator):
         return sampling.scale_noise(schedule.alpha_sigma(level_to_time(schedule, self.student_timesteps))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
-        return self.whole(n, "student", "_ema" if average and self.ema_decay else "")
+        net = adapter.whole(n, self.adapter, "student", average and bool(self.ema_decay))
+        return lora.merge_if_lora(n.teacher, net)
 
     def fake(self, n) -> Denoiser:
-        return self.whole(n, "fake")
-
-    def whole(self, n, name: str, suffix: str = "") -> Denoiser:
-        """The student or fake, its LoRA merged and with its branch."""
-        net, *branch = (getattr(n, part + suffix) for part in self.with_branch(name))
-        return adapter.joined(lora.merge_if_lora(n.teacher, net), *(branch or [None]))
+        return lora.merge_if_lora(n.teacher, adapter.whole(n, self.adapter, "fake"))
 
     def teacher(self, n) -> Denoiser:
-        """The teacher, with its ControlNet if there is a condition."""
-        return adapter.joined(n.teacher, n.controlnet if self.adapter in adapter.BRANCHES else None)
+        return adapter.teacher(n, self.adapter)
 
     def random_timesteps(self, n, key, batch, levels):
         """Native timesteps [b], uniform over a range of noise levels, both ends included."""
@@ -307,21 +298,3 @@ class DMD2(Generator):
 
     def sampling(self, schedule, steps):
         return Sampling(sampler="lcm", timesteps=tuple(map(int, level_to_time(schedule, self.sampling_levels(steps)))))
-
-
-def denoising(fake, x0, eps, t, text):
-    """fake's loss, mean |out - target|^2 (E13), weighted for x0 networks (E12), and its squared error in eps [b]."""
-    pred = fake(fake.noise(x0, eps, t), t, text)
-    alpha, sigma = fake.alpha_sigma(t, x0)
-    out, target = (diffusion.target(fake.predicts, *x, alpha, sigma) for x in (pred, (x0, eps)))
-    loss = losses.mse(out, target)
-    if fake.predicts == "x0":
-        sigma_data = getattr(fake.module, "sigma_data", 0.5)
-        loss = loss * ((alpha / sigma) ** 2 + sigma_data**-2).reshape(loss.shape)
-    return loss.mean(), losses.mse(pred.eps, eps)
-
-
-def statistics(name, x):
-    """Metrics <name>_mean (brightness) and <name>_power, the mean square (contrast)."""
-    x = jax.lax.stop_gradient(x)
-    return {f"{name}_mean": x.mean(), f"{name}_power": (x**2).mean()}

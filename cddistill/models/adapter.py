@@ -179,13 +179,36 @@ class Conditioned:
         return self.unet(params["unet"], z_t, t, text, residuals=residuals, **kwargs)
 
 
-def joined(denoiser: Denoiser, branch: Net | None) -> Denoiser:
+def joined(denoiser, branch: Net | None):
     """A denoiser with its branch, for methods that treat both as one network: see `with_condition`."""
     if branch is None:
         return denoiser
     return denoiser.replace(
         params={"unet": denoiser.params, "branch": branch.params}, apply=Conditioned(denoiser.apply, branch.apply)
     )
+
+
+def parts(kind: str, name: str) -> tuple[str, ...]:
+    """The nets that make up a network of this name, in methods that train a `joined` one."""
+    return (name, f"{name}_branch") if kind in BRANCHES else (name,)
+
+
+def copied(kind: str, nets: dict, frozen) -> dict:
+    """The nets with a copy of frozen["controlnet"] for each, where this kind has a branch."""
+    return nets | {
+        part: jax.tree.map(jnp.copy, frozen["controlnet"]) for name in nets for part in parts(kind, name)[1:]
+    }
+
+
+def whole(n, kind: str, name: str, average: bool = False):
+    """n.<name> with its branch, or their moving averages."""
+    net, *branch = (getattr(n, part + "_ema" * average) for part in parts(kind, name))
+    return joined(net, *(branch or [None]))
+
+
+def teacher(n, kind: str) -> Denoiser:
+    """The teacher, with its ControlNet where this kind has a branch."""
+    return joined(n.teacher, n.controlnet if kind in BRANCHES else None)
 
 
 def with_condition(kind: str, batch):

@@ -3,6 +3,7 @@
 The regression losses of DMD, of DMD2's warm-up and of Diffusion2GAN train on such pairs.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -22,6 +23,8 @@ from cddistill.build import check_heun, check_shapes, check_table, describe_sche
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
+from cddistill.models import adapter
+from cddistill.models.fingerprint import of_network
 from cddistill.precompute.encode import stored
 
 
@@ -34,17 +37,23 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     or `output` was written by another command, and FloatingPointError if an x0 is not finite.
     """
     run = experiment.run
+    experiment = experiment._replace(data=dataclasses.replace(experiment.data, pairs=""))  # not there yet
     if not run.teacher_steps:
         raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
     dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
-    first = row(dataset, run.seed, 0)
+    controlnet = teacher.controlnet(run.controlnet) if run.controlnet else None
+    kind = kind_of(teacher.denoiser, controlnet)
+    if kind != "none" and not experiment.data.task.conditional:
+        raise ValueError("this teacher takes a conditioning image: set data.task to the task that it was trained for")
+    first = row(dataset, run.seed, 0, kind)
     fingerprints = {"schedule": describe_schedule(teacher.denoiser)} | data.fingerprint(experiment.data)
+    fingerprints |= {"controlnet": of_network(controlnet.params, controlnet.module.to_config())} if controlnet else {}
     manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape, fingerprints)
     check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
     check_table(experiment, experiment.method.requires(), teacher)
     manifest = prepare_folder(output, manifest, first["null"])
     size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
-    generate_x0 = sampler(run, teacher.denoiser, size)
+    generate_x0 = sampler(run, teacher.denoiser, size, controlnet)
     shards = range(ode_pairs.num_shards(manifest))
     missing = [k for k in shards if not is_complete(output, manifest, k)]
     if not missing and sharding.is_host0():
@@ -55,7 +64,7 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     with Progress(*columns, disable=not (host_shards and sharding.is_host0())) as progress:
         task = progress.add_task("", total=sum(len(ode_pairs.shard_rows(manifest, k)) for k in host_shards))
         for k in host_shards:
-            rows = functools.partial(row, dataset, run.seed)
+            rows = functools.partial(row, dataset, run.seed, kind=kind)
             make_shard(output, manifest, k, rows, generate_x0, size, functools.partial(progress.advance, task))
     multihost_utils.sync_global_devices("pairs are made")  # a host that exits early would stop the others
 
@@ -118,8 +127,18 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
     return manifest
 
 
-def row(dataset, seed: int, i: int) -> dict:
-    """Noise, text and null text of row i. Text is rounded to float16, as the file stores it."""
+def kind_of(denoiser, controlnet) -> str:
+    """How a teacher takes a condition: a method's option `adapter`."""
+    if controlnet is not None:
+        return "controlnet"
+    return "concat" if adapter.has_concat_channels(denoiser, denoiser.module.out_channels) else "none"
+
+
+def row(dataset, seed: int, i: int, kind: str = "none") -> dict:
+    """Noise, text, null text and the condition of row i. Text and condition are rounded to float16, as files have them.
+
+    kind is that of `kind_of`.
+    """
     item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
 
     def rounded(text):
@@ -127,16 +146,18 @@ def row(dataset, seed: int, i: int) -> dict:
         half = {name: stored(name, np.asarray(x)[None], np.float16, [f"row {i}"])[0] for name, x in flat.items()}
         return ode_pairs.unflatten_text(half)
 
-    texts = {name: rounded(item[name]) for name in ("text", "null")}
-    return texts | {"row": i, "noise": ode_pairs.noise(seed, i, item["x0"].shape)}
+    given = {name: rounded(item[name]) for name in ("text", "null")}
+    given |= {} if kind == "none" else {"cond": np.float16(adapter.condition(kind, item))}
+    return given | {"row": i, "noise": ode_pairs.noise(seed, i, item["x0"].shape)}
 
 
-def sampler(run, denoiser, size: int):
+def sampler(run, denoiser, size: int, controlnet=None):
     """generate_x0(rows) -> x0 float16 [b, h, w, c] of up to `size` rows, split over this host's devices."""
     mesh, steps = sharding.make_mesh(devices=jax.local_devices()), run.teacher_steps[-1]
     if run.teacher_sampler == "heun":
         check_heun(denoiser.schedule)
-    frozen = jax.device_put({"teacher": denoiser}, sharding.replicated(mesh))
+    frozen = {"teacher": denoiser} | ({"controlnet": controlnet} if controlnet else {})
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
     teacher = generate.teacher_as_student(run, generate.Student(None, mesh, frozen, {}, {}))
 
     def integrate(nets, batch):
@@ -146,7 +167,7 @@ def sampler(run, denoiser, size: int):
     integrate = jax.jit(sharding.inside(mesh, integrate), out_shardings=sharding.by_row(mesh))
 
     def generate_x0(rows):
-        batch = stack([{name: r[name] for name in ("noise", "text", "null")} for r in rows])
+        batch = stack([{name: r[name] for name in ("noise", "text", "null", "cond") if name in r} for r in rows])
         batch = jax.tree.map(lambda x: x if np.issubdtype(x.dtype, np.integer) else np.float32(x), batch)
         batch |= {"index": np.arange(len(rows), dtype=np.int32)}
         batch = jax.tree.map(lambda x: generate.pad(x, size), batch)
@@ -172,7 +193,8 @@ def make_shard(folder: pathlib.Path, manifest: dict, k: int, row, generate_x0, s
     numbers, batches = ode_pairs.shard_rows(manifest, k), []
     for start in range(numbers.start, numbers.stop, size):
         rows = [row(i) for i in range(start, min(start + size, numbers.stop))]
-        batches.append(ode_pairs.flatten_text(stack([r["text"] for r in rows])) | {"x0": generate_x0(rows)})
+        cond = {name: np.stack([r[name] for r in rows]) for name in ("cond",) if name in rows[0]}
+        batches.append(ode_pairs.flatten_text(stack([r["text"] for r in rows])) | cond | {"x0": generate_x0(rows)})
         advance(len(rows))
     arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     save(ode_pairs.shard_file(folder, k), arrays, ode_pairs.describe(manifest, k))
