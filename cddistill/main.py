@@ -116,6 +116,7 @@ def parse(argv):
         if "--version" in argv:
             print(f"cddistill {cddistill.__version__}")
             sys.exit(0)
+        argv = with_files(argv)
         asked = bool(HELP & {*argv})
         arguments, overrides = split([x for x in argv if x not in HELP])
         rest = parse_options(arguments, known_only=asked)
@@ -133,6 +134,16 @@ def parse(argv):
             raise
         fail(error)
     return settings
+
+
+def with_files(argv: list[str]) -> list[str]:
+    """The arguments, with the lines of a --flagfile in its place: absl itself would not know the fields in it."""
+    try:
+        return [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+    except (flags.Error, UnicodeDecodeError) as error:
+        given = next(x for x in argv if "flagfile" in x)
+        why = str(error).rpartition("flagfile: ")[2]
+        raise ValueError(f"{given} cannot be read ({why}): it names a text file with an option in each line") from error
 
 
 def split(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:

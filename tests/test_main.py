@@ -157,6 +157,20 @@ def test_values_are_read_by_the_type_of_their_field(parsed, arguments, field, va
         assert type(fitted) is type(value)
 
 
+def test_options_may_lie_in_a_file(parsed, tmp_path):
+    (tmp_path / "more").write_text("--noconfig.flash\n")
+    (tmp_path / "options").write_text(f"# mine\n\n{SR}\n--config.steps=7\n--flagfile={tmp_path}/more\n")
+    for given in ([f"--flagfile={tmp_path}/options"], ["--flagfile", f"{tmp_path}/options"]):
+        settings = parsed("--config.steps=3", *given, "--config.seed=2")
+        assert (settings.steps, settings.seed, settings.flash) == (7, 2, False)
+
+
+@pytest.mark.parametrize("given", ["--flagfile=gone", "--flagfile=tests", "--flagfile=docs/ccd_sr.png", "--flagfile"])
+def test_a_file_of_options_that_cannot_be_read_is_named(parsed, given):
+    with pytest.raises(SystemExit, match=rf"^{given} cannot be read \(.+\): it names a text file with an option"):
+        parsed(SR, given)
+
+
 def test_a_common_field_sets_those_of_every_turn_and_a_reference_its_owner(parsed):
     settings = parsed(D2G, "--config.optim.lr=0.5", "--config.optim.critic.lr=0.25")
     optim = config.resolve(settings).optim
