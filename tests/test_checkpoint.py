@@ -35,6 +35,7 @@ from cddistill.checkpoint import (
 )
 from cddistill.data import DataConfig
 from cddistill.log import JsonlWriter
+from cddistill.models.fingerprint import host_sum, leaf_sum
 from cddistill.net import Net
 from cddistill.step import TrainState, init_state
 
@@ -440,6 +441,16 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_pat
     found.append(of("b"))
     assert len({*found, of("a/x.npy")}) == 5
     assert (fingerprint_path("cifar10"), fingerprint_path("")) == ("cifar10", "")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7, 2), (300, 301), (0, 4)])
+def test_weights_have_one_fingerprint_on_a_host_that_has_all_and_on_one_that_has_a_part(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    assert host_sum(x) == int(leaf_sum(x))
+    assert host_sum(jnp.asarray(x, jnp.bfloat16)) == int(leaf_sum(jnp.asarray(x, jnp.bfloat16)))
+    if x.size:
+        x.reshape(-1)[-1] += 1
+        assert host_sum(x) == int(leaf_sum(x))
 
 
 def test_an_example_stands_for_data_that_is_not_there(tmp_path):

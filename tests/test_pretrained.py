@@ -41,6 +41,13 @@ def test_the_folders_scheduler_selects_the_sampler(tmp_path):
     np.testing.assert_array_equal(draw(Pretrained(), net, 2, key=0), draw(Pretrained(), net, 2, key=1))
 
 
+@pytest.mark.parametrize("name", ["", "unet", "unet/diffusion_pytorch_model.safetensors", "scheduler"])
+def test_the_scheduler_is_found_from_any_part_of_the_folder(tmp_path, name):
+    options = {"_class_name": "LCMScheduler", "rescale_betas_zero_snr": False, "original_inference_steps": 20}
+    how = Pretrained(scheduler=str(folder(tmp_path, **options) / name)).sampling(None, 4)
+    assert (how.sampler, how.original_inference_steps) == ("lcm", 20)
+
+
 def test_own_timesteps_apply_to_their_number_of_steps():
     net, method = tiny.teacher(), Pretrained(timesteps=(399,))
     assert method.sampling(net.schedule, 1).timesteps == (399,)
