@@ -248,7 +248,7 @@ def test_a_moved_run_is_evaluated_sampled_exported_and_trained_on(moved, capsys)
     train.train(settings_in(moved, steps=3), moved / "run")
     assert f"step 3 of 3; in {moved / 'run'}: checkpoints, metrics.jsonl" in capsys.readouterr().out
     assert json.loads((moved / "run" / "config.json").read_text())["teacher"] == str(moved / "teacher")
-    with pytest.raises(ValueError, match="gone' is not a folder"):
+    with pytest.raises(ValueError, match="gone' does not exist; set it to a folder of images"):
         commands.evaluate_run(without, moved / "run")
 
 

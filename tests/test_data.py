@@ -327,6 +327,27 @@ def test_inconsistent_arrays_are_refused(arrays, name, array, sentence):
         load(latents(arrays))
 
 
+@pytest.mark.parametrize("source", ["folder", "arrays"])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{}/gone", "data.path '{}/gone' does not exist; set it to a folder of"),
+        ("gone/too", "data.path 'gone/too' does not exist in {}; set it to a folder of"),
+        ("~/gone", "data.path '~/gone' does not exist; set it to a folder of"),
+        ("{}/link", "data.path '{}/link' does not exist; set it to a folder of"),
+        ("{}/x0.npy", "data.path '{}/x0.npy' is not a folder; set it to a folder of"),
+        ("", "data.path '' is not a folder; set it to a folder of"),
+    ],
+)
+def test_a_path_without_data_says_whether_it_exists(tmp_path, monkeypatch, source, path, said):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x0.npy").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=f"^{said.format(tmp_path)}"):
+        load(configure(source=source, path=path.format(tmp_path)))
+
+
 def noise(*shape, scale=1.0, shift=0.0, dtype=np.float32):
     return (np.random.default_rng(1).normal(size=shape) * scale + shift).astype(dtype)
 

@@ -10,6 +10,17 @@ PROGRESS_EVERY = 10  # seconds between progress messages
 SKIPPED = ("__MACOSX", "@eaDir", "lost+found")  # besides hidden ones: folders of archives, file managers, file systems
 
 
+def data_path(path: str, what: str) -> Path:
+    """The folder data.path. Raises ValueError if it is no folder; `what` it should be, "a folder of images"."""
+    root = Path(path).expanduser()
+    if path and root.is_dir():
+        return root
+    wrong = "is not a folder"
+    if path and not root.exists():
+        wrong = f"does not exist{'' if root.is_absolute() else f' in {Path.cwd()}'}"
+    raise ValueError(f"data.path {path!r} {wrong}; set it to {what}")
+
+
 def files_below(root: Path) -> list[str]:
     """Paths of all files below root, relative to it, as in "train/a.png".
 

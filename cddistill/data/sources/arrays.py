@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 
 from cddistill import io
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values
+from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 
 AXES = {
@@ -89,7 +89,7 @@ class ArrayItems:
     """
 
     def __init__(self, config, split, x0_shape=()):
-        root = Path(config.path)
+        root = data_path(config.path, "a folder of .npy files, such as --mode=encode writes")
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)

@@ -12,7 +12,7 @@ from cddistill.data.captions import Captions, read_captions
 from cddistill.data.contracts import Source
 from cddistill.data.digests import of_files, of_values
 from cddistill.data.images import SUFFIXES, fit, is_image, read
-from cddistill.data.listing import files_below, read_all
+from cddistill.data.listing import data_path, files_below, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
 CACHE_BYTES = 2**30  # of decoded images kept in memory
@@ -96,9 +96,7 @@ class FolderImages:
 @functools.lru_cache(maxsize=4)  # so that all splits share one look at the folder
 def scan(source: Folder, path: str, skip_bad: bool) -> Contents:
     """List a folder, divide it into splits, and read its captions and labels. Says in a line what was found."""
-    root = Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise ValueError(f"data.path {path!r} is not a folder; set it to a folder of images")
+    root = data_path(path, "a folder of images")
     files = files_below(root)
     images = [name for name in files if is_image(name)]
     if not images:
