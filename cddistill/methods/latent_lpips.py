@@ -36,7 +36,7 @@ EPS = 0.1  # added to the denominators of its ratios of distances
 class LatentMetric(Scored):
     """Hyper-parameters of a latent LPIPS; the defaults are those of the published ones."""
 
-    stage: str = "classify"  # then "judge", with start_from=<workdir of the first run>
+    stage: str = "classify"  # then "judge", with init_from_run=<workdir of the first run>
     family: str = ""  # name of the autoencoder, stored in the exported file
     width: int = 64  # channels of the first stage (the others: 2, 4, 8, 8 times as many); norms have width / 2 groups
     pools: tuple[int, ...] = (3, 4)  # stages that end in a max-pool; for images instead of latents: (1, 2, 3, 4)
@@ -107,7 +107,7 @@ class LatentMetric(Scored):
     def metric(self, n) -> Net:
         """The metric of n.trunk and n.heads. Raises ValueError in stage "classify", which has no heads."""
         if self.stage == "classify":
-            raise ValueError("stage 'classify' has no metric yet: train 'judge' with start_from=<this workdir> first")
+            raise ValueError("stage 'classify' has no metric yet: train 'judge' with init_from_run=<workdir> first")
         return n.trunk.replace(params=n.trunk.params | {"heads": n.heads()})
 
     # ---- the two stages
