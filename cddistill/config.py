@@ -140,12 +140,37 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
 def check_names(config: dict[str, Any]) -> None:
     """ValueError for a key that no config has, with the one that was probably meant."""
     known = owners()
-    for key in io.flatten(config):
+    for key, value in io.flatten(config).items():
+        if any(name.startswith(f"{key}.") for name in known):
+            raise ValueError(f"{key} holds options and cannot be {value!r}: give a dict of them, or leave it out")
         group, _, field = key.partition(".")
         common = f"optim.{field.rpartition('.')[2]}" if group == "optim" else key  # optim.<turn>.<field>
+        if said := foreign(key, method_of(config)):
+            raise ValueError(said)
         if common not in known:
             near = typed.nearest(key, known)
             raise ValueError(f"unknown config key {key}: {f'did you mean {near!r}?' if near else '--help lists all'}")
+
+
+def method_of(config) -> str | None:
+    """method.name of a ConfigDict or dict; None if it has none."""
+    group = config.get("method")
+    return group.get("name") if isinstance(group, ConfigDict | dict) else None
+
+
+def methods_with(option: str) -> list[str]:
+    """The names of the methods that have a hyper-parameter."""
+    return [name for name, cls in METHODS.items() if option in {field.name for field in dataclasses.fields(cls)}]
+
+
+def foreign(key: str, method: str | None) -> str:
+    """The sentence for an option that other methods have, "method.ratio", but this one has not; "" for other keys."""
+    group, _, field = key.rpartition(".")
+    names = methods_with(field)
+    if group != "method" or method not in METHODS or method in names or not names:
+        return ""
+    has = f"{key} is an option of {', '.join(names)}, and the method is {method}"
+    return f"{has}: leave it out, or start from a config file with that method"
 
 
 def plain(config) -> dict[str, Any]:

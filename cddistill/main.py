@@ -230,10 +230,12 @@ def config_error(path: pathlib.Path, error: Exception) -> str:
         return f"{path}, line {error.lineno}: {error.msg}"
     where = f"{path}, line {[0, *lines][-1]}"
     if key := re.search(r'(?:Key|instead of) "([^"]+)"', said):  # a ConfigDict's
-        from cddistill.config import owners
+        from cddistill.config import methods_with, owners
 
         near = typed.nearest(key[1], owners())
-        return f"{where}: unknown config key {key[1]!r}: " + (f"did you mean {near!r}?" if near else "--help lists all")
+        having = ", ".join(methods_with(near.rpartition(".")[2])) if near.startswith("method.") else ""
+        hint = f"did you mean {near!r}?{f' (of the method {having})' * bool(having)}" if near else "--help lists all"
+        return f"{where}: unknown config key {key[1]!r}: {hint}"
     if wrong := re.search(r"field '(\w+)'.*?\. (.+) is of original type <class '(\w+)'> .* type <class '(\w+)'>", said):
         return f"{where}: {wrong[1]} must be {wrong[4]}, not {wrong[3]} {wrong[2]}"
     return f"{where}: {said}" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: {said}"
@@ -245,10 +247,12 @@ def override(settings: ConfigDict, overrides: list[tuple[str, str]]) -> ConfigDi
     for field, text in overrides:
         texts.setdefault(field, []).append(text)
     for field, given in texts.items():
+        if field in ("method", "method.name"):
+            check_method(settings, given[-1])
         node, *path = settings, *field.split(".")
         for part in path:
             if not isinstance(node, ConfigDict) or part not in node:
-                raise ValueError(unknown(field, io.flatten(settings.to_dict())))
+                raise ValueError(unknown(field, settings))
             parent, node = node, node[part]
         if isinstance(node, ConfigDict):
             raise ValueError(f"config.{field} is a group: set a field, such as --config.{field}.{next(iter(node))}")
@@ -256,9 +260,27 @@ def override(settings: ConfigDict, overrides: list[tuple[str, str]]) -> ConfigDi
     return settings
 
 
-def unknown(field: str, known) -> str:
+def check_method(settings: ConfigDict, asked: str) -> None:
+    """ValueError if another method is asked for than the config file has: its options would not be that method's."""
+    from cddistill.config import method_of
+    from cddistill.methods import METHODS
+
+    if asked == (now := method_of(settings)):
+        return
+    typed.choose("method.name", METHODS, asked)
+    own, start = pathlib.Path(CONFIG.value.partition(":")[0]).expanduser(), f'defaults("{asked}")'
+    others = [path for path in sorted(own.parent.glob("*.py")) if start in path.read_text("utf-8", "ignore")]
+    hint = f"such as --config={others[0]}" if others else f"one that starts from {start}"
+    raise ValueError(f"the config file {own} chose the method {now}: for {asked} pass a config file of it, {hint}")
+
+
+def unknown(field: str, settings: ConfigDict) -> str:
     """The sentence for a field that a config does not have."""
-    near, leaf = typed.nearest(field, known), field.rpartition(".")[2]
+    from cddistill.config import foreign, method_of
+
+    if said := foreign(field, method_of(settings)):
+        return said
+    near, leaf = typed.nearest(field, io.flatten(settings.to_dict())), field.rpartition(".")[2]
     if not near:
         return f"unknown config key {field!r}: --help lists all"
     if leaf == near.rpartition(".")[2]:

@@ -39,6 +39,10 @@ def test_every_config_resolves_and_documents_its_command(path):
         ({"batchsize": 3}, "unknown config key batchsize: did you mean 'batch_size'"),
         ({"optim": {"lrr": 1.0}}, "unknown config key optim.lrr: did you mean 'optim.lr'"),
         ({"method": {"name": "codi", "spce": "x0"}}, "unknown config key method.spce: did you mean 'method.space'"),
+        ({"method": {"ratio": 5}}, "method.ratio is an option of dmd2, and the method is codi: leave it out"),
+        ({"method": {"name": "dmd2"}}, "is an option of .*, and the method is dmd2: .* a config file with that method"),
+        ({"method": "codi"}, "method holds options and cannot be 'codi': give a dict of them"),
+        ({"optim": 1e-4}, "optim holds options and cannot be 0.0001: give a dict of them"),
         ({"method": {"name": "cody"}}, "unknown method.name 'cody': did you mean 'codi'"),
         ({"steps": "many"}, "steps must be int, not str 'many'"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -68,7 +72,7 @@ def test_every_config_resolves_and_documents_its_command(path):
 )
 def test_config_errors_name_the_key_and_value(change, sentence):
     base = config.plain(config.defaults("codi"))
-    merged = base | {k: base[k] | v if isinstance(base[k], dict) else v for k, v in change.items() if k in base}
+    merged = base | {k: base[k] | v if isinstance(v, dict) else v for k, v in change.items() if k in base}
     merged |= {k: v for k, v in change.items() if k not in base}
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         config.resolve(merged)

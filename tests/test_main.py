@@ -84,6 +84,16 @@ D2G = "--config=configs/dmd2_emoji.py"
         ([SR, "--config.learning_rate=1"], "'learning_rate': did you mean 'lr'? (--config.optim.lr)"),
         ([SR, "--batch-size=4"], "unknown option --batch-size: did you mean --config.batch_size?"),
         ([SR, "--config.nothing_like_it=3"], "unknown config key 'nothing_like_it': --help lists all"),
+        (
+            [SR, "--config.method.name=dmd2"],
+            "the config file configs/ccd_sr.py chose the method codi: for dmd2 pass a config file of it, such as "
+            "--config=configs/dmd2_emoji.py",
+        ),
+        ([f"{SR}:pe", "--config.method=dmd2"], "configs/ccd_sr.py chose the method codi: for dmd2"),
+        ([D2G, "--config.method.name", "codi"], "chose the method dmd2: for codi pass a config file of it"),
+        ([SR, "--config.method.name=dmd"], "unknown method.name 'dmd': did you mean 'dmd2'?"),
+        ([SR, "--config.method.ratio=5"], "method.ratio is an option of dmd2, and the method is codi: leave"),
+        ([D2G, "--config.method.num_ode=5"], "unknown config key 'num_ode'"),
         ([SR, "--config.steps.x=3"], "unknown config key 'x'"),
         ([SR, "--config.optim=3"], "config.optim is a group: set a field, such as --config.optim."),
         ([SR, "--batch_size=4"], "unknown option --batch_size: did you mean --config.batch_size?"),
@@ -145,6 +155,7 @@ def test_a_mistake_is_named_with_its_remedy(parsed, arguments, said):
         (["--config.data.mixture=icons,emoji"], "data.mixture", ("icons", "emoji")),
         (["--config.teacher=a=b"], "teacher", "a=b"),
         (["--config.steps=3", "--config.steps=5"], "steps", 5),
+        (["--config.method.name=codi", "--config.seed=4"], "seed", 4),
     ],
 )
 def test_values_are_read_by_the_type_of_their_field(parsed, arguments, field, value):
@@ -186,6 +197,7 @@ def test_a_common_field_sets_those_of_every_turn_and_a_reference_its_owner(parse
             "mine.py, line 3: unknown config key 'lr': did you mean 'optim.lr'?",
         ),
         ("c = defaults('codi'); c.optim.lrr = 3; return c", "unknown config key 'lrr': did you mean 'optim.lr'?"),
+        ("c = defaults('codi'); c.method.ratio = 3; return c", "did you mean 'method.ratio'? (of the method dmd2)"),
         ("c = defaults('codi'); c.steps = 1.5; return c", "mine.py, line 3: steps must be int, not float 1.5"),
         ("return defaults('cody')", "mine.py, line 3: unknown method.name 'cody': did you mean 'codi'?"),
         ("return undefined", "mine.py, line 3: NameError: name 'undefined' is not defined"),
@@ -198,6 +210,12 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(parsed, tmp_path, bod
     with pytest.raises(SystemExit) as stopped:
         parsed(f"--config={tmp_path}/mine.py")
     assert said in stopped.value.code
+
+
+def test_a_config_file_without_others_beside_it_says_how_one_of_another_method_starts(parsed, tmp_path):
+    (tmp_path / "mine.py").write_text("from cddistill.config import defaults\nget_config = lambda: defaults('codi')\n")
+    with pytest.raises(SystemExit, match=r"for dmd2 pass a config file of it, one that starts from defaults\(.dmd2.\)"):
+        parsed(f"--config={tmp_path}/mine.py", "--config.method.name=dmd2")
 
 
 def test_a_config_file_without_get_config_and_a_home_folder_are_understood(parsed, tmp_path, monkeypatch):
