@@ -21,8 +21,9 @@ SECTIONS = {  # test file: (title, recorder of PyTorch's outputs, meaning of the
     ),
     "test_models": (
         "UNets and ControlNets", make_models,
-        "pixel is a class-conditional pixel model, upscaler has cross-attention only and classes, odd has options that "
-        "no published model uses.",
+        "pixel is a class-conditional pixel model, upscaler has cross-attention only and classes, ssd1b and layers "
+        "have numbers of transformer blocks per layer, no_mid has no middle block, odd has options that no published "
+        "model uses.",
     ),
     "test_vae": (
         "Autoencoders", make_vae,

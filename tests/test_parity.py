@@ -1,7 +1,10 @@
 """The fixture `parity`: differences from PyTorch fail, and every comparison is in the table."""
 
+import pathlib
+
 import numpy as np
 import pytest
+from golden import make_clip, make_edm, make_models, make_modules, make_schedulers, make_vae
 from parity import Parity, table
 
 
@@ -49,3 +52,14 @@ def test_the_table_has_the_largest_error_and_counts_all_numbers():
     rows = table([*output, ("a net", "trajectory", 1e-4, 3e-4, 1000)]).splitlines()
     assert rows[0] == "| | output | trajectory | numbers |"
     assert rows[2:] == ["| a net |  | 1.0e-04 (limit 3e-04) | 1,000 |", "| net | 2.3e-06 |  | 6 |"]
+
+
+def test_the_page_has_a_row_for_everything_that_was_recorded():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "parity.md").read_text()
+    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    unets = {f"UNet2DConditionModel, {name}" for name in make_models.UNETS}
+    controlnets = {f"ControlNetModel, {name}" for name in make_models.CONTROLNETS}
+    samplers = {*make_schedulers.CONFIGS, *make_schedulers.STUDENTS}
+    assert not {*make_modules.MODULES, *unets, *controlnets, *samplers} - rows
+    networks = {*make_vae.CONFIGS, *make_clip.ENCODERS, *make_edm.CONFIGS}
+    assert not networks - {row.rpartition(", ")[2] for row in rows}
