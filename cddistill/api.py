@@ -105,18 +105,18 @@ def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
 def sample(
     model: Model, *, prompt: str | Sequence[str] | None = None, label: int | Sequence[int] | None = None, image=None,
     negative_prompt: str | Sequence[str] | None = None, n: int | None = None, steps: int | None = None,
-    guidance: float | None = None, seed: int = 0,
+    guidance: float | None = None, image_guidance: float | None = None, seed: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Images, float32 [n, h, w, 3] in [0, 1].
 
     prompt, label and image are one or a list: texts, class labels, and conditions (a path, a PIL image or a uint8 array
     [h, w, c]). n images are generated if none of them is a list. Guidance leads away from negative_prompt, one or a
-    list, instead of from the empty prompt. The same seed gives the same images. Raises ValueError for inputs that the
-    model does not take, or of different numbers.
+    list, instead of from the empty prompt, and image_guidance away from no image (editing). The same seed gives the
+    same images. Raises ValueError for inputs that the model does not take, or of different numbers.
     """
     given = {"prompt": prompt, "label": label, "image": image, "negative_prompt": negative_prompt}
     given, n = aligned({name: listed(x) for name, x in given.items() if x is not None}, n or 1)
-    student = guided(model.student, guidance)
+    student = guided(guided(model.student, guidance), image_guidance, "image_guidance")
     if "negative_prompt" in given:
         check_guided(student.method, model.name)
     batch = {"x0": np.zeros((n, *model.shape), np.float32), "index": np.arange(n, dtype=np.int32)}
@@ -191,13 +191,13 @@ def condition(model: Model, source) -> np.ndarray:
     return to_float(images.fit(images.read(source), model.size))
 
 
-def guided(student: Student, guidance: float | None) -> Student:
-    """The student with another guidance scale; ValueError if its method has none."""
-    if guidance is None:
+def guided(student: Student, scale: float | None, name: str = "guidance") -> Student:
+    """The student with another guidance scale, that of the text or of the image; ValueError if its method has none."""
+    if scale is None:
         return student
-    if not hasattr(student.method, "guidance"):
-        raise ValueError(f"{type(student.method).__name__} students have no guidance scale: leave guidance out")
-    return student._replace(method=dataclasses.replace(student.method, guidance=float(guidance)))
+    if not hasattr(student.method, name):
+        raise ValueError(f"{type(student.method).__name__} students have no such guidance scale: leave {name} out")
+    return student._replace(method=dataclasses.replace(student.method, **{name: float(scale)}))
 
 
 def check_guided(method, name: str) -> None:

@@ -24,14 +24,35 @@ Levels = tuple[Float[Array, "*n"], Float[Array, "*n"]]  # (alpha, sigma)
 NUM_LEVELS = 1000  # noise levels of `level_to_time`; 0 is the least noisy
 
 
-def guided(denoise: Callable, text: Any, null: Any, scale: float) -> Denoise:
+def guided(
+    denoise: Callable, text: Any, null: Any, scale: float, image_scale: float = 1.0, blind: Callable | None = None
+) -> Denoise:
     """denoise(z, t, text) as a function of (z, t) under classifier-free guidance with the null text `null`.
 
-    With scale 1 it evaluates the network once per call, otherwise twice.
+    With image_scale other than 1, guidance also leads away from blind(z, t, text), the network without its image
+    (InstructPix2Pix, Brooks et al. 2023, arXiv:2211.09800, eq. 3). The network is evaluated once per call, twice with a
+    scale other than 1, and three times with an image_scale other than 1.
     """
-    if scale == 1.0:
-        return lambda z, t: denoise(z, t, text)
-    return lambda z, t: guide(denoise(z, t, text), denoise(z, t, null), scale)
+
+    def of_text(z, t):
+        given = denoise(z, t, text)
+        return given if scale == 1.0 else guide(given, denoise(z, t, null), scale)
+
+    if image_scale == 1.0:
+        return of_text
+
+    def of_both(z, t):
+        image = denoise(z, t, null)
+        towards_image = guide(image, blind(z, t, null), image_scale)
+        towards_text = guide(denoise(z, t, text), image, scale)
+        return jax.tree.map(lambda a, b, c: a + b - c, towards_image, towards_text, image)
+
+    return of_both
+
+
+def evaluations(scale: float, image_scale: float = 1.0) -> int:
+    """How often `guided` evaluates the network per call."""
+    return 3 if image_scale != 1.0 else 1 if scale == 1.0 else 2
 
 
 def timesteps(schedule: Schedule, n: int, power: float = 1.0) -> Timesteps:

@@ -15,6 +15,8 @@ from cddistill.methods.pretrained import Pretrained
 from cddistill.models import adapter, lora
 from cddistill.net import Adapted
 
+KEY = jax.random.key(0)
+
 
 @pytest.fixture(scope="module")
 def batch():
@@ -76,6 +78,39 @@ def test_pretrained_network_is_sampled_with_a_controlnet(batch):
     got = jax.jit(lambda: Pretrained().sample(n, noise, batch, None, 1))()
     expected = Adapted(teacher, branch)(noise, teacher.schedule.grid(1), batch["text"], batch["cond"]).x0
     np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Pretrained, METHODS["diffusion"]])
+def test_text_and_image_have_guidance_scales_of_their_own(method, batch):
+    """InstructPix2Pix, eq. 3, in one step, where the sample is the guided x0."""
+    net, noise = disturbed(adapter.widen(tiny.teacher(), batch)), tiny.randn(0, 4, 8, 8, 3)
+    n, t = SimpleNamespace(teacher=net, backbone_ema=net), net.schedule.grid(1)
+    calls = [(batch["null"], 0 * batch["cond"]), (batch["null"], batch["cond"]), (batch["text"], batch["cond"])]
+    nothing, image, both = (Adapted(net)(noise, t, text, cond).x0 for text, cond in calls)
+    options = {"adapter": "concat"} if method is not Pretrained else {}
+    drawn = method(guidance=7.5, image_guidance=1.5, **options)
+    got = jax.jit(lambda: drawn.sample(n, noise, batch, None, 1))()
+    np.testing.assert_allclose(got, nothing + 1.5 * (image - nothing) + 7.5 * (both - image), atol=1e-4)
+    assert drawn.nfe(4) == 12
+    assert dataclasses.replace(drawn, image_guidance=1.0).nfe(4) == 8
+
+
+def test_image_guidance_needs_an_image(batch):
+    n, noise = SimpleNamespace(teacher=tiny.teacher()), tiny.randn(0, 4, 8, 8, 3)
+    with pytest.raises(ValueError, match="image_guidance is for networks that take a conditioning image"):
+        Pretrained(image_guidance=1.5).sample(n, noise, batch, None, 1)
+    for options in ({"image_guidance": 1.5}, {"image_dropout": 0.1}):
+        with pytest.raises(ValueError, match="are for a conditioning image: set method.adapter"):
+            METHODS["diffusion"](**options)
+
+
+def test_a_dropped_condition_is_zero(batch):
+    """With image_dropout 1 the loss is that of conditions of zeros; with 0.5, of some."""
+    n = SimpleNamespace(teacher=tiny.teacher(), backbone=disturbed(adapter.widen(tiny.teacher(), batch)))
+    loss = lambda rate, batch: METHODS["diffusion"](adapter="concat", image_dropout=rate).loss(n, batch, KEY)[0]
+    blind = loss(0.0, adapter.without_condition(batch))
+    assert loss(1.0, batch) == pytest.approx(float(blind), rel=1e-5)
+    assert len({float(loss(rate, batch)) for rate in (0.0, 0.5, 1.0)}) == 3
 
 
 @pytest.mark.parametrize("method", ["codi", "diffusion"])

@@ -205,7 +205,7 @@ class CoDi(Generator):
         return Sampling(timesteps=tuple(map(int, self.sampling_timesteps(schedule, steps))), guidance=self.guidance)
 
     def nfe(self, steps):
-        return steps if self.guidance == 1.0 else 2 * steps
+        return steps * sampling.evaluations(self.guidance)
 
 
 def codi_released(**changes) -> CoDi:

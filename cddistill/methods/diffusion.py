@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill import health, sampling
+from cddistill.diffusion import like
 from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform, warmed_up
 from cddistill.models import adapter
 from cddistill.models.prompt import embed_ids
@@ -24,6 +25,7 @@ class Diffusion(Generator):
     """Hyper-parameters of diffusion training; the defaults are ours."""
 
     text_dropout: float = 0.1  # share of samples with the null text, for classifier-free guidance
+    image_dropout: float = 0.0  # share of samples with a condition of zeros, for image_guidance (InstructPix2Pix: 0.1)
     ema_decay: float = 0.999  # per step
     ema_warmup: bool = False  # for random weights: a smaller decay at first, see `method.warmed_up`
     adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
@@ -31,12 +33,15 @@ class Diffusion(Generator):
     train_text_encoder: bool = False  # of teachers with one text encoder; --mode=encode then writes token ids
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
     guidance: float = 1.0  # guidance scale of sampling; 1 = none
+    image_guidance: float = 1.0  # of the conditioning image; 1 = none (InstructPix2Pix: 1.5, for editing)
     grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`
 
-    mutable_on_resume = ("guidance", "grid_power", "sampler")
+    mutable_on_resume = ("guidance", "image_guidance", "grid_power", "sampler")
 
     def __post_init__(self):
         check_choices(self, {"adapter": ("none", *adapter.ADAPTERS), "sampler": ("ddim", "heun", "dpm_solver_pp")})
+        if self.adapter == "none" and (self.image_guidance != 1.0 or self.image_dropout):
+            raise ValueError("method.image_guidance and image_dropout are for a conditioning image: set method.adapter")
 
     def init(self, key, frozen, batch):
         """A copy of the teacher, and a new branch if there is a condition."""
@@ -66,6 +71,7 @@ class Diffusion(Generator):
     def loss(self, n, batch, key):
         """Denoising score matching at random timesteps; there are no metrics beside it."""
         k_t, k_eps, k_drop = jax.random.split(key, 3)
+        k_image = jax.random.fold_in(k_drop, 1)
         x0, index = batch["x0"], batch["index"]
         t = n.teacher.schedule.at(uniform(k_t, index))
         eps = normal(k_eps, index, x0.shape[1:])
@@ -76,28 +82,31 @@ class Diffusion(Generator):
         if self.adapter == "none":
             return n.backbone.dsm_loss(z_t, t, x0, eps, text), {}
         cond = adapter.condition(self.adapter, batch)
+        if self.image_dropout:
+            cond = jnp.where(like(uniform(k_image, index) < self.image_dropout, cond), 0.0, cond)
         return adapter.student(n, self.freeze_backbone).dsm_loss(z_t, t, x0, eps, text, cond), {}
 
     def sample(self, n, noise, batch, step_noise, steps):
         schedule = n.teacher.schedule
         student = adapter.student(n, self.freeze_backbone, average=True)
-        denoise = student.backbone
+        denoise, blind = student.backbone, None
         if self.adapter != "none":
             cond = adapter.condition(self.adapter, batch)
             denoise = lambda z, t, text: student(z, t, text, cond)
+            blind = lambda z, t, text: student(z, t, text, jnp.zeros_like(cond))
         texts = [batch["text"], batch["null"]]
         if self.train_text_encoder:
             texts = [embed_ids(n.text_encoder_ema, text["input_ids"]) for text in texts]
-        denoise = sampling.guided(denoise, *texts, self.guidance)
+        denoise = sampling.guided(denoise, *texts, self.guidance, self.image_guidance, blind)
         timesteps = sampling.timesteps(schedule, steps, self.grid_power)
         return sampling.SAMPLERS[self.sampler](denoise, schedule, noise, timesteps)
 
     def sampling(self, schedule, steps):
-        if self.sampler != "ddim":
+        if self.sampler != "ddim" or self.image_guidance != 1.0:
             return None
         timesteps = tuple(map(int, sampling.timesteps(schedule, steps, self.grid_power)))
         return Sampling(timesteps=timesteps, guidance=self.guidance)
 
     def nfe(self, steps):
-        per_step = 1 if self.guidance == 1.0 else 2
+        per_step = sampling.evaluations(self.guidance, self.image_guidance)
         return per_step * (2 * steps - 1 if self.sampler == "heun" else steps)

@@ -26,6 +26,7 @@ class Pretrained(Generator):
     sampler: str = "ddim"  # or "heun", "dpm_solver_pp"; used without a scheduler
     timesteps: tuple[int, ...] = ()  # replace the scheduler's when sampling in that many steps: (399,) for DMD2's SDXL
     guidance: float = 1.0  # classifier-free guidance scale; 1 = none
+    image_guidance: float = 1.0  # guidance scale of the conditioning image; 1 = none (InstructPix2Pix: 1.5)
     embedded_guidance: float = 8.0  # guidance scale passed to networks that embed it, such as LCM's
 
     def __post_init__(self):
@@ -51,8 +52,18 @@ class Pretrained(Generator):
             embedding = {"timestep_cond": guidance_embedding(scales, width)}
         text = batch["text"] | embedding
         null = batch["null"] | embedding
-        denoise = sampling.guided(conditioned(n, noise, batch), text, null, self.guidance)
+        scales = (self.guidance, self.image_guidance)
+        denoise = sampling.guided(conditioned(n, noise, batch), text, null, *scales, self.blind(n, noise, batch))
         return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, step_noise)
+
+    def blind(self, n, noise, batch):
+        """The network without its condition, for image_guidance. ValueError if it takes none."""
+        if self.image_guidance == 1.0:
+            return None
+        denoise = conditioned(n, noise, adapter.without_condition(batch))
+        if denoise is n.teacher:
+            raise ValueError("method.image_guidance is for networks that take a conditioning image: set it to 1")
+        return denoise
 
     def sampling(self, schedule, steps):
         how = scheduler_of(self.scheduler) if self.scheduler else Sampling(sampler=self.sampler)
@@ -61,7 +72,7 @@ class Pretrained(Generator):
 
     def nfe(self, steps):
         calls = 2 * steps - 1 if self.sampling(None, steps).sampler == "heun" else steps
-        return calls if self.guidance == 1.0 else 2 * calls
+        return calls * sampling.evaluations(self.guidance, self.image_guidance)
 
 
 @functools.cache

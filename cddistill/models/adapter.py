@@ -145,6 +145,11 @@ def condition(kind: str, batch):
     ]
 
 
+def without_condition(batch):
+    """The batch with a condition of zeros in place of an image or its latent, as InstructPix2Pix has it."""
+    return batch | {name: jnp.zeros_like(batch[name]) for name in ("cond", "cond_latent") if name in batch}
+
+
 def student_nets(frozen, key, kind: str, batch, freeze_backbone: bool) -> dict[str, Net]:
     """The nets of `moves` at step 0, whose output equals the teacher's, or its output with frozen["controlnet"].
 
