@@ -1,4 +1,4 @@
-"""Captions and labels of the images in a folder, from metadata files and from a text file beside each image."""
+"""Captions, labels, edits and depth maps of the images in a folder, from metadata files and from files beside each."""
 
 import codecs
 import csv
@@ -11,13 +11,23 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cddistill.data.images import SUFFIXES
 from cddistill.data.listing import read_all, report_bad
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")  # the first that exists is read
-NAMES = ("file_name", "filename", "file", "image", "image_path", "filepath", "file_path", "path")
+NAMES = ("file_name", "filename", "file", "image", "image_path", "filepath", "file_path", "path", "original_image",
+         "original", "original_file_name", "input_image")  # fmt: skip
 CAPTIONS = ("text", "caption", "prompt", "description", "additional_feature")
 """Keys of metadata, in any case of the letters; the first one with a value is taken. A label has the key "label"."""
+FURTHER = {
+    "edited": ("edited_image", "edited", "edited_file_name", "output_image"),
+    "instruction": ("edit_prompt", "instruction", "edit"),
+    "depth": ("depth", "depth_map", "depth_image", "depth_file_name"),
+}
+"""Keys for editing (those of InstructPix2Pix's data first) and for depth maps. Edited images and maps are files."""
+MAPS = (".npy", *SUFFIXES)
+DEPTH_SUFFIX = "_depth"  # photo_depth.png or photo_depth.npy is the depth map of photo.jpg
 EXAMPLES = {".jsonl": '{"file_name": "a.jpg", "text": "a cat"}', ".csv": "a.jpg,a cat"}
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 """By the byte order mark that a file starts with; without one it is UTF-8."""
@@ -26,7 +36,7 @@ ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs
 class Captions(NamedTuple):
     """What the metadata and text files of a folder say."""
 
-    records: dict[str, dict[str, Any]]  # by image: "caption" and "label", as far as they are known
+    records: dict[str, dict[str, Any]]  # by image: "caption", "label" and those of FURTHER, as far as they are known
     files: set[str]  # that were read
     classes: list[str]  # names of the labels, if they have names
     unmatched: list[str]  # names in the metadata that are no image
@@ -90,6 +100,9 @@ def read_captions(root: Path, images, files, skip_bad: bool) -> Captions:
     Raises ValueError, naming file and line, for what is not understood; with skip_bad it is left out with a warning.
     """
     known = read_metadata(root, images, files, skip_bad)
+    for image, path in depth_beside(images, files).items():
+        known.records.setdefault(image, {}).setdefault("depth", path)
+    known.files.update(record[key] for record in known.records.values() for key in FILES if key in record)
     beside = {k: v for k, v in sidecars(images, files).items() if "caption" not in known.records.get(k, {})}
     paths = dict.fromkeys(beside.values())  # each once
     texts = read_all(lambda path: read_sidecar(root / path), paths, f"captions in {root}", skip_bad)
@@ -133,7 +146,7 @@ def read_metadata(root: Path, images, files, skip_bad: bool) -> Captions:
     paths = sorted((p for p in files if posixpath.basename(p) in METADATA), key=lambda p: (p.count("/"), p))
     if not paths and (foreign := [p for p in files if posixpath.basename(p) == "metadata.parquet"]):
         raise ValueError(f"{root / foreign[0]} cannot be read: write it as {' or '.join(METADATA)}")
-    spellings = Spellings(root, images) if paths else None
+    spellings = [Spellings(root, names) for names in (images, files)] if paths else None
     by_folder, records, unmatched, unused = defaultdict(dict), {}, [], set()
     for path in paths:
         folder = posixpath.dirname(path)
@@ -156,7 +169,8 @@ def read_file(path: Path, folder: str, spellings, records, unmatched, skip_bad: 
     for number, parse in READERS[path.suffix](path):
         try:
             name, record, has_keys, others = entry(parse())
-            image = spellings.find(name, folder)
+            image = spellings[0].find(name, folder)
+            record |= {key: existing(spellings[1], key, record[key], folder) for key in FILES if key in record}
             if image is None:
                 unmatched.append(check_text(name))
             else:
@@ -209,8 +223,8 @@ def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}")
     row = {key.strip().lower(): value for key, value in row.items()}
-    keys = [chosen(row, known) for known in (NAMES, CAPTIONS, ("label",))]
-    name, caption, label = (row.get(key) for key in keys)
+    keys = [chosen(row, known) for known in (NAMES, CAPTIONS, ("label",), *FURTHER.values())]
+    name, caption, label, *further = (row.get(key) for key in keys)
     if not isinstance(name, str):
         raise ValueError(f"it has no file name under {' or '.join(NAMES)}")
     record = {}
@@ -220,7 +234,29 @@ def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:
         record["caption"] = check_text(str(caption))
     if not blank(label):
         record["label"] = label_of(label)
+    for key, value in zip(FURTHER, further, strict=True):
+        if not blank(value):
+            if not isinstance(value, str):
+                raise ValueError(f"{key} is {value!r}; write a text")
+            record[key] = check_text(value)
     return name, record, any(keys[1:]), {*row} - {*keys}
+
+
+FILES = ("edited", "depth")
+
+
+def existing(spellings: Spellings, key: str, name: str, folder: str) -> str:
+    """The path of a file that a line names. Raises ValueError if there is none."""
+    if path := spellings.find(name, folder):
+        return path
+    raise ValueError(f"its {key} file {name} does not exist")
+
+
+def depth_beside(images, files) -> dict[str, str]:
+    """{image: its depth map} for files like photo_depth.png beside photo.jpg."""
+    maps = {posixpath.splitext(path)[0]: path for path in sorted(files) if path.lower().endswith(MAPS)}
+    found = ((image, maps.get(posixpath.splitext(image)[0] + DEPTH_SUFFIX)) for image in images)
+    return {image: path for image, path in found if path}
 
 
 def chosen(row, known) -> str | None:

@@ -13,7 +13,8 @@ from cddistill.data.resample import to_float
 
 Element = dict[str, Any]
 """One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
-float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str."""
+float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str, or
+"depth_map" float32 [h, w], a person's, see `tasks.depth.Depth`."""
 
 NULL_FILES = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_ids": "null_input_ids.npy"}
 """Files of encoded data with the empty prompt's row, by the array that it belongs to."""

@@ -109,6 +109,27 @@ def read_alpha(path):
         return alpha if turn is None else alpha.transpose(turn)
 
 
+def read_map(path, name=None) -> Image.Image:
+    """A depth map as a PIL image of floats (mode F), from a .npy file or an 8 or 16-bit image with equal channels.
+
+    path may also be a PIL image. Raises ValueError, naming it, for anything else.
+    """
+    name = name or path
+    try:
+        if not isinstance(path, Image.Image) and path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            with path if isinstance(path, Image.Image) else Image.open(path) as image:
+                values = np.asarray(image)
+    except Exception as error:  # Pillow raises almost anything for broken files
+        raise ValueError(f"{name} cannot be read ({error})") from error
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.ndim != 2 or values.dtype.kind not in "uif":
+        raise ValueError(f"{name} is {values.dtype} {values.shape}; expected a depth map of one channel")
+    return Image.fromarray(values.astype(np.float32))
+
+
 def from_array(array, name):
     """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image. Raises ValueError, naming it, for other arrays."""
     array = np.asarray(array)
@@ -118,15 +139,19 @@ def from_array(array, name):
 
 
 def fit(image, size):
-    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then centre-cropped."""
+    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then centre-cropped.
+
+    A depth map becomes float32 [size,size]; it is resized bilinearly, so that no distance turns negative at an edge.
+    """
+    method = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC
     scale = size / min(image.size)
     w, h = (max(size, round(side * scale)) for side in image.size)
     left, top = (w - size) // 2, (h - size) // 2
     if w * h > MAX_PIXELS:  # 2 x 16000 px, say: resize only the square that is kept
         sx, sy = image.width / w, image.height / h
         box = (left * sx, top * sy, (left + size) * sx, (top + size) * sy)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
+        return np.asarray(image.resize((size, size), method, box))
+    image = image.resize((w, h), method)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -15,7 +15,7 @@ from cddistill.data.sources import SOURCES
 from cddistill.data.splits import SPLITS
 from cddistill.data.tasks import TASKS
 
-IMAGES = ("image", "depth", "edited", "mask")  # of an element, which are mirrored together
+IMAGES = ("image", "depth", "depth_map", "edited", "mask")  # of an element, which are mirrored together
 KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless")  # keys of an item that a batch keeps
 
 

@@ -7,14 +7,17 @@ import posixpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cddistill import sharding
 from cddistill.data.captions import Captions, read_captions
 from cddistill.data.contracts import Source
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, fit, is_image, read
+from cddistill.data.images import SUFFIXES, fit, is_image, read, read_map
 from cddistill.data.listing import data_path, files_below, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
+FILES = {"edited", "depth"}  # further files of an image, which are no images of the data set themselves
 CACHE_BYTES = 2**30  # of decoded images kept in memory
 
 
@@ -46,7 +49,7 @@ class Contents(NamedTuple):
 
     root: Path
     parts: dict[str, list[str]]  # names of images by split
-    records: dict[str, dict[str, Any]]  # by name: "caption" and "label", as far as they are known
+    records: dict[str, dict[str, Any]]  # by name: what `Captions.records` has
     num_labels: int
 
 
@@ -55,18 +58,20 @@ class FolderImages:
 
     The caption of cat.jpg is in cat.txt or cat.caption, or in a line of a metadata.jsonl or metadata.csv in the folder
     itself or a sub-folder, with a file name relative to it: {"file_name": "a/cat.jpg", "text": "a cat"}. That line may
-    also have a "label", a number or the name of a class. Images without one get the null label.
+    also have a "label", a number or the name of a class, an edited image with an instruction, or a depth map, which may
+    also lie beside the image as cat_depth.png. Images without a label get the null label.
     """
 
     def __init__(self, contents: Contents, config, split: str):
         self.root, self.records, self.num_labels = contents.root, contents.records, contents.num_labels
-        self.size, self.null = config.size, config.num_classes
+        self.size, self.null, self.task = config.size, config.num_classes, config.task
         if not contents.parts[split]:
             raise ValueError(
                 f"the {split} split of folder {self.root} is empty ({sizes(contents.parts)}): add images, or set "
                 "data.split to 'fill', which takes it from train, or to 'all', which puts every image in every split"
             )
-        check = lambda name: read(self.root / name, name, fast=True) and None
+        further = any(FILES & record.keys() for record in self.records.values())
+        check = self.check_whole if further else lambda name: read(self.root / name, name, fast=True) and None
         self.names = [*read_all(check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
         self.cache = {}
 
@@ -82,11 +87,33 @@ class FolderImages:
         return dict(element)
 
     def open(self, name):
-        """Read an image, and add its caption and label."""
-        return {"image": fit(read(self.root / name, name), self.size)} | self.record(name)
+        """Read an image, and add its caption and label, and what else there is.
+
+        Raises ValueError, naming it, for a file that cannot be read or that has not the size of the image.
+        """
+        image, record = read(self.root / name, name), self.record(name)
+        for key, read_file in (("edited", read), ("depth", read_map)):
+            if key in record:
+                path = record.pop(key)
+                other = read_file(self.root / path, path)
+                if other.size != image.size:
+                    sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
+                    raise ValueError(f"{path} is {sizes} is {name}: save both at one size")
+                record["depth_map" if key == "depth" else key] = fit(other, self.size)
+        return {"image": fit(image, self.size)} | record
+
+    def check_whole(self, name):
+        """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
+        element = self.open(name)
+        try:
+            element["target"] = self.task.target(element)
+            self.task.text(element)
+            self.task.condition(element, np.random.default_rng(0))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def record(self, name):
-        """The label and the caption of an image."""
+        """The label and the caption of an image, and the names of its other files."""
         return {"label": self.null, "caption": ""} | self.records.get(name, {})
 
 
@@ -103,7 +130,9 @@ def scan(source: Folder, path: str, skip_bad: bool) -> Contents:
         raise ValueError(f"there is no image in {root}; expected files like *{', *'.join(SUFFIXES)}")
     folders = {} if source.split == "hash" else split_folders(images)
     captions = read_captions(root, images, files, skip_bad)
-    parts = RULES[source.split]([name for name in images if name not in captions.unread], folders)
+    used_otherwise = {record[key] for record in captions.records.values() for key in FILES & record.keys()}
+    left = captions.unread | used_otherwise
+    parts = RULES[source.split]([name for name in images if name not in left], folders)
     used = list(dict.fromkeys(name for names in parts.values() for name in names))
     classes = class_folders(used, folders)
     if source.folder_labels:
@@ -148,6 +177,9 @@ def described(names, captions: Captions, left_out) -> list[str]:
     said = [count(len(names) - len(bare), "caption")]
     if 0 < len(bare) < len(names):
         said.append(f"{count(len(bare), 'image')} without one ({some(bare)})")
+    for key, noun in (("edited", "edited image"), ("depth", "depth map")):
+        if n := sum(key in record for record in records):
+            said.append(count(n, noun))
     if labels:
         said.append(count(labels, "label") + (f" ({some(captions.classes)})" if captions.classes else ""))
     if captions.unmatched:

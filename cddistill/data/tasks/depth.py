@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.image
 import numpy as np
-from PIL import Image
 
 from cddistill.data import images
 from cddistill.data.contracts import Task
@@ -25,17 +24,22 @@ class Depth(Task):
             raise ValueError(f"data.depth_files must be one of {', '.join(FILES)}, not {self.depth_files!r}")
 
     def condition(self, element, rng):
+        if "depth_map" in element:
+            return self.from_map(element["depth_map"], "its depth map")
         if "depth" not in element:
-            raise ValueError("data.task depth needs a depth map for every image: these data have none")
+            raise ValueError("data.task depth needs a depth map for every image, and here is none")
         return normalised(1 / element["depth"], "a depth map")
 
     def read(self, path, size):
-        depth = read_map(path)
+        return self.from_map(images.fit(images.read_map(path), size), path)
+
+    def from_map(self, depth, name):
+        """The condition of a person's depth map [h, w]. Raises ValueError, naming it, for one that says nothing."""
         if self.depth_files == "metres":
-            if not (depth > 0).all():
-                raise ValueError(f"{path} holds distances of 0 or less: fill them first, or use depth_files=inverse")
+            if (depth <= 0).any():
+                raise ValueError(f"{name} holds distances of 0 or less: fill them first, or use depth_files=inverse")
             depth = 1 / depth
-        return normalised(images.fit(Image.fromarray(depth), size), path)
+        return normalised(depth, name)
 
     def input_note(self, size):
         stored = {"inverse": "near is bright", "metres": "in metres"}[self.depth_files]
@@ -58,23 +62,3 @@ def normalised(inverse, name) -> np.ndarray:
     if high <= low:
         raise ValueError(f"{name} is constant: it says nothing about depth")
     return np.repeat(np.float32((inverse - low) / (high - low))[..., None], 3, -1)
-
-
-def read_map(path) -> np.ndarray:
-    """A depth map float32 [h, w] from a .npy file, or an 8 or 16-bit image file with one channel or three equal ones.
-
-    path may also be a PIL image. Raises ValueError, naming it, for anything else.
-    """
-    if not isinstance(path, Image.Image) and path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-    else:
-        try:
-            with path if isinstance(path, Image.Image) else Image.open(path) as image:
-                values = np.asarray(image)
-        except Exception as error:  # Pillow raises almost anything for broken files
-            raise ValueError(f"{path} cannot be read ({error})") from error
-    if values.ndim == 3 and (values == values[..., :1]).all():
-        values = values[..., 0]
-    if values.ndim != 2 or values.dtype.kind not in "uif":
-        raise ValueError(f"{path} is {values.dtype} {values.shape}; expected a depth map of one channel")
-    return values.astype(np.float32)

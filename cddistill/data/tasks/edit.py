@@ -17,10 +17,12 @@ class Editing(Task):
 
     def target(self, element):
         if "edited" not in element:
-            raise ValueError("data.task edit needs an edited image for every image: these data have none")
+            raise ValueError("data.task edit needs an edited image for every image, and here is none")
         return to_float(element["edited"])
 
     def text(self, element):
+        if "instruction" not in element:
+            raise ValueError("data.task edit needs an instruction for every image, and here is none")
         return element["instruction"]
 
     def condition(self, element, rng):
