@@ -52,6 +52,7 @@ class Run:
     pairs_shard: int = 1024  # rows per file
     pairs_batch: int = 64  # rows generated at a time, on all devices together
     encode_epochs: int = 1  # passes of --mode=encode over the training split; those after the first are augmented
+    encode_sample: bool = False  # --mode=encode draws from the VAE's posterior, as training on images does; or its mean
     encode_dtype: str = "float16"  # of the latents and embeddings that --mode=encode writes, or "float32"
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
@@ -70,7 +71,7 @@ MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_sample", "encode_dtype"),
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
 PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs")

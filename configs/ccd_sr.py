@@ -35,6 +35,7 @@ def get_config(variant="emoji"):
         config.data.source = "arrays"  # latents, text embeddings and conditions computed beforehand
         config.data.path = "data/df2k_sd21"
         config.data.degradation = "realesrgan"
+        config.encode_sample = True
         config.steps = 200_000
         config.batch_size = 256
         config.fsdp = -1

@@ -62,7 +62,7 @@ def pictures(tmp_path):
 
 def settings(teacher, pictures, **changes):
     c = config.defaults("diffusion")
-    c.update(teacher=str(teacher), batch_size=2, **changes)
+    c.update({"teacher": str(teacher), "batch_size": 2} | changes)
     c.data.update(source="folder", path=str(pictures), size=16)
     return c
 
@@ -138,6 +138,25 @@ def test_the_same_again_keeps_every_row(teacher, pictures, tmp_path):
     reload(pictures)
     commands.encode_data(settings(teacher, pictures), tmp_path / "out")
     assert before.stat().st_mtime_ns == stamp
+
+
+def test_latents_are_the_posteriors_mean_or_samples_from_it(teacher, pictures, tmp_path):
+    """A row's sample depends on its number and the seed, not on the batches."""
+    rows = {}
+    for name, changes in {"mean": {}, "a": {"encode_sample": True}, "b": {"encode_sample": True, "batch_size": 1},
+                          "c": {"encode_sample": True, "seed": 1}}.items():  # fmt: skip
+        commands.encode_data(settings(teacher, pictures, **changes), tmp_path / name)
+        rows[name] = x0(tmp_path / name).astype(np.float32)
+    vae = models.load(teacher, "vae")
+    images = data.examples(configure(source="folder", path=str(pictures), size=16), "train")["x0"]
+    mean, logvar = vae.encoder.posterior(vae.params, images)
+    noise = (rows["a"] - rows["mean"]) / (vae.encoder.module.scaling_factor * np.exp(0.5 * logvar))
+    assert noise.std() == pytest.approx(1.0, abs=0.15)
+    assert np.abs(noise[0] - noise[1]).min() > 0
+    np.testing.assert_allclose(rows["a"], rows["b"], atol=2e-3)
+    assert np.abs(rows["a"] - rows["c"]).mean() > 1e-3
+    with pytest.raises(ValueError, match="made by another command .*encode_sample"):
+        commands.encode_data(settings(teacher, pictures, encode_sample=True), tmp_path / "mean")
 
 
 def test_what_moved_is_the_same(teacher, pictures, tmp_path, monkeypatch):

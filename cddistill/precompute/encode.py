@@ -21,6 +21,7 @@ from cddistill.config import Experiment
 from cddistill.data import digests
 from cddistill.data.contracts import NULL_FILES
 from cddistill.data.splits import SPLITS
+from cddistill.method import per_sample
 from cddistill.models.fingerprint import of_network
 from cddistill.models.prompt import Prompts
 from cddistill.net import Autoencoder
@@ -50,9 +51,11 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     if tokens:
         _ = teacher.text_encoder  # raises if there is not exactly one
     encode_condition = experiment.data.task.encode if latent else None
-    encoders = Encoders(vae, prompts, encode_condition, tokens, np.dtype(run.encode_dtype))
+    sampled = jax.random.key(run.seed) if run.encode_sample else None
+    encoders = Encoders(vae, prompts, encode_condition, tokens, np.dtype(run.encode_dtype), sampled)
     null = encoders.null((experiment.data.size,) * 2)
     made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "encode_dtype", "seed")}
+    made |= {"encode_sample": True} if run.encode_sample else {}
     made |= {"cond_latent": True} if latent else {}
     made |= {"input_ids": True} if tokens else {}
     work, weights = {}, weights_of(teacher)
@@ -149,8 +152,8 @@ def write_null(folder: pathlib.Path, null: dict, dtype) -> None:
 def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode) -> None:
     """Write one host's rows, `items` with these numbers, and record progress in the manifest.
 
-    encode maps batch_size items to {file name: array}. The last batch repeats its last item, so that one program
-    serves all batches. Rows already written by the same command are kept.
+    encode maps batch_size items and their numbers to {file name: array}. The last batch repeats its last item, so that
+    one program serves all batches. Rows already written by the same command are kept.
     """
     total = len(numbers)
     known = command.known(folder, total)
@@ -167,7 +170,8 @@ def write_part(folder: pathlib.Path, command: Command, items, numbers: range, ba
                 continue
             captioned = zip(numbers[start:stop], (row["caption"] for row in rows), strict=True)
             labels = [f"row {i} of {folder.parent.name} ({text or 'no caption':.60})" for i, text in captioned]
-            for name, x in encode(rows + rows[-1:] * (batch_size - len(rows))).items():
+            padded = rows + rows[-1:] * (batch_size - len(rows))
+            for name, x in encode(padded, np.arange(start, start + batch_size) + numbers.start).items():
                 x = stored(name, x[: len(rows)], encode.dtype, labels)
                 if name not in files:
                     files[name] = rows_file(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype)
@@ -207,14 +211,16 @@ class Encoders:
     encode_condition: Callable | None = None  # Task.encode, for students with a latent condition
     tokens: bool = False  # captions become token ids instead of embeddings
     dtype: np.dtype = np.dtype(np.float16)
+    key: jax.Array | None = None  # for samples from the VAE's posterior; None: its mean
 
     def __post_init__(self):
-        self.to_latent = jax.jit(Autoencoder.encode)
+        keys = lambda numbers: None if self.key is None else per_sample(self.key, numbers)
+        self.to_latent = jax.jit(lambda vae, x, numbers: vae.encode(x, keys(numbers)))
         if self.encode_condition:
             self.encode_condition = jax.jit(self.encode_condition)
 
-    def __call__(self, rows) -> dict[str, np.ndarray]:
-        arrays = {"x0": self.to_latent(self.vae, np.stack([row["x0"] for row in rows]))}
+    def __call__(self, rows, numbers) -> dict[str, np.ndarray]:
+        arrays = {"x0": self.to_latent(self.vae, np.stack([row["x0"] for row in rows]), np.asarray(numbers, np.int32))}
         if "cond" in rows[0]:
             arrays["cond"] = np.stack([row["cond"] for row in rows])
             if self.encode_condition:
