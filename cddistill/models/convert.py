@@ -69,7 +69,8 @@ def load(
 
     Args:
         folder: a path, "emoji" or a Hub id with the network in its subfolder or at its top, or a weight file with
-            config.json beside it; models/files.py lists the formats. A UNet's schedule and prediction type come from
+            config.json beside it; models/files.py lists the formats. Stable Diffusion in one file is converted to a
+            folder beside it first (models/single_file.py). A UNet's schedule and prediction type come from
             scheduler/scheduler_config.json of the pipeline that it lies in; without that file they are Stable Diffusion
             1.x's (scaled-linear betas, eps), and a warning says so.
         dtype: compute type of the layers. Weights are float32, whatever the file's type; kernels are [h, w, in, out] or
@@ -210,7 +211,7 @@ def read_params(path: Path, module, place=None) -> dict:
     return unflatten(match(tensors, shapes, torch_name, layout, file), place)
 
 
-def match(arrays: dict, shapes: dict, name_of, layout, where) -> dict:
+def match(arrays: dict, shapes: dict, name_of, layout, where, config: str = "this config.json") -> dict:
     """The arrays of a file by Flax path; ValueError for any name or shape that the config does not imply.
 
     Older files store some linear layers as 1x1 convolutions; these are accepted.
@@ -219,9 +220,9 @@ def match(arrays: dict, shapes: dict, name_of, layout, where) -> dict:
     if missing := sorted({*names.values()} - {*arrays}):
         if inside := next((name for name in arrays if name.endswith(f".{missing[0]}")), None):
             raise ValueError(f"{where} has {inside} instead of {missing[0]}: save that network's state_dict() alone")
-        raise ValueError(f"{where} lacks {abbreviate(missing)}: the weights do not belong to this config.json")
+        raise ValueError(f"{where} lacks {abbreviate(missing)}: the weights do not belong to {config}")
     if extra := sorted({*arrays} - {*names.values()}):
-        raise ValueError(f"{where} has {abbreviate(extra)}, which this config.json has no place for")
+        raise ValueError(f"{where} has {abbreviate(extra)}, which {config} has no place for")
     ours = {path: layout(path, arrays[name]) for path, name in names.items()}
     ours = {p: x.squeeze((0, 1)) if x.shape == (1, 1, *shapes[p].shape) else x for p, x in ours.items()}
     wrong = [f"{names[p]} {x.shape}, not {shapes[p].shape}" for p, x in ours.items() if x.shape != shapes[p].shape]

@@ -92,6 +92,11 @@ class Tensor:
         """Drop these axes, which must have length 1."""
         return self.transpose(*(i for i in range(self.ndim) if i not in axes))
 
+    def rows(self, start: int, stop: int):
+        """The part [start:stop]."""
+        first = self.start + start * self.strides[0] * self.dtype.itemsize
+        return dataclasses.replace(self, start=first, shape=(stop - start, *self.shape[1:]))
+
     def __array__(self, dtype=None, copy=None):
         """The values in C order, aligned so that JAX on a CPU uses the memory without a copy."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)

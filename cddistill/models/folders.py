@@ -50,12 +50,14 @@ def resolve(name, part: str = "unet") -> Path:
 
 
 def find(name, part: str) -> Path:
-    """The absolute path of a name, which exists."""
+    """The absolute path of a name, which exists; of Stable Diffusion in one file, the folder it is converted to."""
+    from cddistill.models import single_file  # which imports this module
+
     embedded = {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
     given = embedded.get(str(name), Path(name).expanduser())
     path = given.resolve() if ".." in given.parts else given.absolute()
     if str(name) and path.exists():
-        return path.parent if path.is_file() and path.name in JSON_FILES else followed(path)
+        return path.parent if path.is_file() and path.name in JSON_FILES else single_file.folder_of(followed(path))
     if given.is_symlink():
         raise ValueError(f"{given} is a link to {given.readlink()}, which does not exist")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
