@@ -143,10 +143,14 @@ def test_timesteps_equal_diffusers(name, write):
 
 @pytest.mark.parametrize("name", ALL)
 def test_trajectories_equal_diffusers(name, write, parity):
-    """Euler at zero SNR is less exact: diffusers' z/alpha is in the thousands, so float32 keeps 1e-4."""
+    """Euler at zero SNR is less exact: diffusers' z/alpha is in the thousands, so float32 keeps 1e-4. What a network
+    predicts concerns single steps only: its second kind is sampled in up to four of them."""
     for kind in golden.kinds(ALL[name]):
         schedule, predicts, how = read(write(ALL[name] | {"prediction_type": kind}))
+        most = 100 if kind == golden.kinds(ALL[name])[0] else 4
         for n, theirs in recorded(name, kind).items():
+            if n > most:
+                continue
             ours = trajectory(how, schedule, predicts, n)
             np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])  # the network gets the same t, and below the same z
             parity(name, "trajectory", ours[:, 1:], theirs[:, 1:], 3e-4 if name == "euler zero snr" else None)
