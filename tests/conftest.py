@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict ranks, and the tiny nets and the compiled programs that the tests share."""
 
+import contextlib
 import functools
 import gc
 import os
@@ -11,6 +12,7 @@ FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passe
 FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # these two save a third
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a stack of frames at every operation: a sixth of the time
 
 import jax  # noqa: E402  (reads the variables above)
 import pytest  # noqa: E402
@@ -47,14 +49,28 @@ def teacher(tmp_path_factory):
     return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
 
 
-@pytest.fixture(scope="module")
-def two_devices():
-    """Runs on two of the eight devices: as sharded, and compiled and run in less time."""
+@contextlib.contextmanager
+def first_devices(n):
+    """Meshes of the first n of the eight devices, unless a test names others."""
     from cddistill import sharding  # not above: see `teacher`
 
     mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda fsdp=1, devices=None: mesh(fsdp, devices or jax.devices()[:2]))
+        patch.setattr(sharding, "make_mesh", lambda fsdp=1, devices=None: mesh(fsdp, devices or jax.devices()[:n]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """Runs on two of the eight devices: as sharded, and compiled and run in less time."""
+    with first_devices(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs on one device, for tests of what does not depend on sharding: compiled in the least time."""
+    with first_devices(1):
         yield
 
 
