@@ -14,7 +14,7 @@ from PIL import Image
 import cddistill
 from cddistill import api, checkpoint, commands, config, generate, models, train
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from cddistill.methods.autoencoder import crop, kl
 from cddistill.net import Autoencoder, Net
 from cddistill.perceptual import lpips
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def settings(**changes):

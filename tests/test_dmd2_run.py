@@ -14,7 +14,7 @@ from cddistill.method import normal
 from cddistill.models import lora
 from cddistill.models.schedulers import read_sampling
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def settings(teacher, method=(), **changes):

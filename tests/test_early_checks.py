@@ -13,7 +13,7 @@ from cddistill import build, commands, config, models, train
 from cddistill.diffusion import DDPM
 from cddistill.models.schedulers import write_scheduler
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def pictures(root, **splits):

@@ -21,7 +21,7 @@ from cddistill.models.schedulers import write_scheduler
 from cddistill.models.vae import AutoencoderKL
 from cddistill.step import active
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def settings(teacher, method="diffusion", **changes):

@@ -25,7 +25,7 @@ from cddistill.models import adapter
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
 

@@ -22,7 +22,7 @@ from cddistill.net import Autoencoder, Net
 from cddistill.perceptual import distort as distortions
 from cddistill.perceptual import latent_lpips, lpips
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 VAE = {f"{half}_block_out_channels": [4, 4] for half in ("encoder", "decoder")}  # 4 channels, downsampled by 2
 VAE |= {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1], "_class_name": "AutoencoderTiny"}

@@ -13,7 +13,7 @@ from cddistill import commands, config, models, sampling, train
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models.guidance import guidance_embedding
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def folder(tmp_path, **scheduler):
