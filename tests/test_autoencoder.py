@@ -1,5 +1,8 @@
 """Training an autoencoder: its three terms, a run of it, and the vae/ folder that it leaves."""
 
+import contextlib
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +44,15 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """(folder of the exported autoencoder, what the command printed)."""
+    out, said = tmp_path_factory.mktemp("exported") / "out", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        commands.export_run(settings(), run, str(out))
+    return out, said.getvalue()
+
+
 def test_kl_is_that_of_gaussians():
     mean, std = np.float32([0.0, 1.0, -2.0]), np.float32([1.0, 1.0, 0.5])
     expected = -np.log(std) + (std**2 + mean**2) / 2 - 0.5
@@ -74,11 +86,10 @@ def test_the_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(terms["mse"], jnp.mean((n.vae.decode(z) - batch["x0"]) ** 2), rtol=1e-4)
 
 
-def test_a_run_improves_and_its_folder_is_read_back(run, tmp_path, capsys):
-    commands.export_run(settings(), run, str(tmp_path / "out"))
-    said = capsys.readouterr().out
+def test_a_run_improves_and_its_folder_is_read_back(run, exported):
+    out, said = exported
     assert float(said.split("at most ")[1].split()[0]) < 1e-2
-    vae = models.load(tmp_path / "out", "vae")
+    vae = models.load(out, "vae")
     factor = vae.encoder.module.scaling_factor
     assert f"scaling_factor {factor:.4f}" in said
     x = data.examples(config.resolve(settings()).data, "train", 512)["x0"]
@@ -96,9 +107,8 @@ def test_a_file_is_refused(run, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_teachers_vae_is_fine_tuned(run, tmp_path):
-    commands.export_run(settings(), run, str(tmp_path / "out"))
-    vae = models.load(tmp_path / "out", "vae")
+def test_a_teachers_vae_is_fine_tuned(exported):
+    vae = models.load(exported[0], "vae")
     net = METHODS["autoencoder"]().init(jax.random.key(0), {"autoencoder": vae}, tiny.make_batch())["vae"]
     assert jax.tree.all(jax.tree.map(np.array_equal, net.params, vae.params))
     assert net.encoder.module.scaling_factor == vae.encoder.module.scaling_factor

@@ -1,5 +1,7 @@
 """DMD2 end to end: training, report, resume, export; pairs, warm-up and a second stage."""
 
+import contextlib
+import io
 import json
 from types import SimpleNamespace
 
@@ -62,21 +64,29 @@ def test_resuming_is_bit_exact(run, teacher, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_export_writes_a_diffusers_folder(run, teacher, tmp_path, capsys):
-    commands.export_run(settings(teacher), run, str(tmp_path / "out"))
-    assert float(capsys.readouterr().out.split("at most ")[1].split()[0]) < 2e-2
-    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+@pytest.fixture(scope="module")
+def exported(run, teacher, tmp_path_factory):
+    """(folder of the exported student, what the command printed)."""
+    out, said = tmp_path_factory.mktemp("exported") / "out", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        commands.export_run(settings(teacher), run, str(out))
+    return out, said.getvalue()
+
+
+def test_export_writes_a_diffusers_folder(run, teacher, exported):
+    out, said = exported
+    assert float(said.split("at most ")[1].split()[0]) < 2e-2
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["_timesteps"]) == ("LCMScheduler", [999, 499])
-    assert "guidance_scale=1.0" in (tmp_path / "out" / "README.md").read_text()
+    assert "guidance_scale=1.0" in (out / "README.md").read_text()
     student = tiny.newest(run, settings(teacher)).ema["student"]
-    for a, b in zip(*map(jax.tree.leaves, (models.load(tmp_path / "out").params, student.params)), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (models.load(out).params, student.params)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
-def test_exported_student_generates_the_same_images(run, teacher, tmp_path):
+def test_exported_student_generates_the_same_images(run, teacher, exported):
     """As `pretrained` samples it: LCM's boundary condition, absent in DMD2, is negligible at these timesteps."""
-    commands.export_run(settings(teacher), run, str(tmp_path / "out"))
-    how = read_sampling(tmp_path / "out" / "scheduler" / "scheduler_config.json")
+    how = read_sampling(exported[0] / "scheduler" / "scheduler_config.json")
     parts = build(config.resolve(settings(teacher)))
     student, method = tiny.newest(run, settings(teacher)).ema["student"], parts.experiment.method
     batch, noise, key = tiny.make_batch(size=4), tiny.randn(0, 4, 8, 8, 3), jax.random.key(3)

@@ -119,7 +119,7 @@ def sheet(c, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "pairs"])
-@pytest.mark.parametrize("num_classes", [30, 11, 10])
+@pytest.mark.parametrize("num_classes", [10, *(pytest.param(n, marks=pytest.mark.slow) for n in (11, 30))])
 def test_labels_lie_in_the_networks_table(teacher, tmp_path, mode, num_classes):
     """The tiny teacher's table has 10 rows, the last for the null label, which these pictures have."""
     c = settings(teacher, pictures(tmp_path / "x", train=8, validation=8, test=8))

@@ -56,6 +56,14 @@ def run(littered, tmp_path_factory):
     return c, workdir
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder of the newest checkpoint's student."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    commands.export_run(*run, str(out))
+    return out
+
+
 def snippet(folder):
     """The card's example in Python."""
     return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -64,11 +72,14 @@ def snippet(folder):
 # --- the card
 
 
-def test_the_card_counts_the_updates_of_its_checkpoint(run, tmp_path):
+def test_the_card_counts_the_updates_of_its_checkpoint(run, exported, tmp_path):
     """Of a run of three updates, the checkpoint after two; the scores are those after three."""
-    for which, said, scored in (("2", "2 updates of\n8 images", False), ("latest", "3 updates of\n8 images", True)):
-        commands.export_run(*run, str(tmp_path / which), which)
-        card = (tmp_path / which / "README.md").read_text()
+    commands.export_run(*run, str(tmp_path / "2"), "2")
+    for folder, said, scored in (
+        (tmp_path / "2", "2 updates of\n8 images", False),
+        (exported, "3 updates of\n8 images", True),
+    ):
+        card = (folder / "README.md").read_text()
         assert said in card
         assert ("| student, 2 steps, 8 images |" in card) == scored
         assert ("This checkpoint was not evaluated." in card) != scored
@@ -93,9 +104,8 @@ def test_updates_are_those_that_are_played(turn, steps):
     assert build.updates(turns["student"], steps) == sum(bool(active(turns, i)) for i in range(steps))
 
 
-def test_the_example_of_a_pixel_teacher_needs_no_pipeline(run, tmp_path):
-    commands.export_run(*run, str(tmp_path / "out"))
-    code = snippet(tmp_path / "out")
+def test_the_example_of_a_pixel_teacher_needs_no_pipeline(exported):
+    code = snippet(exported)
     compile(code, "card", "exec")
     assert "DiffusionPipeline" not in code
     assert "torch.full_like(labels, 9)" in code
@@ -190,9 +200,8 @@ def test_a_branch_that_diffusers_lacks_has_no_example(teacher, tmp_path, capsys)
 # --- what is copied
 
 
-def test_only_the_teachers_parts_and_licences_are_copied(run, tmp_path):
-    commands.export_run(*run, str(tmp_path / "out"))
-    names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+def test_only_the_teachers_parts_and_licences_are_copied(exported):
+    names = {p.relative_to(exported).as_posix() for p in exported.rglob("*") if p.is_file()}
     own = {
         "README.md",
         "scheduler/scheduler_config.json",
@@ -256,7 +265,7 @@ def test_shards_are_copied_with_their_index(tmp_path):
         parts.pipeline_files(root, {})
 
 
-def test_a_part_that_was_not_downloaded_is_marked_as_absent(run, tmp_path):
+def test_a_part_that_was_not_downloaded_is_marked_as_absent(tmp_path):
     """Without this, PyTorch could not load the student's folder."""
     index = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": ["a", "B"], "b": True}
     from cddistill.pipeline import write_index

@@ -180,6 +180,7 @@ def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
 def concat(encoded, teacher, tmp_path_factory):
     """(settings, workdir) of CoDi with input channels for the condition, on what --mode=encode writes for it."""
     folder, settings = tmp_path_factory.mktemp("concat"), pictures(teacher, teacher / ".." / "x", write=False)
+    settings.update(report=False, eval_every=9, sample_steps=(1,))  # `run` has scores; here --mode=sample draws
     settings.method.adapter = "concat"
     commands.encode_data(settings, folder / "latents")
     settings.data.update(source="arrays", path=str(folder / "latents"))

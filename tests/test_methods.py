@@ -27,6 +27,7 @@ DEFAULT = {
     "judge": ("jit over 8",),
 }
 REPEATS = ("dmd2_lora", "codi_released", "codi_pe")  # the options of methods that are tested with others: slow
+OTHERS = ("d2g", "finetune", "codi_concat")  # whose loss is that of dmd2, diffusion and codi: it falls in slow tests
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in tiny.VARIANTS]
 GENERATORS = [param for param in EVERY if isinstance(tiny.VARIANTS[param.values[0]], Generator)]
 CASES = [
@@ -110,7 +111,7 @@ def test_samples_do_not_depend_on_their_position_in_the_batch(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("d2g", *REPEATS) else ()) for n in tiny.VARIANTS]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in (*OTHERS, *REPEATS) else ()) for n in tiny.VARIANTS]
 )
 def test_the_loss_falls(name):
     """60 steps on one batch: the mean of the last 15 losses is below that of the first 15."""
