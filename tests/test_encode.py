@@ -34,10 +34,8 @@ def save_vae(folder, gain=1.0, seed=0, **changes):
     models.save(folder, "vae", params, module.to_config(), np.float32)
 
 
-@pytest.fixture
-def teacher(tmp_path):
+def make_teacher(folder):
     """A latent teacher without text."""
-    folder = tmp_path / "teacher"
     net = models.init(tiny.UNET | {"in_channels": 4, "out_channels": 4, "num_class_embeds": 10}, 0)
     models.save(folder, "unet", net.params, net.module.to_config())
     write_scheduler(folder, DDPM(), "eps")
@@ -45,11 +43,9 @@ def teacher(tmp_path):
     return folder
 
 
-@pytest.fixture
-def pictures(tmp_path):
+def make_pictures(folder):
     """Two pictures in each split, with captions in files and labels in metadata.jsonl."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
-    rows = []
+    rng, rows = np.random.default_rng(0), []
     for split in ("train", "validation", "test"):
         (folder / split).mkdir(parents=True)
         for i in range(2):
@@ -65,6 +61,30 @@ def settings(teacher, pictures, **changes):
     c.update({"teacher": str(teacher), "batch_size": 2} | changes)
     c.data.update(source="folder", path=str(pictures), size=16)
     return c
+
+
+@pytest.fixture(scope="module")
+def made(two_devices, tmp_path_factory):
+    """A folder with a teacher, pictures and what was encoded from them; tests change copies of these."""
+    root = tmp_path_factory.mktemp("made")
+    teacher, pictures = make_teacher(root / "teacher"), make_pictures(root / "pictures")
+    commands.encode_data(settings(teacher, pictures), root / "out")
+    return root
+
+
+@pytest.fixture
+def teacher(made, tmp_path):
+    return shutil.copytree(made / "teacher", tmp_path / "teacher")
+
+
+@pytest.fixture
+def pictures(made, tmp_path):
+    return shutil.copytree(made / "pictures", tmp_path / "pictures")
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    return shutil.copytree(made / "out", tmp_path / "out")
 
 
 def part(out, split="train"):
@@ -104,26 +124,24 @@ CHANGES = {  # what is done to (pictures, teacher), and what is said
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changed_is_refused(teacher, pictures, tmp_path, name):
+def test_what_changed_is_refused(teacher, pictures, out, name):
     change, said = CHANGES[name]
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     change(pictures, teacher)
     reload(pictures)
     with pytest.raises(ValueError, match=rf"was encoded from something else \(.*{said}.*another --output"):
-        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        commands.encode_data(settings(teacher, pictures), out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_change_is_found_before_the_first_row(teacher, pictures, tmp_path):
+def test_a_change_is_found_before_the_first_row(teacher, pictures, out, tmp_path):
     """Formerly of the last split, after all others had been encoded."""
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "train")
+    shutil.rmtree(out / "train")
     (pictures / "test" / "0.txt").write_text("another")
     reload(pictures)
     with pytest.raises(ValueError, match="was encoded from something else"):
-        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    assert not (tmp_path / "out" / "train").exists()
+        commands.encode_data(settings(teacher, pictures), out)
+    assert not (out / "train").exists()
     shutil.rmtree(pictures / "test")
     reload(pictures)
     with pytest.raises(ValueError, match="the test split of folder .* is empty"):
@@ -131,12 +149,11 @@ def test_a_change_is_found_before_the_first_row(teacher, pictures, tmp_path):
     assert not any((tmp_path / "new").rglob("*.npy"))
 
 
-def test_the_same_again_keeps_every_row(teacher, pictures, tmp_path):
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    before = part(tmp_path / "out") / "x0.npy"
+def test_the_same_again_keeps_every_row(teacher, pictures, out):
+    before = part(out) / "x0.npy"
     stamp = before.stat().st_mtime_ns
     reload(pictures)
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+    commands.encode_data(settings(teacher, pictures), out)
     assert before.stat().st_mtime_ns == stamp
 
 
@@ -159,29 +176,27 @@ def test_latents_are_the_posteriors_mean_or_samples_from_it(teacher, pictures, t
         commands.encode_data(settings(teacher, pictures, encode_sample=True), tmp_path / "mean")
 
 
-def test_what_moved_is_the_same(teacher, pictures, tmp_path, monkeypatch):
+def test_what_moved_is_the_same(teacher, pictures, out, tmp_path, monkeypatch):
     """Also where paths are relative; another option is still another command."""
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
     pictures.rename(tmp_path / "elsewhere")
     shutil.copytree(teacher, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    commands.encode_data(settings("copy", "elsewhere"), tmp_path / "out")
+    commands.encode_data(settings("copy", "elsewhere"), out)
     for changes, said in (
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"encode_dtype": "float32"}, "encode_dtype: float16"),
     ):
         with pytest.raises(ValueError, match=rf"was made by another command \({said}"):
-            commands.encode_data(settings("copy", "elsewhere", **changes), tmp_path / "out")
+            commands.encode_data(settings("copy", "elsewhere", **changes), out)
 
 
-def test_a_manifest_without_fingerprints_serves_for_training_only(teacher, pictures, tmp_path):
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+def test_a_manifest_without_fingerprints_serves_for_training_only(teacher, pictures, out):
     for split in ("train", "validation", "test"):
-        path = part(tmp_path / "out", split) / "manifest.json"
+        path = part(out, split) / "manifest.json"
         io.write_json(path, {k: v for k, v in io.read_json(path).items() if k != "fingerprints"})
     with pytest.raises(ValueError, match=r"kept no fingerprints .*may serve for training .*: encode again, to another"):
-        commands.encode_data(settings(teacher, pictures), tmp_path / "out")
-    assert len(data.load(configure(source="arrays", path=str(tmp_path / "out")))) == 2
+        commands.encode_data(settings(teacher, pictures), out)
+    assert len(data.load(configure(source="arrays", path=str(out)))) == 2
 
 
 def test_text_encoders_and_tokenizers_count(teacher, monkeypatch):
@@ -203,11 +218,10 @@ def test_text_encoders_and_tokenizers_count(teacher, monkeypatch):
     assert [name for name, x in found(0, "b").items() if x != first[name]] == ["tokenizers"]
 
 
-def test_training_on_latents_of_another_vae_is_said(teacher, pictures, tmp_path, caplog):
-    commands.encode_data(settings(teacher, pictures), tmp_path / "out")
+def test_training_on_latents_of_another_vae_is_said(teacher, pictures, out, caplog):
     c = settings(teacher, pictures)
     c.batch_size = 8
-    c.data.update(source="arrays", path=str(tmp_path / "out"))
+    c.data.update(source="arrays", path=str(out))
     build.build(config.resolve(c))
     assert not caplog.text
     save_vae(teacher, seed=1)

@@ -204,6 +204,7 @@ def test_an_exported_program_takes_all_noise_as_input(run, tmp_path):
 def test_exporting_untrained_weights_is_refused(run, tmp_path):
     settings, workdir = run
     still = settings.copy_and_resolve_references()
+    still.update(steps=1, eval_every=9)
     still.optim.lr = 0.0
     train.train(still, tmp_path / "run")
     with pytest.raises(ValueError, match="nothing to export: the weights of generator are those of step 0"):
