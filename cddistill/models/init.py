@@ -1,5 +1,7 @@
 """Shapes of a network's weights, and random weights as PyTorch's layers initialise them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,12 @@ import numpy as np
 
 def weight_shapes(module):
     """The parameter tree of a module as jax.ShapeDtypeStruct; nothing is computed or allocated."""
+    return jax.tree.map(lambda shape: shape, traced(module))  # a tree of the caller's own
+
+
+@functools.lru_cache(64)
+def traced(module):
+    """`weight_shapes`, traced once for equal modules: seconds for a large network."""
     args, kwargs = module.example()
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
 
