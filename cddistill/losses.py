@@ -50,10 +50,9 @@ def direction(a: Maps, b: Maps) -> PerSample:
 def min_snr(alpha: Float[Array, "*n"], sigma: Float[Array, "*n"], gamma: float) -> Float[Array, "*n"]:
     """min(SNR, gamma) / SNR with SNR = (alpha / sigma)^2, one weight per timestep (Hang et al. 2023); in [0, 1].
 
-    It tends to 1 as gamma grows.
+    It is 1 where SNR <= gamma, thus also at zero terminal SNR, and falls to 0 as sigma does. gamma must be positive.
     """
-    snr = (alpha / sigma) ** 2
-    return jnp.minimum(snr, gamma) / jnp.maximum(snr, 1e-12)
+    return gamma / jnp.maximum((alpha / sigma) ** 2, gamma)  # no division by an SNR of 0
 
 
 def denoising(net: Denoiser, x0: Data, eps: Data, t: Time, text) -> tuple[Float[Array, ""], PerSample]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import models, sampling
+from cddistill import losses, models, sampling
 from cddistill.diffusion import DDPM, Prediction, RectifiedFlow, like
 from cddistill.method import normal
 from cddistill.methods.codi import CoDi, codi_released
@@ -302,6 +302,13 @@ def test_min_snr_weights():
     alpha, sigma = alpha_sigma64(100)
     np.testing.assert_allclose(wide, plain, rtol=1e-6)
     np.testing.assert_allclose(tight, plain * sigma**2 / alpha**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("snr", "weight"), [(0.0, 1.0), (1.0, 1.0), (5.0, 1.0), (20.0, 0.25), (np.inf, 0.0)])
+def test_min_snr_weight_is_one_up_to_gamma(snr, weight):
+    """Also at zero terminal SNR, where min(SNR, gamma) / SNR is 0 / 0."""
+    alpha, sigma = (1.0, 0.0) if snr == np.inf else (snr**0.5, 1.0)
+    np.testing.assert_allclose(losses.min_snr(jnp.float32([alpha]), jnp.float32([sigma]), 5.0), weight, rtol=1e-6)
 
 
 def test_timestep_is_shared_by_the_batch_or_per_sample():
