@@ -210,6 +210,19 @@ def test_consistency_loss_is_zero_at_timestep_zero():
     assert logs["consistency"] < 1e-7  # one float32 DDIM step from t = 0 to itself
 
 
+def test_the_signal_term_is_on_what_is_sampled():
+    """With the boundary condition that is z_0 at t = 0, whatever the network says: |z_0 - x0|^2, without a gradient."""
+    method, b = fixed(codi_released(), 0, 0), batch()
+
+    def signal(params):
+        return method.loss(world(linear, params=params), b, KEY)[1]["signal"]
+
+    value, slope = jax.value_and_grad(signal)({"b": jnp.ones(3)})
+    eps = normal(jax.random.split(KEY, 4)[1], b["index"], (3,))
+    np.testing.assert_allclose(value, ((world(linear).teacher.noise(b["x0"], eps, 0) - b["x0"]) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(slope["b"], 0.0)
+
+
 def test_training_timesteps_of_paper_and_released_code():
     """Paper: t in [dt, T], s = t - dt. Released code: multiples of 20, up to 980."""
     t, s = CoDi(shared_t=False).random_timesteps(SD, jax.random.key(0), jnp.arange(50_000))
@@ -278,7 +291,8 @@ def by_hand(method, x0, cond, eps):
         consistency = np.mean((a_s * v_s + o_s * z_s - e_hat) ** 2)
     else:
         f = lambda z, x, t: 0.25 / ((10 * t) ** 2 + 0.25) * z + 10 * t / np.sqrt((10 * t) ** 2 + 0.25) * x
-        consistency = np.mean((f(z_s, a_s * z_s - o_s * v_s, 480) - f(z_t, x_hat, 500)) ** 2)
+        x_hat = f(z_t, x_hat, 500)
+        consistency = np.mean((f(z_s, a_s * z_s - o_s * v_s, 480) - x_hat) ** 2)
     return consistency, np.mean((x_hat - x0) ** 2)
 
 

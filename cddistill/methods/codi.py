@@ -118,7 +118,7 @@ class CoDi(Generator):
         anchor = jax.lax.stop_gradient(view(self.target(n), z_s, s))  # also stops the gradient through z_s
 
         consistency = self.consistency(schedule, online, z_t, t, anchor, z_s, s)
-        signal = self.signal_distance(n, online.x0, x0).mean()
+        signal = self.signal_distance(n, self.bounded(online.x0, z_t, t), x0).mean()  # of what is sampled
         loss = self.consistency_weight * consistency.mean() + self.signal_weight * signal
         return loss, {"consistency": consistency.mean(), "signal": signal}
 
