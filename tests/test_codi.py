@@ -349,6 +349,39 @@ def test_cfg_aware_training_uses_the_guided_prediction():
     np.testing.assert_allclose(logs["signal"], ((alpha * z_t - sigma * 5.8 - b["x0"]) ** 2).mean(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("guided_ode", [False, True])
+def test_networks_are_told_their_timestep_text_and_condition(guided_ode):
+    """Guidance drops the text and keeps the condition, in training and in sampling, which uses the averages. The frozen
+    teacher has no condition, and is guided only with guided_ode: z_s is then made of 6100 = 5300 + 2 (5700 - 5300)."""
+    calls, b = [], batch() | {name: jnp.full(8, label) for name, label in (("text", 7), ("null", 3))}
+    b |= {"x0": jnp.full((8, 3), 1000.0), "cond": jnp.full((8, 3), 5.0)}
+    nets = {"backbone": "student", "backbone_ema": "average", "branch": "branch", "branch_ema": "average branch"}
+    n = types.SimpleNamespace(**{name: tiny.noting(calls, role) for name, role in nets.items()})
+    n.branch, n.branch_ema = Net({}, n.branch.apply), Net({}, n.branch_ema.apply)
+    n.teacher = tiny.noting(calls, "teacher", 5000.0)
+    options = {"guidance_range": (2.0, 2.0), "guidance": 2.0, "guided_ode": guided_ode}
+    method = fixed(CoDi(ode="teacher", space="x0", **options), 500, 480)
+
+    def guided(backbone, branch, t, *z):  # the residuals are the branch's output
+        return [x for y in (7, 3) for x in ((branch, t, y, *z, 5.0), (backbone, t, y, *z, 100.0 * y))]
+
+    method.loss(n, b, KEY)
+    z_t, z_s = near(500, 1000.0), near(480, 6100.0 if guided_ode else 5700.0)
+    teacher = [("teacher", 500, 7, z_t), ("teacher", 500, 3, z_t)][: 1 + guided_ode]
+    online, target = guided("student", "branch", 500, z_t), guided("average", "average branch", 480, z_s)
+    assert calls == online + teacher + target
+    calls.clear()
+    with jax.disable_jit():
+        method.sample(n, tiny.randn(5, 8, 3), b, None, 2)
+    steps = [guided("average", "average branch", t) for t in (999, 499)]
+    assert [(*call[:3], call[4]) for call in calls] == sum(steps, [])
+
+
+def near(t, x0):
+    """The mean of x0 noised to t, up to the noise's."""
+    return pytest.approx(float(SD.alpha_sigma(t)[0]) * x0, abs=2.0)
+
+
 def test_the_four_signal_distances():
     """Fig. 2 of the paper, with an autoencoder that is not the identity: D(z) = 2z, E(x) = x / 4."""
     n, a, b = world(linear), tiny.randn(0, 5, 3), tiny.randn(1, 5, 3)
@@ -394,7 +427,18 @@ def test_one_step_sampling_returns_x_hat():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(ode="ours"), dict(space="v"), dict(boundary="lcm"), dict(signal="l1"), dict(noise="none")]
+    "change",
+    [
+        dict(ode="ours"),
+        dict(space="v"),
+        dict(boundary="lcm"),
+        dict(signal="l1"),
+        dict(noise="none"),
+        dict(snr_gamma=-1.0),
+        dict(guided_ode=True),
+        dict(guided_ode=True, ode="teacher", space="x0"),
+        dict(guided_ode=True, guidance_range=(2.0, 14.0)),
+    ],
 )
 def test_unknown_or_incompatible_options_are_refused(change):
     with pytest.raises(ValueError, match=f"method.{next(iter(change))}"):

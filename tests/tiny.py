@@ -13,7 +13,7 @@ from cddistill import build, checkpoint, config, method, models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.models.schedulers import write_scheduler
-from cddistill.net import Autoencoder, Net
+from cddistill.net import Autoencoder, Denoiser, Net
 from cddistill.step import active, init_state, train_step
 
 UNET = {
@@ -171,6 +171,23 @@ def step_noise(noise, seed):
     """The package's step_noise for samplers, given their initial `noise` [b, ...] and a seed or key."""
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     return method.step_noise(key, jnp.arange(len(noise)), noise.shape[1:])
+
+
+def noting(calls, role, x0=0.0):
+    """A network that appends (role, timestep, text, mean of its input and of what else it is given) to `calls`.
+
+    It predicts x0 = `x0` + 100 text. Features are noted as "<role> features". A batch must have one timestep and one
+    text. Loops need jax.disable_jit().
+    """
+
+    def apply(params, z_t, t, text, *given, features=False, **further):
+        (time,), (label,) = ({*np.ravel(x).tolist()} for x in (t, text))
+        means = [float(jax.lax.stop_gradient(x).mean()) for x in (z_t, *given, *further.values())]
+        calls.append((f"{role} features" if features else role, time, label, *means))
+        out = 0.0 * z_t + x0 + 100.0 * label
+        return (out, z_t, [(z_t,)]) if features else out
+
+    return Denoiser({}, apply, DDPM(), "x0")
 
 
 def randn(seed, *shape):

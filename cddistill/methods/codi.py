@@ -55,6 +55,8 @@ class CoDi(Generator):
     signal_weight: float = 1.0  # of the second (paper: 1); 0 = without it, as in diffusers PR 8313 (the authors')
     snr_gamma: float = 0.0  # min-SNR weight of the consistency term; 0 = off (released code, off by default)
     guidance_range: tuple[float, float] = (1.0, 1.0)  # of training: scale ~ U per step, both predictions; (1, 1) = off
+    guided_ode: bool = False  # with ode="teacher": z_s from the teacher guided at that scale too, as LCM does (ours;
+    # published code leaves the teacher unguided); the student's own x^ is always the guided one
     guidance: float = 1.0  # guidance scale of sampling; 1 = none
     grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`; 1 = uniform (ours)
     text_dropout: float = 0.0  # share of samples with the null text (ours)
@@ -72,6 +74,10 @@ class CoDi(Generator):
             )
         if self.boundary == "lcm" and self.space == "eps":
             raise ValueError("method.boundary='lcm' requires x0 = z at t = 0, not noise = z: use space='x0'")
+        if self.guided_ode and (self.ode != "teacher" or self.guidance_range == (1.0, 1.0)):
+            raise ValueError("method.guided_ode guides the frozen teacher: set ode='teacher' and a guidance_range")
+        if self.snr_gamma < 0.0:
+            raise ValueError(f"method.snr_gamma must be 0 (off) or positive, not {self.snr_gamma}")
 
     def init(self, key, frozen, batch):
         """A copy of the teacher, and a branch: a copy of its encoder with zero output, or a loaded ControlNet."""
@@ -114,7 +120,7 @@ class CoDi(Generator):
 
         z_t = n.teacher.noise(x0, eps, t)
         online = view(self.student(n), z_t, t)
-        z_s = self.jump(n, online, z_t, t, s, eps, text)
+        z_s = self.jump(n, online, z_t, t, s, eps, text, batch["null"], w)
         anchor = jax.lax.stop_gradient(view(self.target(n), z_s, s))  # also stops the gradient through z_s
 
         consistency = self.consistency(schedule, online, z_t, t, anchor, z_s, s)
@@ -144,9 +150,11 @@ class CoDi(Generator):
         """The k-th timestep of the released code's grid, 0, T/L, 2T/L, ... ("leading" spacing)."""
         return schedule.at(k / self.grid_size + 1e-3)
 
-    def jump(self, n, online: Prediction, z_t, t, s, eps, text):
+    def jump(self, n, online: Prediction, z_t, t, s, eps, text, null=None, scale=1.0):
         """z_s: one step from t to s, with x^ of the student (paper) or of the frozen teacher; see `ode` and `noise`."""
         source = online if self.ode == "adapted" else n.teacher(z_t, t, text)
+        if self.guided_ode:
+            source = guide(source, n.teacher(z_t, t, null), scale)
         return n.teacher.noise(source.x0, eps if self.noise == "real" else source.eps, s)
 
     def consistency(self, schedule, online, z_t, t, anchor, z_s, s):
