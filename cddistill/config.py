@@ -6,9 +6,10 @@ fields can be set in a config file or on the command line; an unknown key is an 
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from cddistill import data, io, typed
 from cddistill.data import SOURCES, TASKS, DataConfig
@@ -72,6 +73,7 @@ MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_sample", "encode_dtype"),
+    "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
 PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs")
@@ -94,10 +96,13 @@ def paths(experiment: Experiment) -> set[str]:
 def defaults(method: str) -> ConfigDict:
     """A ConfigDict with every field at its default, for config files to start from.
 
-    Where a method has several turns, optim.<turn>.<field> is optim.<field> until it is set itself.
+    Where a method has several turns, optim.<turn>.<field> is optim.<field> until it is set itself. Where it has
+    presets, fields have the values of method.preset until they are set themselves, in whatever order.
     """
     config, default = ConfigDict(dataclasses.asdict(Run())), typed.choose("method.name", METHODS, method)()
     config.method = ConfigDict({"name": method} | dataclasses.asdict(default))
+    if default.presets:
+        follow_presets(config.method, default.presets)
     config.data = ConfigDict(data.defaults())
     config.optim = ConfigDict(dataclasses.asdict(OptimConfig()))
     if len(turns := default.turns()) > 1:
@@ -107,12 +112,30 @@ def defaults(method: str) -> ConfigDict:
     return config.lock()
 
 
+class Op(NamedTuple):
+    """A function of a field's own value and of other fields, evaluated when the field is read."""
+
+    fn: Any
+    args: tuple[FieldReference, ...]
+
+
+def follow_presets(method: ConfigDict, presets: Mapping[str, dict[str, Any]]) -> None:
+    """Add the field preset; those that a preset has follow it until they are set."""
+    method.preset = ""
+    chosen = method.get_ref("preset")
+    for field in {field for values in presets.values() for field in values}:
+        follow = lambda own, name, field=field: presets.get(name, {}).get(field, own)
+        method[field] = FieldReference(method[field], op=Op(follow, (chosen,)))
+
+
 def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     """Typed values; ValueError in one sentence for an unknown key, a wrong type or a value out of range."""
     config = plain(config)
     check_names(config)
     method = dict(config.pop("method", {}))
     cls = typed.choose("method.name", METHODS, method.pop("name", None))
+    if cls.presets and (preset := typed.fit(method.pop("preset", ""), str, "method.preset")):
+        method = typed.choose("method.preset", cls.presets, preset) | method
     method = typed.make(cls, method, "method.")
     optim = dict(config.pop("optim", {}))
     changes = {name: optim.pop(name, {}) for name in cls().turns() | method.turns()}  # also for turns switched off
@@ -160,8 +183,9 @@ def method_of(config) -> str | None:
 
 
 def methods_with(option: str) -> list[str]:
-    """The names of the methods that have a hyper-parameter."""
-    return [name for name, cls in METHODS.items() if option in {field.name for field in dataclasses.fields(cls)}]
+    """The names of the methods that have an option."""
+    options = lambda cls: {*(field.name for field in dataclasses.fields(cls)), *["preset"] * bool(cls.presets)}
+    return [name for name, cls in METHODS.items() if option in options(cls)]
 
 
 def foreign(key: str, method: str | None) -> str:
@@ -194,7 +218,7 @@ def owners() -> dict[str, type]:
     groups = {"": (Run,), "method.": METHODS.values(), "optim.": (OptimConfig,)}
     groups["data."] = (DataConfig, *option_classes())
     keys = {f"{g}{f.name}": cls for g, classes in groups.items() for cls in classes for f in dataclasses.fields(cls)}
-    return keys | {"method.name": Method}
+    return keys | {"method.name": Method, "method.preset": Method}
 
 
 def describe(settings=None) -> list[str]:
@@ -207,6 +231,8 @@ def describe(settings=None) -> list[str]:
             cls, field = known.get(key), key.rpartition(".")[2]
             if key.startswith("method."):
                 cls = METHODS[method]
+            if key == "method.preset":
+                notes[key] = f"{' or '.join(cls.presets)}: values of the fields that are not set themselves"
             if cls is None and value == values.get(f"optim.{field}"):
                 continue  # optim.<turn>.<field> as for all turns
             note = notes.get(key) or typed.comments(cls or OptimConfig).get(field, "")

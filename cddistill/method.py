@@ -60,6 +60,7 @@ class Method(Protocol):
 
     mutable_on_resume: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that may change when a run is resumed
     paths: ClassVar[tuple[str, ...]] = ()  # hyper-parameters that are paths: what lies there must not change
+    presets: ClassVar[Mapping[str, dict[str, Any]]] = {}  # config.method.preset=NAME: values of what is not set itself
 
     @abc.abstractmethod
     def init(self, key: jax.Array, frozen: dict[str, Any], batch: dict[str, Any]) -> dict[str, Any]:

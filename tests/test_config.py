@@ -2,15 +2,17 @@
 
 import importlib.util
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cddistill import build, config, io, models
+from cddistill import build, config, io, main, models
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
+from cddistill.methods.codi import CoDi, codi_released
 from cddistill.net import Autoencoder, Denoiser
 from cddistill.step import init_state
 
@@ -98,6 +100,56 @@ def test_every_field_of_a_config_is_known_by_its_class():
 def test_options_of_the_diffusion_method_are_checked(field, known):
     with pytest.raises(ValueError, match=f"method.{field} 'other' is not one of {known}"):
         config.resolve({"method": {"name": "diffusion", field: "other"}})
+
+
+RELEASED = {"preset": "released"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({}, ("adapted", "eps", 1)),
+        ({"preset": "paper"}, ("adapted", "eps", 1)),
+        (RELEASED, ("teacher", "x0", 20)),
+        (RELEASED | {"delta_t": 50}, ("teacher", "x0", 50)),
+        ({"delta_t": 50} | RELEASED, ("teacher", "x0", 50)),
+        (RELEASED | {"ode": "adapted", "delta_t": 1}, ("adapted", "x0", 1)),  # also at their defaults
+        ({"ode": "adapted", "delta_t": 1} | RELEASED, ("adapted", "x0", 1)),
+    ],
+)
+@pytest.mark.parametrize("written", ["in a config file", "on the command line", "as a dict"])
+def test_a_preset_sets_the_fields_that_are_not_set_themselves(written, changes, values):
+    settings = config.defaults("codi") if written != "as a dict" else {"method": {"name": "codi"} | changes}
+    if written == "in a config file":
+        settings.method.update(changes)
+    elif written == "on the command line":
+        settings = main.override(settings, [(f"method.{field}", str(value)) for field, value in changes.items()])
+    method = config.resolve(settings).method
+    assert (method.ode, method.space, method.delta_t) == values
+    stored = config.plain(settings)  # a config that is written has the values themselves
+    assert config.resolve(stored).method == method
+    if written != "as a dict":
+        assert stored["method"]["ode"] == method.ode
+
+
+def test_the_presets_of_codi_are_the_functions_of_that_name():
+    preset = lambda name: config.resolve({"method": {"name": "codi", "preset": name}}).method
+    assert preset("paper") == CoDi()
+    assert preset("released") == codi_released() != CoDi()
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ({"name": "codi", "preset": "relesed"}, "unknown method.preset 'relesed': did you mean 'released'?"),
+        ({"name": "codi", "preset": "draft"}, "unknown method.preset 'draft': known: paper, released"),
+        ({"name": "codi", "preset": 1}, "method.preset must be str, not int 1"),
+        ({"name": "dmd2", "preset": "released"}, "method.preset is an option of codi, and the method is dmd2"),
+    ],
+)
+def test_unknown_presets_are_refused(method, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        config.resolve({"method": method})
 
 
 def test_unknown_overrides_of_defaults_are_refused():

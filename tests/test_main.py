@@ -236,6 +236,7 @@ def test_help_lists_options_and_fields_with_their_comments(parsed, capsys, asked
         "steps=1000": "updates of the first turn",
         "optim.warmup=0": "updates of linear warm-up from 0",
         "data.scale=4": "factor from the low to the high resolution",
+        "method.preset=": "paper or released: values of the fields that are not set themselves",
         "method.ratio=5": "critic updates per student update (paper: 5; SD 1.5: 10)",
     }.items():
         assert [line for line in lines if line.split()[:1] == [f"--config.{field}"] and line.endswith(comment)], field

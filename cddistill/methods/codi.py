@@ -7,7 +7,7 @@
 
 There is one stage and one turn: the pretrained teacher is not fine-tuned to a conditional diffusion model first. CoDi
 trains backbone and branch, PE-CoDi (`freeze_backbone`) only the branch. The paper's text and the released code differ
-in almost every detail, so each is an option; the defaults are the paper's, `codi_released` has the code's values.
+in almost every detail, so each is an option; the defaults are the paper's, preset "released" has the code's values.
 """
 
 import dataclasses
@@ -33,6 +33,10 @@ CHOICES = {
     "distance": tuple(losses.DISTANCES),
     "signal": ("l2", "pixel_l2", "reencoded_l2", "lpips"),
 }
+RELEASED = {  # the released code's values where it differs from the paper
+    "ode": "teacher", "noise": "predicted", "space": "x0", "boundary": "lcm", "shared_t": False, "delta_t": 20,
+    "grid_size": 50,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class CoDi(Generator):
     ema_decay: float = 0.999  # per step, of the target and the final weights (released code; the paper gives none)
 
     mutable_on_resume = ("guidance", "grid_power")
+    presets = {"paper": {}, "released": RELEASED}
 
     def __post_init__(self):
         check_choices(self, CHOICES)
@@ -218,7 +223,4 @@ class CoDi(Generator):
 
 def codi_released(**changes) -> CoDi:
     """The released code with its bugs fixed: DDIM of the frozen teacher, x0 space, LCM boundary, dt 20, grid of 50."""
-    released = dict(
-        ode="teacher", noise="predicted", space="x0", boundary="lcm", shared_t=False, grid_size=50, delta_t=20
-    )
-    return CoDi(**(released | changes))
+    return CoDi(**(RELEASED | changes))
