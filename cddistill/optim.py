@@ -14,7 +14,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the latter
     weight_decay: float = 0.0  # decoupled, times lr; libraries disagree on the default (optax 1e-4, PyTorch 1e-2)
     clip: float = 1.0  # largest global gradient norm; 0 = no clipping
-    warmup: int = 0  # updates of linear warm-up from 0
+    warmup: int = 0  # updates of linear warm-up from 0; a turn that is played every 5th step counts only its own
     decay: str = "constant"  # or "cosine", "linear": to 0 over the updates after the warm-up
 
 

@@ -22,6 +22,7 @@ def get_config():
     config.fsdp = -1
     config.optim.lr = 2e-6
     config.optim.warmup = 72
+    config.optim.student.warmup = 15  # its updates in 72 steps: the released schedule counts all steps
     config.optim.weight_decay = 1e-2
     config.optim.clip = 10.0
     config.sample_steps = (1,)

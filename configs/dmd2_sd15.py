@@ -22,6 +22,7 @@ def get_config():
     config.fsdp = -1
     config.optim.lr = 1e-5
     config.optim.warmup = 8
+    config.optim.student.warmup = 1  # its updates in 8 steps: the released schedule counts all steps
     config.optim.weight_decay = 1e-2
     config.optim.clip = 10.0
     config.method.ratio = 10

@@ -26,6 +26,7 @@ def get_config(variant="four"):
     config.fsdp = -1
     config.optim.lr = 5e-5 if variant == "lora" else 5e-7
     config.optim.warmup = 8
+    config.optim.student.warmup = 2  # its updates in 8 steps: the released schedule counts all steps
     config.optim.weight_decay = 1e-2
     config.optim.clip = 10.0
     config.method.real_guidance = 8.0

@@ -18,7 +18,7 @@ from cddistill.models import discriminator, lora
 from cddistill.net import Denoiser, Net
 from cddistill.optim import OptimConfig, optimizer
 from cddistill.sampling import level_to_time
-from cddistill.step import active
+from cddistill.step import active, init_state, train_step
 
 SD = DDPM()
 # Inputs A: two samples of 2 x 2 pixels, with what teacher and critic predict for them.
@@ -393,6 +393,24 @@ def test_edm_networks_work_as_teachers():
         assert all(moved(grads[k]) for k in turn.moves), name
     look = jax.jit(jax.grad(lambda net: (net.features(batch["x0"], jnp.float32(3.0), batch["text"]) ** 2).sum()))
     assert not {name for name in moved(look(teacher)) if name.startswith(("dec", "out"))}
+
+
+def test_warm_up_counts_the_updates_of_its_own_turn():
+    """With ratio 3 the student's 4 updates take 12 steps. Adam moves by its rate, because the gradient is constant."""
+    turns = {
+        name: turn._replace(moves=(name,), loss=lambda n, batch, key, name=name: (getattr(n, name), {}))
+        for name, turn in DMD2(ratio=3).turns().items()
+    }
+    optimizers = {name: optimizer(OptimConfig(lr=1.0, warmup=4), 100) for name in turns}
+    state = init_state({name: jnp.zeros(()) for name in turns}, turns, optimizers, {})
+    step = jax.jit(functools.partial(train_step, turns=turns, optimizers=optimizers, ema={}), static_argnums=3)
+    seen = [state.nets]
+    for i in range(16):
+        state, _ = step(state, {}, {}, active(turns, i))
+        seen.append(state.nets)
+    rates = {name: -np.diff([float(nets[name]) for nets in seen]) for name in turns}
+    np.testing.assert_allclose(rates["critic"], [0.0, 0.25, 0.5, 0.75] + 12 * [1.0], atol=1e-4)
+    np.testing.assert_allclose(rates["student"][::3], [0.0, 0.25, 0.5, 0.75, 1.0, 1.0], atol=1e-4)
 
 
 def test_optimiser_equals_pytorchs_adamw():

@@ -234,7 +234,7 @@ def test_help_lists_options_and_fields_with_their_comments(parsed, capsys, asked
     assert any(line.split()[:1] == ["--negative_prompt"] for line in lines)
     for field, comment in {
         "steps=1000": "updates of the first turn",
-        "optim.warmup=0": "updates of linear warm-up from 0",
+        "optim.warmup=0": "updates of linear warm-up from 0; a turn that is played every 5th step counts only its own",
         "data.scale=4": "factor from the low to the high resolution",
         "method.preset=": "paper or released: values of the fields that are not set themselves",
         "method.ratio=5": "critic updates per student update (paper: 5; SD 1.5: 10)",
