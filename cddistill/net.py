@@ -1,9 +1,11 @@
 """Networks as callable pytrees, so that losses call nets the way papers write them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,15 @@ def count(params) -> str:
     return f"{n} weights"
 
 
+def in_float32(apply: Any) -> Any:
+    """An apply function whose flax modules, at any depth of its fields, compute in float32."""
+    if isinstance(apply, nn.Module):
+        return apply.clone(dtype=jnp.float32)
+    if not dataclasses.is_dataclass(apply):
+        return apply
+    return dataclasses.replace(apply, **{f.name: in_float32(getattr(apply, f.name)) for f in dataclasses.fields(apply)})
+
+
 @flax.struct.dataclass(repr=False)
 class Net:
     """Weights and a pure apply function; the weights are the only pytree leaves."""
@@ -52,6 +63,10 @@ class Net:
     def module(self):
         """The flax module behind apply, which holds the network's options; None if apply is another function."""
         return getattr(self.apply, "module", None)
+
+    def in_float32(self):
+        """The same network with all its flax modules computing in float32, whatever their dtype was."""
+        return self.replace(apply=in_float32(self.apply))
 
 
 @flax.struct.dataclass(repr=False)

@@ -28,6 +28,7 @@ def get_config():
     config.method.ratio = 10
     config.method.real_guidance = 1.75
     config.method.gan_weight = 0.0
+    config.method.dm_float32 = "fake"
     config.sample_steps = (1,)
     config.checkpoint_every = config.eval_every = 1000
     config.eval_images = 10_000

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 
 from cddistill import build, config, losses, models
 from cddistill.diffusion import DDPM, EDM
+from cddistill.method import normal
 from cddistill.methods import dmd2
 from cddistill.methods.dmd2 import DMD2
 from cddistill.models import discriminator, lora
@@ -107,6 +109,79 @@ def test_guidance_applies_to_the_teacher_only():
     real = 0.5 * REAL + 3.0 * (REAL - 0.5 * REAL)
     expected = (FAKE - real) / np.abs(X - real).mean((1, 2, 3), keepdims=True)
     np.testing.assert_allclose(method.matching(n, X, batch, key)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_networks_are_told_their_noise_level_and_text(features):
+    """Each loss has its own range of levels. Only the teacher's score has a null text, for guidance."""
+    method = DMD2(
+        dm_range=(100, 100), fake_range=(300, 300), gan_range=(500, 500), real_guidance=2.0, gan_features=features
+    )
+    calls, (n, batch, key) = [], world(DMD2())
+    for name, x0 in (("student", 300.0), ("fake", 0.0), ("teacher", 0.0)):
+        setattr(n, name, tiny.noting(calls, name, x0=x0))
+    batch |= {"x0": 0.0 * X + 2000.0, "text": jnp.full(2, 7), "null": jnp.full(2, 3)}
+    drawn, real = 1000.0, 2000.0  # the student's samples are 300 + 100 text
+
+    def noised(role, level, text, x0):
+        return role, level, text, pytest.approx(float(SD.alpha_sigma(level)[0]) * x0, abs=3.0)
+
+    method.critic_loss(n, batch, key)
+    start, judged = noised("student", 999, 7, 0.0), noised(f"{features} features", 500, 7, drawn)
+    assert calls == [start, noised("fake", 300, 7, drawn), judged, noised(f"{features} features", 500, 7, real)]
+    calls.clear()
+    method.student_loss(n, batch, key)
+    teacher = [noised("teacher", 100, text, drawn) for text in (7, 3)]
+    assert calls == [start, *teacher, noised("fake", 100, 7, drawn), judged]
+
+
+@pytest.mark.parametrize(("decay", "role"), [(0.9, "average"), (0.0, "student")])
+def test_samples_are_drawn_with_the_average_and_the_text(decay, role):
+    calls, (n, batch, _) = [], world(DMD2())
+    n.student, n.student_ema = tiny.noting(calls, "student"), tiny.noting(calls, "average")
+    batch |= {"text": jnp.full(2, 7), "null": jnp.full(2, 3)}
+    with jax.disable_jit():
+        DMD2(student_timesteps=(999, 499), ema_decay=decay).sample(n, X, batch, lambda i: X, 2)
+    assert [call[:3] for call in calls] == [(role, 999, 7), (role, 499, 7)]
+
+
+class Scale(nn.Module):
+    """w z, in the type of its layers."""
+
+    dtype: object = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, z_t, t, encoder_hidden_states=None):
+        w = self.param("w", nn.initializers.ones, ())
+        return (w.astype(self.dtype) * z_t.astype(self.dtype)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """A function with another one in a field, as that of a network with its branch has."""
+
+    inner: models.convert.Apply
+
+    def __call__(self, *args):
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize(("nets", "exact"), [("none", ()), ("fake", ("fake",)), ("both", ("fake", "teacher"))])
+def test_scores_of_distribution_matching_may_compute_in_float32(nets, exact):
+    """x0 = (z - sigma w z) / alpha, in which a bfloat16 product has 8 bits."""
+    method = DMD2(dm_range=(900, 900), weighting="none", dm_float32=nets)
+    n, batch, key = world(method)
+    n.fake = Denoiser({"w": jnp.float32(0.3)}, models.convert.Apply(Scale()), SD, "eps")
+    n.teacher = Denoiser({"w": jnp.float32(0.7)}, Wrapped(models.convert.Apply(Scale())), SD, "eps")
+    z_t = n.teacher.noise(X, normal(jax.random.split(key)[1], batch["index"], X.shape[1:]), 900)
+    alpha, sigma = SD.alpha_sigma(900)
+
+    def x0(name, w):
+        kind = jnp.float32 if name in exact else jnp.bfloat16
+        return (z_t - sigma * (kind(w) * z_t.astype(kind)).astype(jnp.float32)) / alpha
+
+    expected = x0("fake", 0.3) - x0("teacher", 0.7)
+    np.testing.assert_allclose(method.matching(n, X, batch, key)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_levels_equal_the_released_code():
@@ -351,6 +426,7 @@ def test_lora_student_and_critic_share_the_teachers_weights():
         ({"ratio": 0}, "at least 1"),
         ({"dm_weight": 0.0, "gan_weight": 0.0}, "the student has no loss"),
         ({"gan_features": "vgg"}, "not one of fake, teacher"),
+        ({"dm_float32": "teacher"}, "not one of none, fake, both"),
     ],
 )
 def test_bad_options_are_refused(options, said):

@@ -33,6 +33,7 @@ CHOICES = {
     "adapter": ("none", *adapter.ADAPTERS),
     "gan_features": ("fake", "teacher"),
     "weighting": ("dmd", "dmd1", "none"),
+    "dm_float32": ("none", "fake", "both"),
     "regression": ("lpips", "l2"),
     "student_lora": ("none", *lora.LAYERS),
     "fake_lora": ("none", *lora.LAYERS),
@@ -54,6 +55,7 @@ class DMD2(Generator):
     gan_noised: bool = True  # diffusion GAN; False: disc sees clean samples, at level 0
     backward_simulation: bool = True  # False: later steps start from noised real data (ablation)
     weighting: str = "dmd"  # of g, as above; "dmd1" also has DMD's factor alpha_t, "none" has neither
+    dm_float32: str = "none"  # nets of g that compute in float32 whatever config.dtype is; "fake": released code for SD
     dm_range: tuple[int, int] = (20, 980)  # noise levels of g, both ends included
     fake_range: tuple[int, int] = (0, 999)  # noise levels of fake's training
     gan_range: tuple[int, int] = (0, 999)  # noise levels of disc
@@ -205,8 +207,7 @@ class DMD2(Generator):
         k_step, k_noise, k_steps = jax.random.split(key, 3)
         student, index, text = self.student(n), batch["index"], batch["text"]
         timesteps = level_to_time(n.teacher.schedule, self.student_timesteps)
-        count = len(self.student_timesteps)
-        shape = batch["x0"].shape[1:]
+        count, shape = len(self.student_timesteps), batch["x0"].shape[1:]
         start = self.start(n, normal(k_noise, index, shape))
         if count == 1:
             return student(start, timesteps[0], text).x0
@@ -229,11 +230,12 @@ class DMD2(Generator):
         t = self.random_timesteps(n, k_t, batch, self.dm_range)
         eps = normal(k_eps, batch["index"], x0.shape[1:])
         z_t = n.teacher.noise(x0, eps, t)
-        teacher = self.teacher(n)
+        teacher = self.teacher(n).in_float32() if self.dm_float32 == "both" else self.teacher(n)
         real = teacher(z_t, t, batch["text"])
         if self.real_guidance != 1.0:  # guidance drops the text and keeps the condition
             real = guide(real, teacher(z_t, t, batch["null"]), self.real_guidance)
-        fake = self.fake(n)(z_t, t, batch["text"])
+        fake_net = self.fake(n) if self.dm_float32 == "none" else self.fake(n).in_float32()
+        fake = fake_net(z_t, t, batch["text"])
         g = fake.x0 - real.x0
         if self.weighting != "none":
             g = g / jnp.maximum(like(jnp.abs(x0 - real.x0).mean(tuple(range(1, x0.ndim))), x0), 1e-6)
@@ -263,8 +265,7 @@ class DMD2(Generator):
         return sampling.scale_noise(schedule.alpha_sigma(level_to_time(schedule, self.student_timesteps))[1], noise)
 
     def student(self, n, average: bool = False) -> Denoiser:
-        net = adapter.whole(n, self.adapter, "student", average and bool(self.ema_decay))
-        return lora.merge_if_lora(n.teacher, net)
+        return lora.merge_if_lora(n.teacher, adapter.whole(n, self.adapter, "student", average and self.ema_decay > 0))
 
     def fake(self, n) -> Denoiser:
         return lora.merge_if_lora(n.teacher, adapter.whole(n, self.adapter, "fake"))
@@ -282,10 +283,9 @@ class DMD2(Generator):
 
     def sample(self, n, noise, batch, step_noise, steps):
         student, batch = self.student(n, average=True), adapter.with_condition(self.adapter, batch)
-        schedule = n.teacher.schedule
         denoise = lambda z, t: student(z, t, batch["text"])
-        timesteps = level_to_time(schedule, self.sampling_levels(steps))
-        return sampling.lcm(denoise, schedule, noise, timesteps, step_noise, scaling=None)
+        timesteps = level_to_time(n.teacher.schedule, self.sampling_levels(steps))
+        return sampling.lcm(denoise, n.teacher.schedule, noise, timesteps, step_noise, scaling=None)
 
     def sampling_levels(self, steps: int) -> tuple[int, ...]:
         """The noise levels of `steps` steps: every n-th one of the student. Raises ValueError if they do not divide."""
