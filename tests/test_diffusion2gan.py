@@ -91,6 +91,29 @@ def test_discriminator_loss():
     np.testing.assert_allclose(logs["real_accuracy"], share, rtol=1e-6)
 
 
+def test_networks_are_told_their_timestep_text_and_noise():
+    """And samples are drawn with the average."""
+    calls, m = [], method(regression="teacher", time=399, disc_time=20, ema_decay=0.9)
+    n = types.SimpleNamespace(play=("critic", "student"))
+    for name, x0 in (("student", 300.0), ("student_ema", 0.0), ("teacher", 0.0)):
+        setattr(n, name, tiny.noting(calls, name, x0=x0))
+    judging = tiny.noting(calls, "disc").apply
+    n.disc = Net({}, lambda p, x, t, text, z: (judging(p, x, t, text, z),))
+    like = lambda value: jnp.full((2, 2, 2, 1), value)
+    pairs = {"noise": like(1.5), "x0": like(50.0), "text": jnp.full(2, 7), "null": jnp.full(2, 3)}
+    batch = {"pairs": pairs, "others": pairs, "index": jnp.arange(2)}
+    student, generated, real = ("student", 399, 7, 1.5), ("disc", 20, 7, 1000.0, 1.5), ("disc", 20, 7, 50.0, 1.5)
+    m.critic_loss(n, batch, KEY)
+    assert calls == [student, real, generated]
+    calls.clear()
+    m.student_loss(n, batch, KEY)
+    features = [("teacher features", 20, 7, 1000.0), ("teacher features", 20, 7, 50.0)]
+    assert calls == [student, *features, generated]
+    calls.clear()
+    m.sample(n, like(1.5), pairs, None, 1)
+    assert calls == [("student_ema", 399, 7, 1.5)]
+
+
 def test_mixed_negatives_are_images_of_other_pairs():
     """mix="image": another pair's image with this pair's noise and text; the others stay generated."""
     n, batch = world()

@@ -1,5 +1,6 @@
 """The contract of methods, tested for every method on every layout of devices."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -91,16 +92,29 @@ def test_resuming_is_bit_exact(name):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_samples_do_not_depend_on_their_position_in_the_batch(name):
-    """I21: the same image in a batch of 16, alone, and in reversed order."""
-    method, n = tiny.parts(name)[0], tiny.namespace(name)
-    batch, noise, steps = tiny.make_batch(), tiny.randn(0, 16, 8, 8, 3), 1 if name == "d2g" else 2
-    draw = jax.jit(
+@functools.cache
+def drawer(name):
+    """(nets by role, noise, batch) -> samples of a variant, compiled."""
+    method, steps = tiny.parts(name)[0], 1 if name == "d2g" else 2
+    return jax.jit(
         lambda n, noise, b: method.sample(
             SimpleNamespace(**n), noise, b, step_noise(KEY, b["index"], noise.shape[1:]), steps
         )
     )
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_samples_are_drawn_with_the_averages(name):
+    """A net that has an average is not used itself: its weights may be NaN."""
+    averaged, n = tiny.start(name).ema, vars(tiny.namespace(name))
+    n |= {role: jax.tree.map(lambda x: jnp.nan * x, n[role]) for role in averaged}
+    assert jnp.isfinite(drawer(name)(n, tiny.randn(0, 16, 8, 8, 3), tiny.make_batch())).all()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_samples_do_not_depend_on_their_position_in_the_batch(name):
+    """I21: the same image in a batch of 16, alone, and in reversed order."""
+    batch, noise, n, draw = tiny.make_batch(), tiny.randn(0, 16, 8, 8, 3), tiny.namespace(name), drawer(name)
     whole = draw(vars(n), noise, batch)
     assert whole.shape == noise.shape
     assert whole.dtype == jnp.float32

@@ -334,6 +334,9 @@ def test_batches_have_pairs(pairs):
     assert batch["pairs"]["noise"].shape == batch["x0"].shape == (4, 8, 8, 3)
     host = next(data.batches(c, batch_size=4, seed=0, rows=slice(2, 4)))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), batch, host)
+    assert len({noise.tobytes() for noise in batch["pairs"]["noise"]}) == 4
+    for name in ("noise", "x0"):  # a pair's partner is the next one, not itself
+        np.testing.assert_array_equal(batch["others"][name], np.roll(batch["pairs"][name], -1, 0))
 
 
 def test_embeddings_and_sizes_round_trip(tmp_path):
