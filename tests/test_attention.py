@@ -289,7 +289,7 @@ def test_matmuls_and_convolutions_run_in_bfloat16(name):
 # The others are made of the same blocks as these two: slow.
 @pytest.mark.parametrize(
     "name",
-    ["unet", "tiny_vae", *(pytest.param(x, marks=pytest.mark.slow) for x in ("adm", "vae", "controlnet", "mu_blend"))],
+    ["tiny_vae", *(pytest.param(x, marks=pytest.mark.slow) for x in ("unet", "adm", "vae", "controlnet", "mu_blend"))],
 )
 def test_remat_equals_plain_and_bfloat16_is_close(name):
     def outputs(params):

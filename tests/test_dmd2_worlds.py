@@ -112,6 +112,7 @@ def test_student_matches_the_teachers_gaussian(options):
     assert std == pytest.approx(STD, abs=0.05)
 
 
+@pytest.mark.slow  # shows that the tests above can fail
 def test_wrong_gradient_sign_diverges(monkeypatch):
     """A flipped sign passes every contract test (test_methods.py)."""
     right = DMD2.matching

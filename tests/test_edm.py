@@ -55,7 +55,7 @@ def nhwc(x):
 
 @pytest.mark.parametrize(  # the others are made of the same blocks: slow
     "name",
-    [pytest.param(x, marks=() if x in ("adm", "progressive") else pytest.mark.slow) for x in sorted(golden.CONFIGS)],
+    [pytest.param(x, marks=() if x == "adm" else pytest.mark.slow) for x in sorted(golden.CONFIGS)],
 )
 def test_output_features_and_every_gradient_equal_the_independent_implementation(name, parity):
     module, network = build(golden.CONFIGS[name]), f"{golden.CONFIGS[name]['_class_name']}, {name}"

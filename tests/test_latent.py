@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import cddistill
-from cddistill import api, commands, config, data, export, generate, io, models, train
+from cddistill import api, build, commands, config, data, export, generate, io, models, train
 from cddistill.data import configure
 from cddistill.data.sources.arrays import Arrays
 from cddistill.diffusion import DDPM
@@ -178,23 +178,30 @@ def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
 
 @pytest.fixture(scope="module")
 def concat(encoded, teacher, tmp_path_factory):
-    """(settings, workdir) of CoDi with input channels for the condition, on what --mode=encode writes for it."""
+    """Settings of CoDi with input channels for the condition, on what --mode=encode writes for it."""
     folder, settings = tmp_path_factory.mktemp("concat"), pictures(teacher, teacher / ".." / "x", write=False)
     settings.update(report=False, eval_every=9, sample_steps=(1,))  # `run` has scores; here --mode=sample draws
     settings.method.adapter = "concat"
     commands.encode_data(settings, folder / "latents")
     settings.data.update(source="arrays", path=str(folder / "latents"))
-    train.train(settings, folder / "run")
-    return settings, folder / "run"
+    return settings
 
 
-def test_a_condition_is_concatenated_in_latent_space(concat, teacher, tmp_path):
+def test_a_condition_is_encoded_for_latent_space(concat, teacher):
     """Encoding writes the condition's latent beside its pixels; formerly pixels met x0's latent and were refused."""
-    settings, workdir = concat
+    settings = concat
+    assert build.build(config.resolve(settings)).abstract.nets["backbone"].module.in_channels == 8
     item = data.load(configure(source="arrays", path=settings.data.path, task="sr"), "test").item(0, None)
     assert (item["cond"].shape, item["cond_latent"].shape) == ((16, 16, 3), (8, 8, 4))
     latent = models.load(teacher, "vae").encode(jnp.asarray(item["cond"][None]) * 2 - 1)[0]
     np.testing.assert_allclose(item["cond_latent"], latent, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_a_condition_is_concatenated_in_latent_space(concat, tmp_path):
+    """A run with it is trained, sampled from a person's picture and exported."""
+    settings, workdir = concat, tmp_path / "run"
+    train.train(settings, workdir)
     Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
     commands.sample(settings, workdir, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
     assert Image.open(tmp_path / "out.png").size == (16, 16)

@@ -55,7 +55,7 @@ def by_hand(n, batch, key, scales, student, target):
     return ((consistent(student, z_t, t) - consistent(target, z_s, s)) ** 2).mean()
 
 
-@pytest.mark.parametrize("embedding_width", [4, 0])
+@pytest.mark.parametrize("embedding_width", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_loss_is_algorithm_1(embedding_width):
     method, batch = METHODS["lcm"](embedding_width=embedding_width), tiny.make_batch()
     n = nets_of(method)

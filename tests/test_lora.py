@@ -102,7 +102,7 @@ def program(name):
 
 
 @pytest.mark.parametrize(
-    "style", ["peft", "kohya", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dotted", "processor", "kohya_xl"))]
+    "style", ["kohya", *(pytest.param(x, marks=pytest.mark.slow) for x in ("peft", "dotted", "processor", "kohya_xl"))]
 )
 def test_files_of_every_style_equal_diffusers(style, tmp_path, parity):
     net, adapter = read_style(tmp_path, style)

@@ -65,7 +65,7 @@ def recorded_net(name):
 # One of every structure: cross-attention, deeper transformers with added conditions, a class-conditional pixel model
 # with self-attention, a guidance embedding, numbers of transformer blocks per layer. Extra input channels are tested
 # below, block options in test_modules.
-USUAL = ("sd15", "sdxl", "pixel", "lcm", "layers")
+USUAL = ("sd15", "sdxl", "pixel", "lcm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in USUAL else SLOW) for x in golden.UNETS])
@@ -157,7 +157,7 @@ def small_outputs():
     return jax.jit(net.apply)(net.params, *x)
 
 
-@pytest.mark.parametrize("kind", ["controlnet", "mu_blend"])
+@pytest.mark.parametrize("kind", ["controlnet", pytest.param("mu_blend", marks=SLOW)])
 def test_a_branch_has_no_effect_until_its_weights_change(kind):
     branch, student, cond = small_branch(kind)
     _, *x = small()
