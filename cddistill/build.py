@@ -348,7 +348,7 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
         raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
     if made_with := manifest.get("fingerprints", {}).get("controlnet", ""):
         net = run.controlnet and teacher.controlnet(run.controlnet)
-        here = of_network(net.params, net.module.to_config()) if net else "none"
+        here = of_network(net.params, net.module) if net else "none"
         if here != made_with:
             raise ValueError(
                 f"data.pairs {folder} was made with another ControlNet ({made_with}) than config.controlnet="

@@ -126,7 +126,7 @@ class Pipeline:
     def vae_weights(self) -> str:
         """Fingerprint of the VAE; "" for pixel models."""
         vae = self.autoencoder
-        return "" if vae.params is None else of_network(vae.params, vae.encoder.module.to_config())
+        return "" if vae.params is None else of_network(vae.params, vae.encoder.module)
 
     def has(self, part: str) -> bool:
         """Whether the folder has a part; ValueError if its model_index.json names one that is not there."""

@@ -42,10 +42,9 @@ def guided(
         return of_text
 
     def of_both(z, t):
-        image = denoise(z, t, null)
-        towards_image = guide(image, blind(z, t, null), image_scale)
-        towards_text = guide(denoise(z, t, text), image, scale)
-        return jax.tree.map(lambda a, b, c: a + b - c, towards_image, towards_text, image)
+        nothing, image, both = blind(z, t, null), denoise(z, t, null), denoise(z, t, text)
+        eq3 = lambda nothing, image, both: nothing + image_scale * (image - nothing) + scale * (both - image)
+        return jax.tree.map(eq3, nothing, image, both)
 
     return of_both
 

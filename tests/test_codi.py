@@ -14,7 +14,7 @@ import tiny
 from cddistill import losses, models, sampling
 from cddistill.diffusion import DDPM, Prediction, RectifiedFlow, like
 from cddistill.method import normal
-from cddistill.methods.codi import CoDi, codi_released
+from cddistill.methods.codi import RELEASED, CoDi
 from cddistill.net import Adapted, Autoencoder, Denoiser, Net
 
 SD = DDPM()
@@ -192,7 +192,7 @@ def test_consistency_loss_is_zero_for_s_equal_t_or_constant_eps(case):
 
 def test_boundary_condition_values():
     """I11: identity at t = 0, and c_out -> 1 (not 1/2) at every other timestep."""
-    method, one = codi_released(), jnp.ones((1, 3))
+    method, one = CoDi(**RELEASED), jnp.ones((1, 3))
     np.testing.assert_array_equal(method.bounded(5.0 * one, one, jnp.array([0])), one)
     c_skip = method.bounded(0.0 * one, one, jnp.array([1]))
     c_out = method.bounded(one, 0.0 * one, jnp.array([1]))
@@ -202,7 +202,7 @@ def test_boundary_condition_values():
 
 def test_consistency_loss_is_zero_at_timestep_zero():
     """I12: at k = 0 of the released grid, t = s = 0, and both sides are the same z."""
-    method = codi_released()
+    method = CoDi(**RELEASED)
     t, s = method.random_timesteps(SD, jax.random.key(0), jnp.arange(4000))
     assert np.any(np.asarray(t) == 0)
     assert set(np.unique(t - s)) == {0, 20}
@@ -212,7 +212,7 @@ def test_consistency_loss_is_zero_at_timestep_zero():
 
 def test_the_signal_term_is_on_what_is_sampled():
     """With the boundary condition that is z_0 at t = 0, whatever the network says: |z_0 - x0|^2, without a gradient."""
-    method, b = fixed(codi_released(), 0, 0), batch()
+    method, b = fixed(CoDi(**RELEASED), 0, 0), batch()
 
     def signal(params):
         return method.loss(world(linear, params=params), b, KEY)[1]["signal"]
@@ -229,7 +229,7 @@ def test_training_timesteps_of_paper_and_released_code():
     assert t.min() == 1
     assert t.max() == 999
     assert np.all(np.asarray(t - s) == 1)
-    t, _ = codi_released().random_timesteps(SD, jax.random.key(1), jnp.arange(20_000))
+    t, _ = CoDi(**RELEASED).random_timesteps(SD, jax.random.key(1), jnp.arange(20_000))
     assert set(np.unique(t)) == set(range(0, 1000, 20))
 
 
@@ -265,7 +265,7 @@ def test_no_gradient_reaches_the_ema_or_z_s():
 def test_losses_equal_an_independent_numpy_computation():
     """Equations 1-11 for every preset, against float64 numpy (by_hand)."""
     b = batch()
-    for method in (CoDi(), CoDi(noise="predicted"), codi_released()):
+    for method in (CoDi(), CoDi(noise="predicted"), CoDi(**RELEASED)):
         loss, logs = fixed(method, 500, 480).loss(
             world(linear, params={"b": jnp.ones(3)}, ema={"b": -jnp.ones(3)}), b, jax.random.key(0)
         )
@@ -402,7 +402,7 @@ def test_the_four_signal_distances():
 
 def test_sampling_grids():
     """I20: n timesteps, strictly decreasing from the largest trained one to one above 0."""
-    released = codi_released()
+    released = CoDi(**RELEASED)
     np.testing.assert_array_equal(released.sampling_timesteps(SD, 4), [980, 720, 460, 200])
     np.testing.assert_array_equal(released.sampling_timesteps(SD, 2), [980, 480])
     for steps in (1, 2, 3, 4, 5, 7, 8, 10, 17, 20, 25, 33, 48, 49):

@@ -20,13 +20,6 @@ BRANCHES = {"controlnet", "fake_branch", "student_branch"}
 DMD2, D2G = METHODS["dmd2"], METHODS["diffusion2gan"]
 
 
-def disturbed(net, seed=0, scale=0.1):
-    """The net with noise added to every weight, so that none is zero."""
-    leaves, tree = jax.tree.flatten(net)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
-
-
 @pytest.fixture(scope="module")
 def batch():
     return tiny.make_batch(size=4)
@@ -34,13 +27,13 @@ def batch():
 
 @pytest.fixture(scope="module")
 def branch():
-    return disturbed(adapter.make_branch(tiny.teacher(), KEY))
+    return tiny.disturbed(adapter.make_branch(tiny.teacher(), KEY))
 
 
 def frozen(kind, batch, branch):
     """The frozen nets of a conditional teacher of this kind."""
     if kind == "concat":
-        return {"teacher": disturbed(adapter.widen(tiny.teacher(), batch))}
+        return {"teacher": tiny.disturbed(adapter.widen(tiny.teacher(), batch))}
     return {"teacher": tiny.teacher(), "controlnet": branch}
 
 
@@ -86,7 +79,7 @@ def test_dmd2_matches_the_scores_given_the_condition(kind, batch, branch):
     g, x = matching(parts, batch)
     np.testing.assert_allclose(g, 0.0, atol=1e-5)
     for role in {*parts} & {"controlnet", "fake_branch"} or {"fake"}:
-        assert np.abs(matching(parts | {role: disturbed(parts[role], 1)}, batch)[0]).mean() > 1e-3, role
+        assert np.abs(matching(parts | {role: tiny.disturbed(parts[role], 1)}, batch)[0]).mean() > 1e-3, role
     assert np.abs(x - matching(parts, other(batch))[1]).min() > 0
 
 
@@ -95,7 +88,7 @@ def test_dmd2_trains_what_takes_the_condition(kind, batch, branch):
     """All nets of a turn have gradients, and the discriminator reads features of the condition."""
     method = DMD2(adapter=kind, ema_decay=0.9, dm_weight=0.0)
     n = nets_of(method, frozen(kind, batch, branch), batch)
-    moving = {name: disturbed(getattr(n, name), 2) for name in adapter.parts(kind, "fake")}
+    moving = {name: tiny.disturbed(getattr(n, name), 2) for name in adapter.parts(kind, "fake")}
 
     @jax.jit
     def slopes(moving, batch):
@@ -115,7 +108,7 @@ def test_dmd2_samples_the_average_given_the_condition(batch, branch):
     online = {name: getattr(n, name) for name in adapter.parts(method.adapter, "student")}
     x = draw(online, batch)
     assert np.abs(x - draw(online, other(batch))).min() > 0
-    np.testing.assert_array_equal(draw({name: disturbed(net) for name, net in online.items()}, batch), x)
+    np.testing.assert_array_equal(draw({name: tiny.disturbed(net) for name, net in online.items()}, batch), x)
 
 
 def with_cond_pairs(batch):
@@ -166,7 +159,7 @@ def test_a_teacher_without_the_condition_is_refused(batch, branch):
 def files(tmp_path_factory):
     """The folder of a teacher with a ControlNet for super-resolution."""
     folder, net = tiny.save_teacher(tmp_path_factory.mktemp("files") / "teacher")
-    given = disturbed(adapter.make_branch(net, KEY))
+    given = tiny.disturbed(adapter.make_branch(net, KEY))
     save(folder, "controlnet", given.params, given.apply.module.to_config(), dtype=np.float32)
     return folder
 

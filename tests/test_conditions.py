@@ -23,13 +23,6 @@ def batch():
     return tiny.make_batch(size=4)
 
 
-def disturbed(net, seed=0, scale=0.1):
-    """The net with noise added to every weight, so that none is zero."""
-    leaves, tree = jax.tree.flatten(net)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
-
-
 def test_widened_network_equals_the_teacher_at_init_and_has_condition_gradients(batch):
     teacher, t = tiny.teacher(), jnp.array([3, 100, 500, 900])
     wide = adapter.widen(teacher, batch)
@@ -38,12 +31,12 @@ def test_widened_network_equals_the_teacher_at_init_and_has_condition_gradients(
     np.testing.assert_allclose(seen(wide).x0, teacher(batch["x0"], t, batch["text"]).x0, atol=1e-6)
     grad = jax.jit(jax.grad(lambda n: (seen(n).eps ** 2).sum()))(wide).params["conv_in"]["kernel"]
     assert np.abs(grad[:, :, 3:]).min() > 0
-    assert not np.allclose(seen(disturbed(wide)).x0, jax.jit(lambda n: Adapted(n)(
-        batch["x0"], t, batch["text"], batch["cond"][::-1]))(disturbed(wide)).x0)  # fmt: skip
+    assert not np.allclose(seen(tiny.disturbed(wide)).x0, jax.jit(lambda n: Adapted(n)(
+        batch["x0"], t, batch["text"], batch["cond"][::-1]))(tiny.disturbed(wide)).x0)  # fmt: skip
 
 
 def test_teacher_that_already_takes_the_condition_is_copied(batch):
-    wide = disturbed(adapter.widen(tiny.teacher(), batch))
+    wide = tiny.disturbed(adapter.widen(tiny.teacher(), batch))
     again = adapter.widen(wide, batch)
     jax.tree.map(np.testing.assert_array_equal, again, wide)
     held = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(wide)}
@@ -61,7 +54,7 @@ def test_conditions_that_cannot_be_concatenated_are_refused(batch):
 
 
 def test_pretrained_editing_network_uses_the_condition(batch):
-    n = SimpleNamespace(teacher=disturbed(adapter.widen(tiny.teacher(), batch)))
+    n = SimpleNamespace(teacher=tiny.disturbed(adapter.widen(tiny.teacher(), batch)))
     draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, None, 1))
     other = batch | {"cond": batch["cond"][::-1]}
     assert np.abs(draw(batch) - draw(other)).min() > 0
@@ -72,7 +65,7 @@ def test_pretrained_editing_network_uses_the_condition(batch):
 
 def test_pretrained_network_is_sampled_with_a_controlnet(batch):
     teacher = tiny.teacher()
-    branch = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
+    branch = tiny.disturbed(adapter.make_branch(teacher, jax.random.key(0)))
     n = SimpleNamespace(teacher=teacher, controlnet=branch)
     noise = tiny.randn(0, 4, 8, 8, 3)
     got = jax.jit(lambda: Pretrained().sample(n, noise, batch, None, 1))()
@@ -83,7 +76,7 @@ def test_pretrained_network_is_sampled_with_a_controlnet(batch):
 @pytest.mark.parametrize("method", [Pretrained, METHODS["diffusion"]])
 def test_text_and_image_have_guidance_scales_of_their_own(method, batch):
     """InstructPix2Pix, eq. 3, in one step, where the sample is the guided x0."""
-    net, noise = disturbed(adapter.widen(tiny.teacher(), batch)), tiny.randn(0, 4, 8, 8, 3)
+    net, noise = tiny.disturbed(adapter.widen(tiny.teacher(), batch)), tiny.randn(0, 4, 8, 8, 3)
     n, t = SimpleNamespace(teacher=net, backbone_ema=net), net.schedule.grid(1)
     calls = [(batch["null"], 0 * batch["cond"]), (batch["null"], batch["cond"]), (batch["text"], batch["cond"])]
     nothing, image, both = (Adapted(net)(noise, t, text, cond).x0 for text, cond in calls)
@@ -106,7 +99,7 @@ def test_image_guidance_needs_an_image(batch):
 
 def test_a_dropped_condition_is_zero(batch):
     """With image_dropout 1 the loss is that of conditions of zeros; with 0.5, of some."""
-    n = SimpleNamespace(teacher=tiny.teacher(), backbone=disturbed(adapter.widen(tiny.teacher(), batch)))
+    n = SimpleNamespace(teacher=tiny.teacher(), backbone=tiny.disturbed(adapter.widen(tiny.teacher(), batch)))
     loss = lambda rate, batch: METHODS["diffusion"](adapter="concat", image_dropout=rate).loss(n, batch, KEY)[0]
     blind = loss(0.0, adapter.without_condition(batch))
     assert loss(1.0, batch) == pytest.approx(float(blind), rel=1e-5)
@@ -116,7 +109,7 @@ def test_a_dropped_condition_is_zero(batch):
 @pytest.mark.parametrize("method", ["codi", "diffusion"])
 def test_student_branch_is_initialised_from_the_controlnet(method, batch):
     teacher = tiny.teacher()
-    given = disturbed(adapter.make_branch(teacher, jax.random.key(0)))
+    given = tiny.disturbed(adapter.make_branch(teacher, jax.random.key(0)))
     student = METHODS[method](adapter="controlnet", freeze_backbone=True)
     nets = student.init(jax.random.key(1), {"teacher": teacher, "controlnet": given}, batch)
     jax.tree.map(np.testing.assert_array_equal, nets["branch"], given)
@@ -128,9 +121,9 @@ def files(tmp_path_factory):
     """(teacher's folder, ControlNet's folder, LoRA file, the LoRA)."""
     folder = tmp_path_factory.mktemp("files")
     teacher, net = tiny.save_teacher(folder / "teacher")
-    branch = disturbed(adapter.make_branch(net, jax.random.key(0)))
+    branch = tiny.disturbed(adapter.make_branch(net, jax.random.key(0)))
     models.save(folder, "controlnet", branch.params, branch.apply.module.to_config(), dtype=np.float32)
-    made = disturbed(lora.make_lora(net, jax.random.key(0), 2, targets=("conv1", "conv2")), scale=0.3)
+    made = tiny.disturbed(lora.make_lora(net, jax.random.key(0), 2, targets=("conv1", "conv2")), scale=0.3)
     return teacher, folder / "controlnet", lora.save_lora(folder / "lora", {"unet": made}, np.float32), made
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cddistill import build, config, io, main, models
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
-from cddistill.methods.codi import CoDi, codi_released
+from cddistill.methods.codi import CoDi
 from cddistill.net import Autoencoder, Denoiser
 from cddistill.step import init_state
 
@@ -132,10 +132,12 @@ def test_a_preset_sets_the_fields_that_are_not_set_themselves(written, changes, 
         assert stored["method"]["ode"] == method.ode
 
 
-def test_the_presets_of_codi_are_the_functions_of_that_name():
+def test_the_presets_of_codi_are_the_paper_and_the_released_code():
     preset = lambda name: config.resolve({"method": {"name": "codi", "preset": name}}).method
     assert preset("paper") == CoDi()
-    assert preset("released") == codi_released() != CoDi()
+    assert preset("released") == CoDi(
+        ode="teacher", noise="predicted", space="x0", boundary="lcm", shared_t=False, delta_t=20, grid_size=50
+    )
 
 
 @pytest.mark.parametrize(

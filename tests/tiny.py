@@ -42,15 +42,7 @@ VARIANTS = {
     "lcm": METHODS["lcm"](embedding_width=4, ema_decay=0.9),
     "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
     "autoencoder": METHODS["autoencoder"](channels=(8, 8), lpips_every=2, lpips_crop=4, ema_decay=0.9),
-    "codi_released": METHODS["codi"](
-        ode="teacher",
-        noise="predicted",
-        space="x0",
-        boundary="lcm",
-        shared_t=False,
-        grid_size=50,
-        guidance_range=(2.0, 4.0),
-    ),
+    "codi_released": METHODS["codi"](**METHODS["codi"].presets["released"], guidance_range=(2.0, 4.0)),
 }
 
 # conftest.py turns off optimisations to save compile time; training loops under lax.scan run faster with them.
@@ -188,6 +180,13 @@ def noting(calls, role, x0=0.0):
         return (out, z_t, [(z_t,)]) if features else out
 
     return Denoiser({}, apply, DDPM(), "x0")
+
+
+def disturbed(net, seed=0, scale=0.1):
+    """The net with noise added to every weight, so that none is zero."""
+    leaves, tree = jax.tree.flatten(net)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
 
 
 def randn(seed, *shape):

@@ -26,6 +26,7 @@ FURTHER = {
     "depth": ("depth", "depth_map", "depth_image", "depth_file_name"),
 }
 """Keys for editing (those of InstructPix2Pix's data first) and for depth maps. Edited images and maps are files."""
+FILES = {"edited", "depth"}  # of these, which are no images of the data set themselves
 MAPS = (".npy", *SUFFIXES)
 DEPTH_SUFFIX = "_depth"  # photo_depth.png or photo_depth.npy is the depth map of photo.jpg
 EXAMPLES = {".jsonl": '{"file_name": "a.jpg", "text": "a cat"}', ".csv": "a.jpg,a cat"}
@@ -102,7 +103,7 @@ def read_captions(root: Path, images, files, skip_bad: bool) -> Captions:
     known = read_metadata(root, images, files, skip_bad)
     for image, path in depth_beside(images, files).items():
         known.records.setdefault(image, {}).setdefault("depth", path)
-    known.files.update(record[key] for record in known.records.values() for key in FILES if key in record)
+    known.files.update(record[key] for record in known.records.values() for key in FILES & record.keys())
     beside = {k: v for k, v in sidecars(images, files).items() if "caption" not in known.records.get(k, {})}
     paths = dict.fromkeys(beside.values())  # each once
     texts = read_all(lambda path: read_sidecar(root / path), paths, f"captions in {root}", skip_bad)
@@ -170,7 +171,7 @@ def read_file(path: Path, folder: str, spellings, records, unmatched, skip_bad: 
         try:
             name, record, has_keys, others = entry(parse())
             image = spellings[0].find(name, folder)
-            record |= {key: existing(spellings[1], key, record[key], folder) for key in FILES if key in record}
+            record |= {key: existing(spellings[1], key, record[key], folder) for key in FILES & record.keys()}
             if image is None:
                 unmatched.append(check_text(name))
             else:
@@ -240,9 +241,6 @@ def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:
                 raise ValueError(f"{key} is {value!r}; write a text")
             record[key] = check_text(value)
     return name, record, any(keys[1:]), {*row} - {*keys}
-
-
-FILES = ("edited", "depth")
 
 
 def existing(spellings: Spellings, key: str, name: str, folder: str) -> str:

@@ -219,8 +219,3 @@ class CoDi(Generator):
 
     def nfe(self, steps):
         return steps * sampling.evaluations(self.guidance)
-
-
-def codi_released(**changes) -> CoDi:
-    """The released code with its bugs fixed: DDIM of the frozen teacher, x0 space, LCM boundary, dt 20, grid of 50."""
-    return CoDi(**(RELEASED | changes))

@@ -71,7 +71,6 @@ class Diffusion(Generator):
     def loss(self, n, batch, key):
         """Denoising score matching at random timesteps; there are no metrics beside it."""
         k_t, k_eps, k_drop = jax.random.split(key, 3)
-        k_image = jax.random.fold_in(k_drop, 1)
         x0, index = batch["x0"], batch["index"]
         t = n.teacher.schedule.at(uniform(k_t, index))
         eps = normal(k_eps, index, x0.shape[1:])
@@ -83,7 +82,8 @@ class Diffusion(Generator):
             return n.backbone.dsm_loss(z_t, t, x0, eps, text), {}
         cond = adapter.condition(self.adapter, batch)
         if self.image_dropout:
-            cond = jnp.where(like(uniform(k_image, index) < self.image_dropout, cond), 0.0, cond)
+            dropped = uniform(jax.random.fold_in(k_drop, 1), index) < self.image_dropout
+            cond = jnp.where(like(dropped, cond), 0.0, cond)
         return adapter.student(n, self.freeze_backbone).dsm_loss(z_t, t, x0, eps, text, cond), {}
 
     def sample(self, n, noise, batch, step_noise, steps):

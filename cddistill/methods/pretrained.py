@@ -84,8 +84,8 @@ def scheduler_of(folder: str) -> Sampling:
 def conditioned(n, noise, batch):
     """The network with the batch's condition, if it has a ControlNet or input channels for it."""
     controlnet = getattr(n, "controlnet", None)
-    if controlnet is None and not adapter.has_concat_channels(n.teacher, noise.shape[-1]):
+    kind = adapter.kind_of(n.teacher, controlnet, noise.shape[-1])
+    if kind == "none":
         return n.teacher
-    student = Adapted(n.teacher, controlnet)
-    cond = adapter.condition("concat" if controlnet is None else "controlnet", batch)
+    student, cond = Adapted(n.teacher, controlnet), adapter.condition(kind, batch)
     return lambda z, t, text: student(z, t, text, cond)

@@ -145,6 +145,13 @@ def condition(kind: str, batch):
     ]
 
 
+def kind_of(denoiser: Denoiser, controlnet: Net | None, channels: int) -> str:
+    """How a network for z_t of `channels` takes a condition, as methods' option `adapter` names it, or "none"."""
+    if controlnet is not None:
+        return "controlnet"
+    return "concat" if has_concat_channels(denoiser, channels) else "none"
+
+
 def without_condition(batch):
     """The batch with a condition of zeros in place of an image or its latent, as InstructPix2Pix has it."""
     return batch | {name: jnp.zeros_like(batch[name]) for name in ("cond", "cond_latent") if name in batch}

@@ -22,9 +22,9 @@ def fingerprint(params) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def of_network(params, config: dict) -> str:
+def of_network(params, module) -> str:
     """A fingerprint of a network's weights and of its config.json, such as a VAE's scaling factor."""
-    options = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    options = hashlib.sha256(json.dumps(module.to_config(), sort_keys=True, default=str).encode()).hexdigest()[:16]
     return f"weights {fingerprint(params)}, config {options}"
 
 

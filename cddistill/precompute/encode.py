@@ -115,10 +115,7 @@ def weights_of(teacher: Pipeline) -> dict[str, str]:
         found["vae"] = teacher.vae_weights
     if teacher.prompts:
         names = teacher.prompts.family.text_encoders
-        found |= {
-            name: of_network(x.params, x.module.to_config())
-            for name, x in zip(names, teacher.prompts.nets, strict=True)
-        }
+        found |= {name: of_network(x.params, x.module) for name, x in zip(names, teacher.prompts.nets, strict=True)}
         found["tokenizers"] = digests.of_values(p.read_bytes().hex() for p in tokenizers if p.is_file())
     return found
 

@@ -42,12 +42,12 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
         raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
     dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
     controlnet = teacher.controlnet(run.controlnet) if run.controlnet else None
-    kind = kind_of(teacher.denoiser, controlnet)
+    kind = adapter.kind_of(teacher.denoiser, controlnet, teacher.denoiser.module.out_channels)
     if kind != "none" and not experiment.data.task.conditional:
         raise ValueError("this teacher takes a conditioning image: set data.task to the task that it was trained for")
     first = row(dataset, run.seed, 0, kind)
     fingerprints = {"schedule": describe_schedule(teacher.denoiser)} | data.fingerprint(experiment.data)
-    fingerprints |= {"controlnet": of_network(controlnet.params, controlnet.module.to_config())} if controlnet else {}
+    fingerprints |= {"controlnet": of_network(controlnet.params, controlnet.module)} if controlnet else {}
     manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape, fingerprints)
     check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
     check_table(experiment, experiment.method.requires(), teacher)
@@ -127,17 +127,10 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
     return manifest
 
 
-def kind_of(denoiser, controlnet) -> str:
-    """How a teacher takes a condition: a method's option `adapter`."""
-    if controlnet is not None:
-        return "controlnet"
-    return "concat" if adapter.has_concat_channels(denoiser, denoiser.module.out_channels) else "none"
-
-
 def row(dataset, seed: int, i: int, kind: str = "none") -> dict:
     """Noise, text, null text and the condition of row i. Text and condition are rounded to float16, as files have them.
 
-    kind is that of `kind_of`.
+    kind is that of `adapter.kind_of`.
     """
     item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
 

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cddistill import sharding
-from cddistill.data.captions import Captions, read_captions
+from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
 from cddistill.data.digests import of_files, of_values
 from cddistill.data.images import SUFFIXES, fit, is_image, read, read_map
 from cddistill.data.listing import data_path, files_below, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
-FILES = {"edited", "depth"}  # further files of an image, which are no images of the data set themselves
 CACHE_BYTES = 2**30  # of decoded images kept in memory
 
 
@@ -70,21 +69,24 @@ class FolderImages:
                 f"the {split} split of folder {self.root} is empty ({sizes(contents.parts)}): add images, or set "
                 "data.split to 'fill', which takes it from train, or to 'all', which puts every image in every split"
             )
+        self.cache = {}
         further = any(FILES & record.keys() for record in self.records.values())
         check = self.check_whole if further else lambda name: read(self.root / name, name, fast=True) and None
         self.names = [*read_all(check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
-        self.cache = {}
 
     def __len__(self):
         return len(self.names)
 
     def element(self, i, rng):
         """Image i."""
-        name = self.names[i]
+        return dict(self.opened(self.names[i]))
+
+    def opened(self, name):
+        """`open`, kept while there is room."""
         element = self.cache.get(name) or self.open(name)
         if len(self.cache) < CACHE_BYTES // element["image"].nbytes:
             self.cache[name] = element
-        return dict(element)
+        return element
 
     def open(self, name):
         """Read an image, and add its caption and label, and what else there is.
@@ -104,7 +106,7 @@ class FolderImages:
 
     def check_whole(self, name):
         """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
-        element = self.open(name)
+        element = dict(self.opened(name))
         try:
             element["target"] = self.task.target(element)
             self.task.text(element)
