@@ -217,7 +217,7 @@ def test_the_signal_term_is_on_what_is_sampled():
     def signal(params):
         return method.loss(world(linear, params=params), b, KEY)[1]["signal"]
 
-    value, slope = jax.value_and_grad(signal)({"b": jnp.ones(3)})
+    value, slope = jax.jit(jax.value_and_grad(signal))({"b": jnp.ones(3)})
     eps = normal(jax.random.split(KEY, 4)[1], b["index"], (3,))
     np.testing.assert_allclose(value, ((world(linear).teacher.noise(b["x0"], eps, 0) - b["x0"]) ** 2).mean(), rtol=1e-5)
     np.testing.assert_array_equal(slope["b"], 0.0)
@@ -365,14 +365,13 @@ def test_networks_are_told_their_timestep_text_and_condition(guided_ode):
     def guided(backbone, branch, t, *z):  # the residuals are the branch's output
         return [x for y in (7, 3) for x in ((branch, t, y, *z, 5.0), (backbone, t, y, *z, 100.0 * y))]
 
-    method.loss(n, b, KEY)
+    tiny.run_noting(lambda: method.loss(n, b, KEY))
     z_t, z_s = near(500, 1000.0), near(480, 6100.0 if guided_ode else 5700.0)
     teacher = [("teacher", 500, 7, z_t), ("teacher", 500, 3, z_t)][: 1 + guided_ode]
     online, target = guided("student", "branch", 500, z_t), guided("average", "average branch", 480, z_s)
     assert calls == online + teacher + target
     calls.clear()
-    with jax.disable_jit():
-        method.sample(n, tiny.randn(5, 8, 3), b, None, 2)
+    tiny.run_noting(jax.jit(lambda: method.sample(n, tiny.randn(5, 8, 3), b, None, 2)))
     steps = [guided("average", "average branch", t) for t in (999, 499)]
     assert [(*call[:3], call[4]) for call in calls] == sum(steps, [])
 

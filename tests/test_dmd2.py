@@ -126,11 +126,11 @@ def test_networks_are_told_their_noise_level_and_text(features):
     def noised(role, level, text, x0):
         return role, level, text, pytest.approx(float(SD.alpha_sigma(level)[0]) * x0, abs=3.0)
 
-    method.critic_loss(n, batch, key)
+    tiny.run_noting(lambda: method.critic_loss(n, batch, key))
     start, judged = noised("student", 999, 7, 0.0), noised(f"{features} features", 500, 7, drawn)
     assert calls == [start, noised("fake", 300, 7, drawn), judged, noised(f"{features} features", 500, 7, real)]
     calls.clear()
-    method.student_loss(n, batch, key)
+    tiny.run_noting(lambda: method.student_loss(n, batch, key))
     teacher = [noised("teacher", 100, text, drawn) for text in (7, 3)]
     assert calls == [start, *teacher, noised("fake", 100, 7, drawn), judged]
 
@@ -140,8 +140,8 @@ def test_samples_are_drawn_with_the_average_and_the_text(decay, role):
     calls, (n, batch, _) = [], world(DMD2())
     n.student, n.student_ema = tiny.noting(calls, "student"), tiny.noting(calls, "average")
     batch |= {"text": jnp.full(2, 7), "null": jnp.full(2, 3)}
-    with jax.disable_jit():
-        DMD2(student_timesteps=(999, 499), ema_decay=decay).sample(n, X, batch, lambda i: X, 2)
+    method = DMD2(student_timesteps=(999, 499), ema_decay=decay)
+    tiny.run_noting(jax.jit(lambda: method.sample(n, X, batch, lambda i: X, 2)))
     assert [call[:3] for call in calls] == [(role, 999, 7), (role, 499, 7)]
 
 

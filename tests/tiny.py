@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cddistill import build, checkpoint, config, method, models, sharding
+from cddistill import build, checkpoint, config, diffusion, method, models, sharding
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.models.schedulers import write_scheduler
@@ -169,14 +169,17 @@ def noting(calls, role, x0=0.0):
     """A network that appends (role, timestep, text, mean of its input and of what else it is given) to `calls`.
 
     It predicts x0 = `x0` + 100 text. Features are noted as "<role> features". A batch must have one timestep and one
-    text. Loops need jax.disable_jit().
+    text. See `run_noting`.
     """
 
     def apply(params, z_t, t, text, *given, features=False, **further):
-        (time,), (label,) = ({*np.ravel(x).tolist()} for x in (t, text))
-        means = [float(jax.lax.stop_gradient(x).mean()) for x in (z_t, *given, *further.values())]
-        calls.append((f"{role} features" if features else role, time, label, *means))
-        out = 0.0 * z_t + x0 + 100.0 * label
+        def note(t, text, *means):
+            (time,), (label,) = ({*np.ravel(x).tolist()} for x in (t, text))
+            calls.append((f"{role} features" if features else role, time, label, *map(float, means)))
+
+        means = [x.mean() for x in (z_t, *given, *further.values())]
+        jax.debug.callback(note, t, text, *means, ordered=True)
+        out = 0.0 * z_t + x0 + 100.0 * diffusion.like(jnp.asarray(text, jnp.float32), z_t)
         return (out, z_t, [(z_t,)]) if features else out
 
     return Denoiser({}, apply, DDPM(), "x0")
@@ -187,6 +190,12 @@ def disturbed(net, seed=0, scale=0.1):
     leaves, tree = jax.tree.flatten(net)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [x + scale * jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in leaves])
+
+
+def run_noting(function):
+    """Call a function of no arguments, jitted or not, and wait until its networks have noted all their calls."""
+    jax.block_until_ready(function())
+    jax.effects_barrier()
 
 
 def randn(seed, *shape):
