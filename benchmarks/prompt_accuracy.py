@@ -4,10 +4,11 @@
     python benchmarks/prompt_accuracy.py measure --classifier=runs/scenes.safetensors --model=runs/pocket \
         --guidance 1 2 4 7 --steps=50 --n=200
 
-The classifier says for each of the eight colours whether a solid of that colour is absent, a ball, a cube or a
-cylinder. It is trained on scenes of all combinations, and `train` prints its own accuracy on 1,000 unseen scenes. A
-solid is right if its colour has its shape; a prompt is right if all eight colours are. "Seen" prompts are captions of
-test scenes without a combination that was held out of training, "held out" those with at least one.
+The classifier says of every pixel which of the 24 solids (8 colours x 3 shapes) it shows, or none. It is trained on the
+renderer's instance masks of scenes of all combinations. An image shows a colour's solid if at least VISIBLE pixels have
+that colour, in the shape that most of them have. `train` prints the accuracy of that on 1,000 unseen scenes. A solid is
+right if its colour has its shape; a prompt is right if all eight colours are. "Seen" prompts are captions of test
+scenes without a combination that was held out of training, "held out" those with at least one.
 """
 
 import argparse
@@ -26,19 +27,30 @@ from cddistill.data.sources.scenes import COLOURS, HELD_OUT, SHAPES, scene
 
 SIZE = 64  # px
 TRAIN, TEST = 9_000, 1_000  # scenes
+VISIBLE = 8  # pixels of 32 x 32
 SEED = 77  # of the scenes, in no split of the data source
 
 
 class Classifier(nn.Module):
-    """Images [b, 64, 64, 3] in [0, 1] to logits [b, 8, 4] over absent, ball, cube and cylinder, by colour."""
+    """Images [b, 64, 64, 3] in [0, 1] to logits [b, 32, 32, 25] of every other pixel: none, or 1 + 3 colour + shape."""
 
     @nn.compact
     def __call__(self, x):
-        for width in (16, 32, 64, 96):
-            x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), strides=(2, 2))(x)))
-            x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3))(x)))
-        x = x.max((1, 2))
-        return nn.Dense(len(COLOURS) * (1 + len(SHAPES)))(x).reshape(len(x), len(COLOURS), -1)
+        conv = lambda x, width, stride=1: nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), strides=stride)(x)))
+        up = lambda x: x.repeat(2, 1).repeat(2, 2)
+        fine = conv(conv(2.0 * x - 1.0, 24, 2), 32)
+        middle = conv(conv(fine, 64, 2), 64)
+        coarse = conv(conv(conv(middle, 96, 2), 96), 96)
+        middle = conv(jnp.concatenate([middle, up(coarse)], -1), 64)
+        fine = conv(jnp.concatenate([fine, up(middle)], -1), 32)
+        return nn.Dense(1 + len(COLOURS) * len(SHAPES))(fine)
+
+
+def shown(logits):
+    """For each colour 0 (absent) or 1 + the number of its shape, int [b, 8], of the classifier's logits."""
+    votes = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1]).sum((1, 2))[:, 1:]
+    votes = votes.reshape(len(votes), len(COLOURS), len(SHAPES))
+    return jnp.where(votes.sum(-1) < VISIBLE, 0, 1 + votes.argmax(-1))
 
 
 def wanted(caption: str) -> np.ndarray:
@@ -49,9 +61,18 @@ def wanted(caption: str) -> np.ndarray:
 
 
 def scenes(first: int, n: int):
-    """(images uint8 [n, 64, 64, 3], what they show [n, 8])."""
+    """(images uint8 [n, 64, 64, 3], classes of their pixels uint8 [n, 32, 32], what they show int [n, 8])."""
     found = [scene.__wrapped__((SEED, i), SIZE) for i in range(first, first + n)]
-    return np.stack([s["image"] for s in found]), np.stack([wanted(s["caption"]) for s in found])
+    target = np.stack([wanted(s["caption"]) for s in found])
+    classes = np.stack([of_pixels(s["mask"][::2, ::2], s["caption"]) for s in found])
+    return np.stack([s["image"] for s in found]), classes, target
+
+
+def of_pixels(mask: np.ndarray, caption: str) -> np.ndarray:
+    """The classifier's class of every pixel, uint8 [h, w], of an instance mask [h, w] and its caption."""
+    words = [solid.split() for solid in caption.split(" and ")]
+    classes = [0, *(1 + len(SHAPES) * list(COLOURS).index(c) + SHAPES.index(shape) for *_, c, shape in words)]
+    return np.uint8(classes)[mask]
 
 
 def accuracy(predicted: np.ndarray, target: np.ndarray) -> tuple[float, float]:
@@ -62,7 +83,7 @@ def accuracy(predicted: np.ndarray, target: np.ndarray) -> tuple[float, float]:
 
 def train(path: pathlib.Path, steps: int, batch: int = 64) -> None:
     """Train the classifier, print its accuracy on unseen scenes and write its weights."""
-    images, target = scenes(0, TRAIN)
+    images, classes, _ = scenes(0, TRAIN)
     model = Classifier()
     params = model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -79,22 +100,24 @@ def train(path: pathlib.Path, steps: int, batch: int = 64) -> None:
 
     for i in range(steps):
         rows = rng.integers(0, TRAIN, batch)
-        x = images[rows].astype(np.float32) * rng.uniform(0.9, 1.1, (batch, 1, 1, 1)).astype(np.float32)
-        params, state, value = step(params, state, x, target[rows])
+        mirror = np.s_[:, :, :: i % 2 * 2 - 1]
+        x = images[rows][mirror] * rng.uniform(0.9, 1.1, (batch, 1, 1, 1)).astype(np.float32)
+        y = classes[rows][mirror]
+        params, state, value = step(params, state, x, y)
         if i % 100 == 0:
             print(f"{i}/{steps} cross-entropy {float(value):.4f}", flush=True)
-    solids, prompts = accuracy(*predict(params, *scenes(TRAIN, TEST)))
+    images, _, target = scenes(TRAIN, TEST)
+    solids, prompts = accuracy(predict(params, images), target)
     print(f"on {TEST} unseen scenes: {100 * solids:.1f} % of the solids, {100 * prompts:.1f} % of the scenes")
     flat = flax.traverse_util.flatten_dict(params["params"], sep=".")
     safetensors.numpy.save_file({name: np.asarray(x) for name, x in flat.items()}, path)
 
 
-def predict(params, images, target):
-    """(predicted, target), int [n, 8], for images uint8 or in [0, 1]."""
+def predict(params, images) -> np.ndarray:
+    """What images [n, 64, 64, 3], uint8 or in [0, 1], show, as `shown`."""
     x = images / 255 if images.dtype == np.uint8 else images
-    classify = jax.jit(lambda x: Classifier().apply(params, x).argmax(-1))
-    chunks = [classify(jnp.float32(x[i : i + 100])) for i in range(0, len(x), 100)]
-    return np.concatenate(chunks), target
+    classify = jax.jit(lambda x: shown(Classifier().apply(params, x)))
+    return np.concatenate([classify(jnp.float32(x[i : i + 100])) for i in range(0, len(x), 100)])
 
 
 def prompts(n: int) -> dict[str, list[str]]:
@@ -119,7 +142,7 @@ def measure(classifier: pathlib.Path, model: str, guidance, steps: int, n: int, 
             options = {} if scale == 1.0 else {"guidance": scale}
             images = cddistill.sample(loaded, prompt=captions, steps=steps, seed=seed, **options)
             target = np.stack([wanted(caption) for caption in captions])
-            solids, right = accuracy(*predict(params, images, target))
+            solids, right = accuracy(predict(params, images), target)
             error = 100 * (right * (1 - right) / n) ** 0.5
             print(f"| {scale:g} | {kind} | {100 * solids:.1f} | {100 * right:.1f} ± {error:.1f} |", flush=True)
 
