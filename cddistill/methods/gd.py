@@ -5,7 +5,7 @@
               t, t', t'' = i/N, (i - 1/2)/N, (i - 1)/N with i ~ U{1 ... N} and N = first_steps / 2^k
     loss = max(alpha_t^2 / sigma_t^2, 1) || x^(z_t, t) - x~ ||^2
 
-One run has all stages, `halve_every` steps each. The teacher of one is the moving average of the student, whose decay is
+One run has all stages, `halve_every` steps each. The teacher of one is the average of the student, whose EMA decay is
 0 in the last step of a stage and else 1. It depends on the step alone, lies in every checkpoint, and is what is sampled
 and exported, the student of the last complete stage. Published code averages nothing else either; it starts Adam anew
 in each stage, whose moments are kept here (optim.cycles starts the learning rate anew). With a conditional teacher this
