@@ -37,6 +37,7 @@ NEGATIVE = flags.DEFINE_string(
     "negative_prompt", None, "sample: what guidance leads away from, instead of the empty prompt."
 )
 NUMBER = flags.DEFINE_string("n", None, "sample: images for each prompt, label or input (1); without any, in all (64).")
+TILES = flags.DEFINE_bool("tiles", False, "sample: generate large inputs at their own size, in overlapping tiles.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
 )
@@ -46,9 +47,9 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
 )
-OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER)
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
 USED_BY = {
-    **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n"), ("sample",)),
+    **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     "output": ("sample", "export", "encode", "pairs"),
     "checkpoint": ("evaluate", "sample", "export"),
 }
@@ -81,7 +82,8 @@ def main(settings):
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and os.path.expanduser(INPUT.value)
-    return api.sample_run(settings, workdir, output, which, PROMPT.value, labels, NEGATIVE.value, n, source)
+    wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
+    return api.sample_run(settings, workdir, output, which, *wanted)
 
 
 def default_workdir() -> pathlib.Path:

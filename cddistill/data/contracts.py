@@ -90,6 +90,13 @@ class Task(Protocol):
         """The condition [size, size, c] in [0, 1] from a user's image file, for --mode=sample."""
         raise ValueError(f"--input={path}: this task takes no input")
 
+    def read_whole(self, path: Path, size: int) -> np.ndarray:
+        """The condition [h, w, c] of a user's file at its own size, of which each tile [size, size, c] is a condition.
+
+        Raises ValueError if the task has no such tiles, or for a file that is smaller than one.
+        """
+        raise ValueError(f"inputs of this task cannot be cut into tiles: sample {path} without --tiles (tiles=True)")
+
     def input_note(self, size: int) -> str:
         """A sentence that says how an input is processed, or ""."""
         return ""

@@ -81,15 +81,19 @@ def upper_bits(image, name):
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
+def name_of(path) -> str:
+    """A file's path, for messages; a PIL image has no name."""
+    return "the image" if isinstance(path, Image.Image) else str(path)
+
+
 def read(path, name=None, fast=False):
     """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
 
     fast decodes a JPEG at 1/8 of its size, which finds the same errors.
     """
-    given = isinstance(path, Image.Image)
-    name = "the image" if given else name or path
+    name = name or name_of(path)
     try:
-        if given:
+        if isinstance(path, Image.Image):
             return to_rgb(path, name)
         with Image.open(path) as file:
             if fast:
