@@ -9,7 +9,7 @@ import numpy as np
 
 from cddistill import checkpoint, config, data, export, generate, io
 from cddistill.build import Parts, build, open_checkpoints
-from cddistill.data import images, listing
+from cddistill.data import listing
 from cddistill.data.contracts import Task
 from cddistill.evals import compare, grids
 from cddistill.method import Generator
@@ -175,9 +175,9 @@ def image_files(source: Path, task) -> list[Path]:
         raise ValueError(f"--input={source} does not exist: give an image, or a folder of images")
     found = [source]
     if source.is_dir():
-        found = task.input_files(
-            sorted(p for p in source.iterdir() if images.is_image(p.name) and listing.visible(p.name))
-        )
+        files = sorted(p for p in source.iterdir() if listing.visible(p.name))
+        found = task.input_files([p for p in files if p.name.lower().endswith(task.input_suffixes)])
     if not found or not found[0].is_file():
-        raise ValueError(f"--input={source} is neither an image nor a folder of images")
+        known = f"*{', *'.join(task.input_suffixes)}"
+        raise ValueError(f"--input={source} is neither an image nor a folder of images ({known})")
     return found

@@ -30,7 +30,7 @@ MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
-INPUT = flags.DEFINE_string("input", None, "sample: the image, or folder of images, that conditions the student.")
+INPUT = flags.DEFINE_string("input", None, "sample: the image, .npy map or folder of them that conditions the student.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: a text; give it again for a grid of several.")
 LABEL = flags.DEFINE_multi_string("label", [], "sample: class labels, as in --label=0,3.")
 NEGATIVE = flags.DEFINE_string(
