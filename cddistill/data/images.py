@@ -104,6 +104,12 @@ def read(path, name=None, fast=False):
         raise ValueError(said if said.startswith(f"{name} ") else f"{name} cannot be read ({said})") from error
 
 
+def size_of(path) -> tuple[int, int]:
+    """(width, height) as the header of an image file has them: an EXIF orientation may exchange them."""
+    with Image.open(path) as file:
+        return file.size
+
+
 def read_alpha(path):
     """The alpha channel of an image file or PIL image, upright as `read` returns it: mode L, or None without one."""
     with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
