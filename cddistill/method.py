@@ -70,7 +70,7 @@ class Method(Protocol):
     def turns(self) -> dict[str, Turn]:
         """The turns by name, in the order in which they are played; {} if nothing is trained."""
 
-    def check_steps(self, steps: int) -> None:
+    def check_train_steps(self, steps: int) -> None:
         """Raise ValueError if a run cannot have so many train steps."""
         return
 

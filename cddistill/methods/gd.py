@@ -57,7 +57,7 @@ class GuidedDistillation(Generator):
         """0, or 1 where there is no guidance to learn."""
         return int(self.guidance_range == (1.0, 1.0))
 
-    def check_steps(self, steps):
+    def check_train_steps(self, steps):
         most = self.halve_every * (self.halvings + 1 - self.first_stage)
         if steps % self.halve_every or steps > most:
             raise ValueError(f"steps={steps} is no number of whole stages: set steps to a multiple of "
