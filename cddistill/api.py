@@ -105,16 +105,30 @@ def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
 def sample(
     model: Model, *, prompt: str | Sequence[str] | None = None, label: int | Sequence[int] | None = None, image=None,
     negative_prompt: str | Sequence[str] | None = None, n: int | None = None, steps: int | None = None,
-    guidance: float | None = None, image_guidance: float | None = None, seed: int = 0,
+    guidance: float | None = None, image_guidance: float | None = None, seed: int = 0, tiles: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Images, float32 [n, h, w, 3] in [0, 1].
 
     prompt, label and image are one or a list: texts, class labels, and conditions (a path, a PIL image or a uint8 array
     [h, w, c]). n images are generated if none of them is a list. Guidance leads away from negative_prompt, one or a
     list, instead of from the empty prompt, and image_guidance away from no image (editing). The same seed gives the
-    same images. Raises ValueError for inputs that the model does not take, or of different numbers.
+    same images. With tiles=True images are generated at the size of their conditions, in overlapping tiles
+    (super-resolution). Raises ValueError for inputs that the model does not take, or of different numbers or sizes.
     """
     given = {"prompt": prompt, "label": label, "image": image, "negative_prompt": negative_prompt}
+    if tiles and image is None:
+        raise ValueError("tiles=True is for image=: leave it out")
+    images = sample_each(model, given, n, steps, guidance, image_guidance, seed, tiles)
+    if len({x.shape for x in images}) > 1:
+        raise ValueError("images of different sizes make no array: sample those of one size, or one at a time")
+    return np.stack(images)
+
+
+def sample_each(
+    model: Model, given: dict[str, Any], n: int | None, steps: int | None, guidance: float | None = None,
+    image_guidance: float | None = None, seed: int = 0, tiles: bool = False,
+) -> list[np.ndarray]:  # fmt: skip
+    """The images of `sample`, which may be of different sizes; given has its first four arguments."""
     given, n = aligned({name: listed(x) for name, x in given.items() if x is not None}, n or 1)
     student = guided(guided(model.student, guidance), image_guidance, "image_guidance")
     if "negative_prompt" in given:
@@ -123,12 +137,13 @@ def sample(
     batch |= texts(model, given.get("prompt"), given.get("label"), n, given.get("negative_prompt"))
     if takes_image(model) and "image" not in given:
         raise ValueError(f"{model.name} generates from an image: pass image=, a path, a PIL image or an array")
-    if "image" in given:
-        if not takes_image(model):
-            raise ValueError(f"{model.name} takes no image: leave it out")
-        batch["cond"] = np.stack([condition(model, source) for source in given["image"]])
-    batch = generate.with_latent_condition(student, model.pipeline, model.task or TASKS["none"](), batch)
-    return generate.sample(student, batch, steps or model.steps, seed, task=model.task)
+    if "image" not in given:
+        return list(generate.sample(student, batch, steps or model.steps, seed))
+    if not takes_image(model):
+        raise ValueError(f"{model.name} takes no image: leave it out")
+    task, conditions = model.task or TASKS["none"](), [condition(model, source, tiles) for source in given["image"]]
+    how = model.size, steps or model.steps, seed
+    return generate.sample_from(student, model.pipeline, task, batch, conditions, *how)
 
 
 def listed(x) -> list:
@@ -178,14 +193,16 @@ def texts(model: Model, prompts, labels, n: int, negatives=None) -> dict[str, An
     return {"text": text, "null": null}
 
 
-def condition(model: Model, source) -> np.ndarray:
-    """The condition [h, w, c] in [0, 1] of a path, a PIL image or an array."""
+def condition(model: Model, source, tiled: bool = False) -> np.ndarray:
+    """The condition [h, w, c] in [0, 1] of a path, a PIL image or an array; if tiled, at its own size."""
     if isinstance(source, np.ndarray):
         source = images.from_array(source, "image")
     elif isinstance(source, str | Path):
         source = Path(source).expanduser()
         if not source.exists():
             raise ValueError(f"the image {source} does not exist")
+    if tiled:
+        return (model.task or TASKS["none"]()).read_whole(source, model.size)
     if model.task is not None:
         return model.task.read(source, model.size)
     return to_float(images.fit(images.read(source), model.size))
@@ -216,21 +233,25 @@ def check_guided(method, name: str) -> None:
 def sample_run(
     settings, workdir: Path, output: str, checkpoint: str = "latest", prompts: Sequence[str] = (),
     labels: Sequence[int] = (), negative_prompt: str | None = None, n: int | None = None, source: str | None = None,
+    tiles: bool = False,
 ) -> None:  # fmt: skip
     """`sample_prompts` for prompts and labels, and for an image without a task; else `commands.sample`."""
     experiment = config.resolve(settings)
     if n is not None and n < 1:
         raise ValueError(f"--n must be at least 1, not {n}")
+    if tiles and source is None:
+        raise ValueError("--tiles is for --input, an image that is larger than those of training: leave it out")
     bare = source is not None and not (experiment.method.turns() or experiment.data.task.conditional)
     if prompts or labels or negative_prompt is not None or bare:
-        sample_prompts(settings, workdir, prompts, output, checkpoint, labels, negative_prompt, n or 1, source)
+        sample_prompts(settings, workdir, prompts, output, checkpoint, labels, negative_prompt, n or 1, source, tiles)
     else:
-        commands.sample(settings, workdir, source, output, checkpoint, n)
+        commands.sample(settings, workdir, source, output, checkpoint, n, tiles)
 
 
 def sample_prompts(
     settings, workdir: Path, prompts: Sequence[str], output: str, checkpoint: str = "latest",
     labels: Sequence[int] = (), negative_prompt: str | None = None, n: int = 1, source: str | None = None,
+    tiles: bool = False,
 ) -> None:  # fmt: skip
     """Write n images for each prompt, label or input, in a row, to a file or, for a folder of inputs, one for each.
 
@@ -243,18 +264,19 @@ def sample_prompts(
         check_guided(method, "this student")
     inputs = commands.image_files(Path(source), experiment.data.task) if source else []
     outputs = grids.outputs(inputs, output, bool(source) and Path(source).is_dir())
-    given = {"prompt": list(prompts), "label": list(labels), "image": inputs}
+    negative = [] if negative_prompt is None else [negative_prompt]
+    given = {"prompt": list(prompts), "label": list(labels), "image": inputs, "negative_prompt": negative}
     given, number = aligned({name: x for name, x in given.items() if x})
     io.ensure_writable(outputs[0].parent, "--output")
     cache_programs()
     model = open_model(settings, workdir, checkpoint)
     if takes_image(model) and not inputs:
         raise ValueError(f"{model.name} generates from an image: pass --input, an image or a folder of images")
-    if inputs and model.task and (note := model.task.input_note(model.size)):
+    if inputs and model.task and (note := commands.input_note(model.task, model.size, tiles)):
         print(note)
     steps, given = max(run.sample_steps), {name: [x for x in xs for _ in range(n)] for name, xs in given.items()}
     commands.announce(number * n, steps)
-    generated = sample(model, **given, negative_prompt=negative_prompt, n=number * n, steps=steps, seed=run.seed)
+    generated = sample_each(model, given, number * n, steps, seed=run.seed, tiles=tiles)
     commands.save_groups([path.name for path in inputs] if len(outputs) > 1 else [""], generated, outputs, n)
     commands.conclude(len(generated), steps, method, output)
 

@@ -66,6 +66,7 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
     teacher = pipeline.of_run(run, place=functools.partial(place, mesh))
     check_exports(method)
     if training:
+        method.check_train_steps(run.steps)
         check_required_data(experiment, requires)
     check_splits(experiment.data, splits or {})
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}

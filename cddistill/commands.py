@@ -1,7 +1,7 @@
 """What can be done besides training: evaluate, sample and export a run, encode a data set, generate pairs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -9,7 +9,8 @@ import numpy as np
 
 from cddistill import checkpoint, config, data, export, generate, io
 from cddistill.build import Parts, build, open_checkpoints
-from cddistill.data import images, listing
+from cddistill.data import listing
+from cddistill.data.contracts import Task
 from cddistill.evals import compare, grids
 from cddistill.method import Generator
 from cddistill.precompute import encode, pairs
@@ -90,10 +91,11 @@ def prepare(write: Callable, settings, output: Path) -> None:
 
 
 def sample(
-    settings, workdir: Path, source: str | None, output: str, which: str = "latest", n: int | None = None
-) -> None:
+    settings, workdir: Path, source: str | None, output: str, which: str = "latest", n: int | None = None,
+    tiled: bool = False,
+) -> None:  # fmt: skip
     """Generate images with a trained student: for each image in `source`, its condition, n in a row (1) or, for a
-    student without a condition, a grid of n (64)."""
+    student without a condition, a grid of n (64). With `tiled`, images keep their own size."""
     experiment = config.resolve(settings)
     check_generates(experiment.method)
     task = experiment.data.task
@@ -106,9 +108,7 @@ def sample(
         grids.save_image(output, grids.grid(images, scale=2))
     else:
         n = n or 1
-        batch = condition_on(parts, [path for path in paths for _ in range(n)])
-        announce(len(paths) * n, steps)
-        images = generate.sample(student, batch, steps, parts.experiment.run.seed, task=task)
+        images = from_inputs(parts, student, steps, [path for path in paths for _ in range(n)], tiled)
         save_groups([path.name for path in paths], images, outputs, n)
     conclude(len(images), steps, student.method, output)
 
@@ -138,26 +138,35 @@ def conclude(n: int, steps: int, method: Generator, output: str) -> None:
     print(f"{n} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
 
 
-def save_groups(names: list[str], images: np.ndarray, outputs: list[Path], n: int) -> None:
-    """Images [k, h, w, c], n of each kind, to files, an equal number in each: one as it is, several as a grid with a
-    row for each kind. names are those of the files in messages."""
-    pixels = [grids.to_uint8(group, name) for group, name in zip(np.split(images, len(outputs)), names, strict=True)]
+def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[Path], n: int) -> None:
+    """Images [h, w, c], n of each kind, to files, an equal number in each: one as it is, several as a grid with a row
+    for each kind. names are those of the files in messages. Those in one file must be of one size."""
+    each = len(images) // len(outputs)
+    groups = [np.stack(images[i : i + each]) for i in range(0, len(images), each)]
+    pixels = [grids.to_uint8(group, name) for group, name in zip(groups, names, strict=True)]
     for path, group in zip(outputs, pixels, strict=True):
         grids.save_image(path, group[0] if len(group) == 1 else grids.grid(group, columns=n if n > 1 else None))
 
 
-def condition_on(parts: Parts, paths: list[Path]) -> dict:
-    """A batch of null texts with the conditions in these files, as the run's task reads them."""
-    task, size = parts.experiment.data.task, parts.experiment.data.size
-    example = generate.example(parts.experiment.data)
-    size = example["cond"].shape[1] if "cond" in example else size
-    conditions = np.stack([task.read(path, size) for path in paths])
-    if note := task.input_note(size):
+def from_inputs(parts: Parts, student: generate.Student, steps: int, paths: list[Path], tiled: bool):
+    """An image for each of these files, from its condition, as the run's task reads it, and the null text."""
+    experiment, example = parts.experiment, generate.example(parts.experiment.data)
+    size = example["cond"].shape[1] if "cond" in example else experiment.data.size
+    task = experiment.data.task
+    conditions = [(task.read_whole if tiled else task.read)(path, size) for path in paths]
+    if note := input_note(task, size, tiled):
         print(note)
-    batch = {name: example[name] for name in ("x0", "null")}
-    batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), batch)
-    batch |= {"cond": conditions, "text": batch["null"]}
-    return generate.batch_of(parts, batch)
+    announce(len(paths), steps)
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), {name: example[name] for name in ("x0", "null")})
+    batch["text"] = batch["null"]
+    return generate.sample_from(student, parts.pipeline, task, batch, conditions, size, steps, experiment.run.seed)
+
+
+def input_note(task: Task, size: int, tiled: bool) -> str:
+    """A sentence that says how an input is processed, or ""."""
+    if tiled:
+        return f"inputs keep their own size: they are generated in overlapping tiles of {size} x {size} px"
+    return task.input_note(size)
 
 
 def image_files(source: Path, task) -> list[Path]:
@@ -166,9 +175,9 @@ def image_files(source: Path, task) -> list[Path]:
         raise ValueError(f"--input={source} does not exist: give an image, or a folder of images")
     found = [source]
     if source.is_dir():
-        found = task.input_files(
-            sorted(p for p in source.iterdir() if images.is_image(p.name) and listing.visible(p.name))
-        )
+        files = sorted(p for p in source.iterdir() if listing.visible(p.name))
+        found = task.input_files([p for p in files if p.name.lower().endswith(task.input_suffixes)])
     if not found or not found[0].is_file():
-        raise ValueError(f"--input={source} is neither an image nor a folder of images")
+        known = f"*{', *'.join(task.input_suffixes)}"
+        raise ValueError(f"--input={source} is neither an image nor a folder of images ({known})")
     return found

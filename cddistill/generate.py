@@ -10,6 +10,7 @@ import numpy as np
 
 from cddistill import data, sharding
 from cddistill.build import Parts
+from cddistill.data import tiles
 from cddistill.data.contracts import Task
 from cddistill.method import Method, normal, step_noise
 from cddistill.methods import UNTRAINED
@@ -107,6 +108,23 @@ def sample(
     program, nets = sampling_program(student.method, student.mesh, decode), student[2:]
     found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)
     return task.finish(found, batch["cond"]) if task and "cond" in batch else found
+
+
+def sample_from(
+    student: Student, pipeline: Pipeline, task: Task, batch, conditions, size: int, steps: int, seed: int = 0
+) -> list[np.ndarray]:
+    """An image [h, w, 3] in [0, 1] for each of the conditions [h, w, c]; those larger than the network's `size` px are
+    generated in tiles, which are blended.
+
+    batch has INPUTS without a condition, one row for each; a tile has the row of its condition, and noise of its own.
+    """
+    cut = [tiles.cut(condition, size) for condition in conditions]
+    counts = [len(x) for x in cut]
+    batch = jax.tree.map(lambda x: np.repeat(x, counts, 0), batch)
+    batch |= {"cond": np.concatenate(cut), "index": np.arange(sum(counts), dtype=np.int32)}
+    found = sample(student, with_latent_condition(student, pipeline, task, batch), steps, seed, task=task)
+    parts = np.split(found, np.cumsum(counts)[:-1])
+    return [tiles.join(x, condition.shape[:2]) for x, condition in zip(parts, conditions, strict=True)]
 
 
 @functools.lru_cache(maxsize=16)

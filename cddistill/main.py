@@ -30,13 +30,14 @@ MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
-INPUT = flags.DEFINE_string("input", None, "sample: the image, or folder of images, that conditions the student.")
+INPUT = flags.DEFINE_string("input", None, "sample: the image, .npy map or folder of them that conditions the student.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: a text; give it again for a grid of several.")
 LABEL = flags.DEFINE_multi_string("label", [], "sample: class labels, as in --label=0,3.")
 NEGATIVE = flags.DEFINE_string(
     "negative_prompt", None, "sample: what guidance leads away from, instead of the empty prompt."
 )
 NUMBER = flags.DEFINE_string("n", None, "sample: images for each prompt, label or input (1); without any, in all (64).")
+TILES = flags.DEFINE_bool("tiles", False, "sample: generate large inputs at their own size, in overlapping tiles.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
 )
@@ -46,9 +47,9 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
 )
-OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER)
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
 USED_BY = {
-    **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n"), ("sample",)),
+    **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     "output": ("sample", "export", "encode", "pairs"),
     "checkpoint": ("evaluate", "sample", "export"),
 }
@@ -81,7 +82,8 @@ def main(settings):
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and os.path.expanduser(INPUT.value)
-    return api.sample_run(settings, workdir, output, which, PROMPT.value, labels, NEGATIVE.value, n, source)
+    wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
+    return api.sample_run(settings, workdir, output, which, *wanted)
 
 
 def default_workdir() -> pathlib.Path:

@@ -70,6 +70,10 @@ class Method(Protocol):
     def turns(self) -> dict[str, Turn]:
         """The turns by name, in the order in which they are played; {} if nothing is trained."""
 
+    def check_train_steps(self, steps: int) -> None:
+        """Raise ValueError if a run cannot have so many train steps."""
+        return
+
     def ema(self) -> dict[str, float | Callable]:
         """EMA decay of the nets that have an average, a number or a function of the step, int32 [] from 0.
 

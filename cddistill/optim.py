@@ -16,14 +16,18 @@ class OptimConfig:
     clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     warmup: int = 0  # updates of linear warm-up from 0; a turn that is played every 5th step counts only its own
     decay: str = "constant"  # or "cosine", "linear": to 0 over the updates after the warm-up
+    cycles: int = 1  # equal parts of the training, each with its own warm-up and decay
 
 
 def optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
     """AdamW with its learning-rate schedule over `updates` updates, after clipping by the global norm.
 
-    Raises ValueError for an unknown decay.
+    Raises ValueError for an unknown decay, and for fewer than one cycle.
     """
-    after = max(updates - config.warmup, 1)
+    if config.cycles < 1:
+        raise ValueError(f"optim.cycles must be at least 1, not {config.cycles}")
+    cycle = -(-updates // config.cycles)
+    after = max(cycle - config.warmup, 1)
     schedules = {
         "constant": optax.constant_schedule(config.lr),
         "cosine": optax.cosine_decay_schedule(config.lr, after),
@@ -31,11 +35,11 @@ def optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation
     }
     if config.decay not in schedules:
         raise ValueError(f"optim.decay {config.decay!r} is not one of {', '.join(schedules)}")
-    lr = optax.join_schedules(
-        [optax.linear_schedule(0.0, config.lr, config.warmup), schedules[config.decay]], [config.warmup]
-    )
+    lr = schedules[config.decay]
+    if config.warmup:
+        lr = optax.join_schedules([optax.linear_schedule(0.0, config.lr, config.warmup), lr], [config.warmup])
     adam = optax.adamw(
-        lr if config.warmup else schedules[config.decay],
+        lr if config.cycles == 1 else lambda update: lr(update % cycle),
         *config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,

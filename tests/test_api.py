@@ -13,6 +13,7 @@ from PIL import Image
 
 import cddistill
 from cddistill import api, checkpoint, commands, config, generate, models, train
+from cddistill.data.tasks.sr import upsample
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -250,6 +251,59 @@ def test_a_moved_run_is_evaluated_sampled_exported_and_trained_on(moved, capsys)
     assert json.loads((moved / "run" / "config.json").read_text())["teacher"] == str(moved / "teacher")
     with pytest.raises(ValueError, match="gone' does not exist; set it to a folder of images"):
         commands.evaluate_run(without, moved / "run")
+
+
+# ---- tiles
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Images are the conditions, as if from a student that copies them. Returns the batches that were sampled."""
+    batches = []
+
+    def sample(student, batch, steps, seed=0, task=None):
+        batches.append(batch)
+        return batch["cond"]
+
+    monkeypatch.setattr(generate, "sample", sample)
+    return batches
+
+
+def test_inputs_keep_their_own_size_in_tiles(trained, tmp_path, copies, capsys):
+    """A copy of the condition is the bicubic image, without seams."""
+    (tmp_path / "in").mkdir()
+    small = {name: tiny.randn(0, *size, 3) for name, size in {"a.png": (6, 11), "b.png": (4, 4)}.items()}
+    small = {name: pixels(np.clip(x + 0.5, 0, 1)) for name, x in small.items()}
+    for name, x in small.items():
+        Image.fromarray(x).save(tmp_path / "in" / name)
+    large = {name: pixels(upsample(x, [2 * side for side in x.shape[:2]])) for name, x in small.items()}
+    drawn = lambda name: np.asarray(Image.open(tmp_path / "out" / name)).astype(int)
+    for given in ({}, {"labels": (3,)}):
+        where = trained / "run", str(tmp_path / "out")
+        api.sample_run(settings_in(trained), *where, source=str(tmp_path / "in"), tiles=True, **given)
+        said = capsys.readouterr().out
+        assert "inputs keep their own size: they are generated in overlapping tiles of 8 x 8 px" in said
+        assert "2 generated in 1 steps" in said
+        for name, image in large.items():
+            assert np.abs(drawn(name) - image).max() <= 1  # rounding of sums of tiles
+    assert [batch["cond"].shape for batch in copies] == [(9, 8, 8, 3)] * 2
+    images = cddistill.sample(cddistill.load(trained / "run"), image=[small["a.png"]] * 2, label=[1, 3], tiles=True)
+    np.testing.assert_allclose(images, np.stack([large["a.png"]] * 2) / 255, atol=1 / 255)
+    assert copies[-1]["text"]["class_labels"].tolist() == 8 * [1] + 8 * [3]
+    assert copies[-1]["index"].tolist() == list(range(16))  # noise of its own for each tile
+
+
+def test_tiles_that_do_not_fit_are_refused(trained, tmp_path, copies):
+    model, images = cddistill.load(trained / "run"), [np.zeros((5, 8, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)]
+    with pytest.raises(ValueError, match="images of different sizes make no array"):
+        cddistill.sample(model, image=images, tiles=True)
+    with pytest.raises(ValueError, match="tiles=True is for image=: leave it out"):
+        cddistill.sample(model, tiles=True)
+    with pytest.raises(ValueError, match="--tiles is for --input"):
+        api.sample_run(settings_in(trained), trained / "run", str(tmp_path / "out.png"), tiles=True)
+
+
+# ---- another content
 
 
 def other_teacher(root):

@@ -1,10 +1,14 @@
 """Depth to image: normalised inverse depth, and a person's depth maps."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill import data
+from cddistill import commands, data
+from cddistill.data import TASKS, images
 from cddistill.data.tasks.depth import Depth
 from cddistill.net import Autoencoder
 
@@ -28,8 +32,8 @@ def test_scenes_have_depth_and_it_is_exact():
 
 
 def stored(path, values):
-    if path.suffix == ".npy":
-        np.save(path, values)
+    if path.suffix.lower() == ".npy":
+        np.save(path.open("wb"), values)
     else:
         Image.fromarray(values).save(path)
     return path
@@ -43,6 +47,7 @@ def stored(path, values):
         ("c.npy", np.float32(RAMP), {}),
         ("d.npy", 1 / RAMP, {"depth_files": "metres"}),
         ("e.png", np.repeat(np.uint8(RAMP)[..., None], 3, -1), {}),
+        ("f.NPY", np.float16(RAMP)[..., None], {}),
     ],
 )
 def test_depth_maps_are_read(tmp_path, name, values, options):
@@ -58,6 +63,12 @@ def test_depth_maps_are_read(tmp_path, name, values, options):
         (RAMP - 20, {"depth_files": "metres"}, "a.npy holds distances of 0 or less"),
         (RAMP.reshape(8, 16, 2), {}, r"a.npy is float64 \(8, 16, 2\); expected a depth map of one channel"),
         (RAMP + np.array([[[0]], [[1]], [[2]]]), {}, "expected a depth map of one channel"),
+        (np.where(RAMP < 20, np.nan, RAMP)[..., None], {}, "a.npy holds NaN or infinite values"),
+        (RAMP * 1e300, {}, "a.npy holds NaN or infinite values"),  # in float32
+        (RAMP[:0], {}, r"a.npy is float64 \(0, 16\); expected a depth map"),
+        (RAMP > 20, {}, r"a.npy is bool \(16, 16\); expected a depth map"),
+        (RAMP * 1j, {}, r"a.npy is complex128 \(16, 16\); expected a depth map"),
+        (RAMP.astype(object), {}, "a.npy cannot be read .it holds no array of numbers"),
     ],
 )
 def test_bad_depth_maps_are_refused(tmp_path, values, options, sentence):
@@ -65,10 +76,58 @@ def test_bad_depth_maps_are_refused(tmp_path, values, options, sentence):
         Depth(**options).read(stored(tmp_path / "a.npy", values), 16)
 
 
-def test_files_that_are_no_images_are_refused(tmp_path):
-    (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(ValueError, match="a.png cannot be read"):
-        Depth().read(tmp_path / "a.png", 16)
+def pickled(path):
+    path.write_bytes(pickle.dumps(Path.touch))
+
+
+def archive(path):
+    with path.open("wb") as file:
+        np.savez(file, depth=RAMP)
+
+
+def palette(path):
+    Image.fromarray(np.uint8(RAMP)).convert("P").save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "sentence"),
+    [
+        ("a.png", lambda path: path.write_text("no image"), "a.png cannot be read"),
+        ("b.png", palette, "b.png cannot be read .its pixels are colours of a palette"),
+        ("c.npy", pickled, "c.npy cannot be read .it holds no array of numbers; save one with numpy.save"),
+        ("d.npy", archive, "d.npy cannot be read .it holds no array of numbers"),
+        ("e.npy", lambda path: path.write_bytes(b""), "e.npy cannot be read .it holds no array of numbers"),
+    ],
+)
+def test_files_that_are_no_maps_are_refused(tmp_path, name, write, sentence):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=sentence):
+        Depth().read(tmp_path / name, 16)
+
+
+@pytest.mark.parametrize("values", [np.float32(RAMP), RAMP, np.uint16(RAMP * 200), np.uint8(RAMP)])
+def test_arrays_are_maps_and_no_pictures(values):
+    given = images.from_array(values, "image")
+    np.testing.assert_allclose(Depth().read(given, 16)[..., 0], (RAMP - 10) / 240, atol=1 / 240)
+    if values.dtype != np.uint8:
+        with pytest.raises(ValueError, match="the image has 1 channel.s. of mode F; convert it to 8-bit grey or RGB"):
+            images.read(given)
+    with pytest.raises(ValueError, match="^the image is constant"):
+        Depth().read(images.from_array(np.full_like(values, 3), "image"), 16)
+
+
+def test_the_inputs_in_a_folder_are_its_maps(tmp_path):
+    """Arrays and pictures; beside photos those that are named as maps. Other tasks take no arrays."""
+    names = lambda task: [path.name for path in commands.image_files(tmp_path, task)]
+    for name in ("a.png", "b.npy", "c.txt"):
+        (tmp_path / name).touch()
+    assert names(Depth()) == ["a.png", "b.npy"]
+    assert names(TASKS["canny"]()) == ["a.png"]
+    (tmp_path / "a_depth.npy").touch()
+    assert names(Depth()) == ["a_depth.npy"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"is neither an image nor a folder of images \(\*.jpg, "):
+        names(TASKS["canny"]())
 
 
 def test_data_without_depth_are_refused():

@@ -40,6 +40,7 @@ VARIANTS = {
         regression="l2", augment="bgo", ema_decay=0.9, mix="each", mix_share=0.5, r1_every=1, r1_stride=1
     ),
     "lcm": METHODS["lcm"](embedding_width=4, ema_decay=0.9),
+    "gd": METHODS["gd"](first_steps=8, halvings=2, halve_every=3, embedding_width=4),  # resuming spans two stages
     "judge": METHODS["latent_lpips"](stage="judge", family="tiny", width=4, pools=(4,)),
     "autoencoder": METHODS["autoencoder"](channels=(8, 8), lpips_every=2, lpips_crop=4, ema_decay=0.9),
     "codi_released": METHODS["codi"](**METHODS["codi"].presets["released"], guidance_range=(2.0, 4.0)),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from cddistill.data.images import SUFFIXES
 from cddistill.data.resample import to_float
 
 Element = dict[str, Any]
@@ -66,6 +67,7 @@ class Task(Protocol):
     `__init__`."""
 
     conditional: ClassVar[bool] = True  # False: no conditioning image
+    input_suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of files in a user's folder that may be inputs
     best_metric: ClassVar[str | None] = "val/psnr"  # preview metric that selects the best checkpoint (highest)
 
     def check(self, size: int) -> None:
@@ -83,12 +85,19 @@ class Task(Protocol):
         """The conditioning image, float32 [h, w, c] in [0, 1]. element["target"] holds the result of `target`."""
 
     def input_files(self, paths: list[Path]) -> list[Path]:
-        """Those of the image files in a user's folder that are inputs by themselves."""
+        """Those of the files in a user's folder, with one of `input_suffixes`, that are inputs by themselves."""
         return paths
 
     def read(self, path: Path, size: int) -> np.ndarray:
         """The condition [size, size, c] in [0, 1] from a user's image file, for --mode=sample."""
         raise ValueError(f"--input={path}: this task takes no input")
+
+    def read_whole(self, path: Path, size: int) -> np.ndarray:
+        """The condition [h, w, c] of a user's file at its own size, of which each tile [size, size, c] is a condition.
+
+        Raises ValueError if the task has no such tiles, or for a file that is smaller than one.
+        """
+        raise ValueError(f"inputs of this task cannot be cut into tiles: sample {path} without --tiles (tiles=True)")
 
     def input_note(self, size: int) -> str:
         """A sentence that says how an input is processed, or ""."""

@@ -81,15 +81,19 @@ def upper_bits(image, name):
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
+def name_of(path) -> str:
+    """A file's path, for messages; a PIL image has no name."""
+    return "the image" if isinstance(path, Image.Image) else str(path)
+
+
 def read(path, name=None, fast=False):
     """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
 
     fast decodes a JPEG at 1/8 of its size, which finds the same errors.
     """
-    given = isinstance(path, Image.Image)
-    name = "the image" if given else name or path
+    name = name or name_of(path)
     try:
-        if given:
+        if isinstance(path, Image.Image):
             return to_rgb(path, name)
         with Image.open(path) as file:
             if fast:
@@ -98,6 +102,12 @@ def read(path, name=None, fast=False):
     except Exception as error:  # Pillow raises almost anything for broken files
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith(f"{name} ") else f"{name} cannot be read ({said})") from error
+
+
+def size_of(path) -> tuple[int, int]:
+    """(width, height) as the header of an image file has them: an EXIF orientation may exchange them."""
+    with Image.open(path) as file:
+        return file.size
 
 
 def read_alpha(path):
@@ -112,27 +122,43 @@ def read_alpha(path):
 def read_map(path, name=None) -> Image.Image:
     """A depth map as a PIL image of floats (mode F), from a .npy file or an 8 or 16-bit image with equal channels.
 
-    path may also be a PIL image. Raises ValueError, naming it, for anything else.
+    path may also be a PIL image. Raises ValueError, naming it, for anything else; pickled objects are never loaded.
     """
-    name = name or path
+    name = name or name_of(path)
     try:
-        if not isinstance(path, Image.Image) and path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-        else:
-            with path if isinstance(path, Image.Image) else Image.open(path) as image:
-                values = np.asarray(image)
+        values = stored_values(path)
     except Exception as error:  # Pillow raises almost anything for broken files
         raise ValueError(f"{name} cannot be read ({error})") from error
-    if values.ndim == 3 and (values == values[..., :1]).all():
+    if values.ndim == 3 and (values.shape[2] == 1 or (values == values[..., :1]).all()):
         values = values[..., 0]
-    if values.ndim != 2 or values.dtype.kind not in "uif":
-        raise ValueError(f"{name} is {values.dtype} {values.shape}; expected a depth map of one channel")
-    return Image.fromarray(values.astype(np.float32))
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "uif":
+        raise ValueError(f"{name} is {values.dtype} {values.shape}; expected a depth map of one channel, [h, w]")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        return Image.fromarray(values.astype(np.float32))
+
+
+def stored_values(path) -> np.ndarray:
+    """The numbers in a .npy file, an image file or a PIL image. ValueError for colours of a palette: they are none."""
+    if not isinstance(path, Image.Image) and path.suffix.lower() == ".npy":
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError):  # objects, or no whole array
+            values = None
+        if not isinstance(values, np.ndarray):  # an archive of several is none either
+            raise ValueError("it holds no array of numbers; save one with numpy.save")
+        return values
+    with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
+        if image.mode in ("P", "PA"):
+            raise ValueError("its pixels are colours of a palette; save it in 8 or 16-bit grey")
+        return np.asarray(image)
 
 
 def from_array(array, name):
-    """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image. Raises ValueError, naming it, for other arrays."""
+    """A uint8 array [h,w] or [h,w,1|2|3|4] as a PIL image, one of other numbers [h,w] as a map (mode F), which is no
+    picture. Raises ValueError, naming it, for other arrays."""
     array = np.asarray(array)
+    if array.ndim == 2 and array.size and array.dtype != np.uint8 and array.dtype.kind in "uif":
+        return Image.fromarray(array.astype(np.float32))
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
         raise ValueError(f"{name} is {array.dtype} {array.shape}; expected uint8 [h,w] or [h,w,c] with 1 to 4 channels")
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

@@ -18,7 +18,7 @@ from cddistill import health, losses, sampling
 from cddistill.diffusion import guide, like
 from cddistill.method import Generator, Requires, Turn, check_choices, normal, uniform
 from cddistill.models import adapter, lora
-from cddistill.models.guidance import embed_guidance, guidance_embedding, width_of
+from cddistill.models.guidance import embed_guidance, with_scales
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted, Denoiser
 
@@ -138,8 +138,7 @@ class LCM(Generator):
         """A student's prediction, given what it takes: the condition, or the guidance scales [b]."""
         if self.adapter != "none":
             return net(z, t, text, cond)
-        width = width_of(net)
-        return net(z, t, text | {"timestep_cond": guidance_embedding(scales, width)} if width else text)
+        return net(z, t, with_scales(net, text, scales))
 
     # ---- sampling
 

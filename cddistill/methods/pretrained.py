@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cddistill import sampling
 from cddistill.method import Generator, Requires, check_choices
 from cddistill.models import adapter
-from cddistill.models.guidance import guidance_embedding, width_of
+from cddistill.models.guidance import with_scales
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 from cddistill.pipeline import Pipeline
@@ -46,12 +46,8 @@ class Pretrained(Generator):
 
     def sample(self, n, noise, batch, step_noise, steps):
         schedule = n.teacher.schedule
-        embedding = {}
-        if width := width_of(n.teacher):
-            scales = jnp.full(len(noise), self.embedded_guidance)
-            embedding = {"timestep_cond": guidance_embedding(scales, width)}
-        text = batch["text"] | embedding
-        null = batch["null"] | embedding
+        embedded = jnp.full(len(noise), self.embedded_guidance)
+        text, null = (with_scales(n.teacher, batch[name], embedded) for name in ("text", "null"))
         scales = (self.guidance, self.image_guidance)
         denoise = sampling.guided(conditioned(n, noise, batch), text, null, *scales, self.blind(n, noise, batch))
         return sampling.sample(self.sampling(schedule, steps), denoise, schedule, noise, steps, step_noise)

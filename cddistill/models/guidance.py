@@ -19,6 +19,12 @@ def width_of(net) -> int | None:
     return getattr(net.module, "time_cond_proj_dim", None)
 
 
+def with_scales(net, text, scales: Float[Array, " b"]):
+    """The text inputs of a network, with the guidance scales if it takes them."""
+    width = width_of(net)
+    return text | {"timestep_cond": guidance_embedding(scales, width)} if width else text
+
+
 def embed_guidance(teacher: Denoiser, width: int) -> Denoiser:
     """A copy of a UNet with the input timestep_cond [b, width]; its output is the teacher's at first.
 

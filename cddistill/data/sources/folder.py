@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from cddistill import sharding
 from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
+from cddistill.data.crops import CROPS, Crop
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, fit, is_image, read, read_map
+from cddistill.data.images import SUFFIXES, is_image, read, read_map
 from cddistill.data.listing import data_path, files_below, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
@@ -25,15 +27,18 @@ class Folder(Source):
     """Images in the folder data.path and its sub-folders."""
 
     split: str = "auto"  # by folders like train/ and val/, else by hash; "hash", "fill" or "all": see splits.RULES
+    crop: str = "resize"  # shorter side to data.size, centre cropped; or "random": crops of images at their own size
     folder_labels: bool = False  # an image's label is the folder it lies in, as in cat/1.png
 
     def __post_init__(self):
         if self.split not in RULES:
             raise ValueError(f"data.split must be one of {', '.join(RULES)}, not {self.split!r}")
+        if self.crop not in CROPS:
+            raise ValueError(f"data.crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
 
     def open(self, config, split):
         try:
-            return FolderImages(scan(self, config.path, config.skip_bad), config, split)
+            return FolderImages(scan(self, config.path, config.skip_bad), config, split, CROPS[self.crop])
         except ValueError:
             scan.cache_clear()  # the folder may be mended before the next attempt
             raise
@@ -61,31 +66,34 @@ class FolderImages:
     also lie beside the image as cat_depth.png. Images without a label get the null label.
     """
 
-    def __init__(self, contents: Contents, config, split: str):
+    def __init__(self, contents: Contents, config, split: str, crop: Crop):
         self.root, self.records, self.num_labels = contents.root, contents.records, contents.num_labels
-        self.size, self.null, self.task = config.size, config.num_classes, config.task
+        self.size, self.null, self.task, self.crop = config.size, config.num_classes, config.task, crop
         if not contents.parts[split]:
             raise ValueError(
                 f"the {split} split of folder {self.root} is empty ({sizes(contents.parts)}): add images, or set "
                 "data.split to 'fill', which takes it from train, or to 'all', which puts every image in every split"
             )
-        self.cache = {}
-        further = any(FILES & record.keys() for record in self.records.values())
-        check = self.check_whole if further else lambda name: read(self.root / name, name, fast=True) and None
-        self.names = [*read_all(check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
+        self.cache, self.room = {}, CACHE_BYTES
+        self.further = any(FILES & record.keys() for record in self.records.values())
+        self.names = [*read_all(self.check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
 
     def __len__(self):
         return len(self.names)
 
     def element(self, i, rng):
         """Image i."""
-        return dict(self.opened(self.names[i]))
+        return self.crop.cut(dict(self.opened(self.names[i])), self.size, rng)
 
     def opened(self, name):
         """`open`, kept while there is room."""
-        element = self.cache.get(name) or self.open(name)
-        if len(self.cache) < CACHE_BYTES // element["image"].nbytes:
-            self.cache[name] = element
+        if name in self.cache:
+            return self.cache[name]
+        element = self.open(name)
+        pixels = (x for x in element.values() if isinstance(x, np.ndarray | Image.Image))
+        needed = sum(x.nbytes if isinstance(x, np.ndarray) else 4 * x.width * x.height for x in pixels)
+        if needed <= self.room:
+            self.cache[name], self.room = element, self.room - needed
         return element
 
     def open(self, name):
@@ -101,12 +109,20 @@ class FolderImages:
                 if other.size != image.size:
                     sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
                     raise ValueError(f"{path} is {sizes} is {name}: save both at one size")
-                record["depth_map" if key == "depth" else key] = fit(other, self.size)
-        return {"image": fit(image, self.size)} | record
+                record["depth_map" if key == "depth" else key] = self.crop.keep(other, self.size)
+        return {"image": self.crop.keep(image, self.size)} | record
+
+    def check(self, name):
+        """Raise ValueError, naming it, for an image that cannot be used."""
+        if self.further:
+            self.check_whole(name)
+        else:
+            read(self.root / name, name, fast=True)
+        self.crop.check(self.root / name, self.size, name)
 
     def check_whole(self, name):
         """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
-        element = dict(self.opened(name))
+        element = self.crop.whole(dict(self.opened(name)), self.size)
         try:
             element["target"] = self.task.target(element)
             self.task.text(element)

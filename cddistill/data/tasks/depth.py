@@ -5,7 +5,7 @@ import dataclasses
 import jax.image
 import numpy as np
 
-from cddistill.data import images
+from cddistill.data import captions, images
 from cddistill.data.contracts import Task
 
 FILES = ("inverse", "metres")
@@ -17,6 +17,7 @@ class Depth(Task):
 
     depth_files: str = "inverse"  # what a person's depth maps hold: near is bright; or "metres": distances
 
+    input_suffixes = captions.MAPS
     best_metric = None
 
     def __post_init__(self):
@@ -30,8 +31,13 @@ class Depth(Task):
             raise ValueError("data.task depth needs a depth map for every image, and here is none")
         return normalised(1 / element["depth"], "a depth map")
 
+    def input_files(self, paths):
+        """Maps beside pictures have names as photo_depth.png."""
+        maps = [path for path in paths if path.stem.endswith(captions.DEPTH_SUFFIX)]
+        return maps or paths
+
     def read(self, path, size):
-        return self.from_map(images.fit(images.read_map(path), size), path)
+        return self.from_map(images.fit(images.read_map(path), size), images.name_of(path))
 
     def from_map(self, depth, name):
         """The condition of a person's depth map [h, w]. Raises ValueError, naming it, for one that says nothing."""
@@ -43,7 +49,7 @@ class Depth(Task):
 
     def input_note(self, size):
         stored = {"inverse": "near is bright", "metres": "in metres"}[self.depth_files]
-        return f"the input is a depth map, {stored}, resized to {size} x {size}"
+        return f"the input is a depth map (grey image or .npy), {stored}, resized to {size} x {size}"
 
     def encode(self, autoencoder, cond):
         """Inverse depth at the latents' size, -1 to 1, one channel: Stable Diffusion 2 depth's extra channel."""

@@ -44,7 +44,9 @@ class Inpainting(Task):
         hole = images.fit(mask.convert("RGB"), size)[..., 0] >= 128
         if hole.all() or not hole.any():
             problem = "covers all of the image" if hole.all() else "is empty"
-            raise ValueError(f"the hole of {name_of(path)} {problem}: white in the mask, or transparent, is generated")
+            raise ValueError(
+                f"the hole of {images.name_of(path)} {problem}: white in the mask, or transparent, is generated"
+            )
         return masked(to_float(images.fit(image, size)), hole)
 
     def input_note(self, size):
@@ -122,10 +124,5 @@ def image_and_mask(path) -> tuple[Image.Image, Image.Image]:
     alpha = images.read_alpha(path)
     if alpha is None:
         example = f"{path.stem}{MASK_SUFFIX}.png" if hasattr(path, "stem") else "an alpha channel"
-        raise ValueError(f"{name_of(path)} has no hole: make it transparent there, or put {example} beside it")
+        raise ValueError(f"{images.name_of(path)} has no hole: make it transparent there, or put {example} beside it")
     return image, Image.eval(alpha, lambda a: 255 - a)
-
-
-def name_of(path) -> str:
-    """A file's path; a PIL image has no name."""
-    return "the image" if isinstance(path, Image.Image) else str(path)

@@ -40,9 +40,19 @@ class SuperResolution(Task):
     def read(self, path, size):
         return upsample(images.fit(images.read(path), size // self.scale), size)
 
+    def read_whole(self, path, size):
+        image, small = images.read(path), size // self.scale
+        if min(image.size) < small:
+            sides = "{} x {}".format(*image.size)
+            raise ValueError(
+                f"{images.name_of(path)} is {sides} px, and a tile {small} x {small}: sample it without tiles"
+            )
+        return upsample(np.asarray(image), (image.height * self.scale, image.width * self.scale))
+
     def input_note(self, size):
         small = size // self.scale
-        return f"{small} x {small} px become {size} x {size}; a larger image is first downsampled to {small} x {small}"
+        larger = f"a larger image is first downsampled to {small} x {small}, unless there is --tiles"
+        return f"{small} x {small} px become {size} x {size}; {larger}"
 
     def references(self, cond):
         return {"bicubic": cond}

@@ -1,0 +1,68 @@
+"""From pictures of any size to squares of data.size px: data.crop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cddistill.data.images import fit, size_of
+
+TRIES = 100  # crops that are drawn until no depth map is constant in one, so that it says something
+
+Element = dict[str, Any]  # `contracts.Element`, whose images may be PIL images that are still to be cropped
+
+
+class Crop(NamedTuple):
+    """A way to make squares: of an image when it is read, and of all images of an element when it is used."""
+
+    check: Callable[[Path, int, str], None]  # file, size, its name in messages: ValueError if it is too small
+    keep: Callable[[Image.Image, int], Any]  # an image as it stays in memory
+    cut: Callable[[Element, int, np.random.Generator | None], Element]  # the element, of which images become squares
+    whole: Callable[[Element, int], Element]  # the same with all that any of its squares can show, for checks
+
+
+def check_size(path: Path, size: int, name: str) -> None:
+    """ValueError for an image with a side below `size` px."""
+    if min(sides := size_of(path)) < size:
+        shape = "{} x {} px".format(*sides)
+        raise ValueError(f"{name} is {shape}, and data.size={size} is cropped: leave it out, or set data.crop=resize")
+
+
+def crop_alike(element: Element, size: int, rng: np.random.Generator | None) -> Element:
+    """The same square of each image: a random one, or without rng the one in the centre."""
+    free = np.array(element["image"].size) - size
+    for _ in range(TRIES):
+        left, top = (int(x) for x in (free // 2 if rng is None else rng.integers(0, free + 1)))
+        found = of_images(element, lambda x, at=(left, top, left + size, top + size): x.crop(at))
+        if rng is None or not any(x.mode == "F" and np.ptp(x) == 0 for x in images_of(found).values()):
+            break
+    return of_images(found, np.asarray)
+
+
+def extended(element: Element, size: int) -> Element:
+    """Each image whole, its border repeated to a square whose side is a multiple of `size`."""
+    side = -(-max(element["image"].size) // size) * size
+
+    def extend(image):
+        rest = (0, side - image.height), (0, side - image.width)
+        return np.pad(image, (*rest, (0, 0))[: np.ndim(image)], "edge")
+
+    return of_images(element, extend)
+
+
+def images_of(element: Element) -> dict[str, Image.Image]:
+    """The PIL images of an element."""
+    return {key: x for key, x in element.items() if isinstance(x, Image.Image)}
+
+
+def of_images(element: Element, function: Callable) -> Element:
+    """The element with function(image) for each PIL image."""
+    return element | {key: function(x) for key, x in images_of(element).items()}
+
+
+CROPS = {
+    "resize": Crop(lambda *_: None, fit, lambda element, *_: element, lambda element, _: element),
+    "random": Crop(check_size, lambda image, _: image, crop_alike, extended),
+}
