@@ -115,7 +115,7 @@ def sample(
 
 def sample_grid(parts: Parts, student: generate.Student, steps: int, n: int) -> np.ndarray:
     """Images [n, h, w, c] for the classes or prompts of the first n validation examples, or of as many as there are."""
-    examples = generate.arrays(data.examples(parts.experiment.data, "validation", n))
+    examples = generate.encoded(parts, data.examples(parts.experiment.data, "validation", n))
     if "cond" in examples:
         raise ValueError("--mode=sample needs --input: an image, or a folder of images, to condition on")
     announce(len(examples["x0"]), steps)
@@ -149,7 +149,7 @@ def save_groups(names: list[str], images: np.ndarray, outputs: list[Path], n: in
 def condition_on(parts: Parts, paths: list[Path]) -> dict:
     """A batch of null texts with the conditions in these files, as the run's task reads them."""
     task, size = parts.experiment.data.task, parts.experiment.data.size
-    example = generate.example(parts.experiment.data)
+    example = generate.example(parts)
     size = example["cond"].shape[1] if "cond" in example else size
     conditions = np.stack([task.read(path, size) for path in paths])
     if note := task.input_note(size):
@@ -157,7 +157,7 @@ def condition_on(parts: Parts, paths: list[Path]) -> dict:
     batch = {name: example[name] for name in ("x0", "null")}
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), batch)
     batch |= {"cond": conditions, "text": batch["null"]}
-    return generate.batch_of(parts, batch)
+    return generate.conditioned(parts, batch | {"index": np.arange(len(paths), dtype=np.int32)})
 
 
 def image_files(source: Path, task) -> list[Path]:
