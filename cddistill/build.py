@@ -295,6 +295,11 @@ def check_teacher(experiment: Experiment, requires: Requires, frozen, batch) -> 
     """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
     run, method, teacher = experiment.run, experiment.method, frozen["teacher"]
     check_space(experiment, frozen)
+    if getattr(teacher.module, "text_widths", ()) and "class_labels" in batch["text"]:
+        raise ValueError(
+            f"the teacher {run.teacher} generates from text, and there are only class labels: give a folder that also "
+            "has text_encoder/ and tokenizer/ or, for data.source=arrays, text.npy"
+        )
     if requires.text and not getattr(teacher.module, "conditional", True):
         raise ValueError(
             "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"

@@ -140,6 +140,29 @@ def tokenizer_of(prompts: Prompts) -> Callable[[str], tuple]:
     return functools.lru_cache(CACHED)(lambda caption: tuple(ids[0] for ids in shapes.tokenize([caption])))
 
 
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """A data set's items, encoded one by one, for programs that read few of them."""
+
+    dataset: Any
+    encode: Encoders
+    nets: dict[str, Any]
+
+    def __len__(self):
+        return len(self.dataset)
+
+    @functools.cached_property
+    def program(self):
+        return jax.jit(self.encode)
+
+    def item(self, i, rng):
+        """Item i, as encoded data would give it."""
+        item = self.dataset.item(i, rng)
+        tokens = self.encode.tokenized({"caption": [item["caption"]]})
+        rows = {name: item[name][None] for name in ("x0", "cond") if name in item} | tokens
+        return item | jax.tree.map(lambda x: x[0], jax.device_get(self.program(self.nets, rows)))
+
+
 def check_size(name: str, vae: Autoencoder, size: int) -> None:
     """ValueError for images of a size that the VAE of the teacher `name` does not divide."""
     factor = vae.encoder.module.factor
