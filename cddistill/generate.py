@@ -202,6 +202,12 @@ def targets(parts: Parts, examples) -> np.ndarray:
     return decode(Autoencoder() if parts.encoders else parts.frozen["autoencoder"], examples["x0"])
 
 
+def reconstruction(parts: Parts, batch) -> np.ndarray | None:
+    """Targets of a batch as the VAE encodes and decodes them, [n, h, w, c] in [0, 1]; None where nothing is encoded."""
+    autoencoder = parts.frozen["autoencoder"]
+    return None if parts.encoders is None or autoencoder.params is None else decode(autoencoder, batch["x0"])
+
+
 def arrays(examples) -> dict[str, Any]:
     """The numeric part of `data.examples`, with the row numbers that noise follows."""
     kept = {name: examples[name] for name in INPUTS if name in examples}

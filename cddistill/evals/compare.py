@@ -68,8 +68,8 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     paired, sets, nfe = "cond" in batch, {}, {}
     if paired:
         sets |= {name: np.asarray(x) for name, x in task.references(batch["cond"]).items()}
-    if parts.encoders and parts.frozen["autoencoder"].params is not None:
-        sets[RECONSTRUCTION] = generate.decode(parts.frozen["autoencoder"], batch["x0"])
+    if (reconstruction := generate.reconstruction(parts, batch)) is not None:
+        sets[RECONSTRUCTION] = reconstruction
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()
         sets[label] = generate.sample(student, batch, steps, run.seed, task=task)

@@ -31,10 +31,11 @@ from cddistill.precompute.encode import stored, weights_of
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     """Write run.num_pairs rows of x0 (float16) and text to the folder `output`, in shards.
 
-    Text comes from the training split, encoded if it is captions, and repeated as needed. x0 is sampled from the row's noise with run.teacher_sampler,
-    run.teacher_guidance and the last of run.teacher_steps. Host h of n writes shards h, h + n ... Complete shards are
-    kept; if all are complete, a few rows are generated again and compared. Raises ValueError if teacher_steps is empty
-    or `output` was written by another command, and FloatingPointError if an x0 is not finite.
+    Text comes from the training split, encoded if it is captions, and repeated as needed. x0 is sampled from the row's
+    noise with run.teacher_sampler, run.teacher_guidance and the last of run.teacher_steps. Host h of n writes shards h,
+    h + n ... Complete shards are kept; if all are complete, a few rows are generated again and compared. Raises
+    ValueError if teacher_steps is empty or `output` was written by another command, and FloatingPointError if an x0 is
+    not finite.
     """
     run = experiment.run
     experiment = experiment._replace(data=dataclasses.replace(experiment.data, pairs=""))  # not there yet
