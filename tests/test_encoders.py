@@ -7,12 +7,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from golden import make_clip as golden
 from test_latent import letters, pictures, teacher  # noqa: F401  (fixtures)
+from test_prompt import recorded_prompts
 
 from cddistill import build, commands, config, data, encoders, generate, models, train
 from cddistill.data import loader
 from cddistill.data.ode_pairs import OdePairs
+from cddistill.evals import report
+from cddistill.evals.scores import RECONSTRUCTION, Row
 from cddistill.models.prompt import Prompts, load_prompts
+from cddistill.net import Autoencoder
+from cddistill.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
@@ -70,8 +76,7 @@ def by_pixels(raw, batch):
 
 VARIANTS = {
     "embeddings": {},
-    "a latent condition": {"method__adapter": "concat"},
-    "a hole": {"method__adapter": "concat", "data__task": "inpaint"},
+    "a latent condition": {"method__adapter": "concat", "data__task": "inpaint"},
     "token ids": {"method": "diffusion", "method__train_text_encoder": True},
 }
 
@@ -152,6 +157,26 @@ def test_captions_are_tokenised_once_and_no_weights_are_held(built, monkeypatch)
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(calls[0][0].nets))
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_text_is_that_of_the_prompts_of_every_family(settings, name):
+    """SDXL's with sizes; teachers on pixels keep them."""
+    teacher = Pipeline("not read")  # noqa: F811
+    vars(teacher).update(autoencoder=Autoencoder(), prompts=recorded_prompts(name))
+    encode = encoders.make(config.resolve(settings()), teacher)
+    rows = encode.tokenized({"x0": np.ones((2, 16, 16, 3), np.float32), "caption": golden.PROMPTS[:2]})
+    made = jax.jit(encode)(encoders.networks(teacher), rows)
+    jax.tree.map(close, made["text"], teacher.prompts(golden.PROMPTS[:2], target_size=(16, 16)))
+    jax.tree.map(close, made["null"], teacher.prompts.null(2, target_size=(16, 16)))
+    np.testing.assert_array_equal(made["x0"], rows["x0"])
+
+
+def test_the_vaes_reconstruction_is_a_row_that_is_not_ranked():
+    rows = [Row(name, {"PSNR": (value, 0.1)}, 4) for name, value in ((RECONSTRUCTION, 40.0), ("bicubic", 20.0))]
+    assert report.best(rows, "PSNR").name == "bicubic"
+    student = Row("student, 4 steps", {"PSNR": (25.0, 0.1)}, 4, nfe=4)
+    assert "VAE" not in " ".join(report.headline([*rows, student]))
+
+
 def test_only_images_and_captions_are_replaced():
     """Pairs are of latents already."""
     batch = {name: np.zeros(1) for name in ("x0", "tokens", "pairs", "others", "index")}
@@ -160,19 +185,17 @@ def test_only_images_and_captions_are_replaced():
     assert {*encoders.inputs(batch)} == {"x0", "tokens", "index"}
 
 
-def test_pairs_are_made_of_images_as_of_encoded_data_and_go_with_them(settings, built, tmp_path):
-    changes = {"teacher_steps": (2,), "num_pairs": 4, "pairs_shard": 4, "encode_dtype": "float32", "data__task": "none"}
-    ours, theirs = (settings(**changes) for _ in range(2))
-    commands.encode_data(ours, tmp_path / "arrays")
-    theirs.data.update(source="arrays", path=str(tmp_path / "arrays"))
-    for name, c in {"ours": ours, "theirs": theirs}.items():
-        commands.make_pairs(c, tmp_path / name)
-    found, expected = (OdePairs(tmp_path / name).item(3) for name in ("ours", "theirs"))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), found, expected)
-    (batch,), _ = batches(built(data__pairs=str(tmp_path / "ours")), 1)
+def test_pairs_are_made_of_captions_and_go_with_images(settings, built, teacher, tmp_path):  # noqa: F811
+    c = settings(teacher_steps=(1,), num_pairs=4, pairs_shard=4, data__task="none")
+    commands.make_pairs(c, tmp_path)
+    row, prompts = OdePairs(tmp_path).item(3), load_prompts(teacher)
+    captions = data.examples(config.resolve(c).data, "train")["caption"]
+    near = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)  # they are float16
+    jax.tree.map(near, row["text"], jax.tree.map(lambda x: x[0], prompts(captions[3:4])))
+    jax.tree.map(near, row["null"], jax.tree.map(lambda x: x[0], prompts.null(1)))
+    (batch,), _ = batches(built(data__pairs=str(tmp_path)), 1)
     assert batch["pairs"]["x0"].shape == batch["x0"].shape
-    same = jax.tree.map(lambda a, b: a.shape == b.shape, batch["pairs"]["text"], batch["text"])
-    assert jax.tree.all(same)
+    assert jax.tree.map(np.shape, batch["pairs"]["text"]) == jax.tree.map(np.shape, batch["text"])
 
 
 # ---- bad input
