@@ -79,7 +79,7 @@ def load_run(workdir: Path, checkpoint: str, settings) -> Model:
     commands.check_generates(config.resolve(settings).method)
     parts, state = commands.finished(settings, workdir, checkpoint, split=None)
     student, data = generate.student_of(parts, state), parts.experiment.data
-    shape, steps = generate.example(data)["x0"].shape[1:], max(parts.experiment.run.sample_steps)
+    shape, steps = parts.batch["x0"].shape[1:], max(parts.experiment.run.sample_steps)
     return Model(str(workdir), student, parts.pipeline, data.task, shape, data.num_classes, steps)
 
 

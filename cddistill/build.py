@@ -4,17 +4,19 @@ import dataclasses
 import functools
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from cddistill import checkpoint, data, io, pipeline, sharding
+from cddistill import checkpoint, data, encoders, io, pipeline, sharding
 from cddistill.config import Experiment
 from cddistill.data import ode_pairs
+from cddistill.data.loader import without_captions
 from cddistill.diffusion import DDPM
+from cddistill.encoders import Encoders
 from cddistill.method import Generator, Requires, Turn
 from cddistill.models import adapter
 from cddistill.models.fingerprint import of_network
@@ -34,11 +36,13 @@ class Parts(NamedTuple):
     pipeline: Pipeline
     frozen: dict[str, Any]  # on the mesh
     abstract: TrainState  # shapes of the state, laid out on the mesh
+    batch: dict[str, Any]  # shapes of the global batch, as losses see it
+    encoders: Encoders | None  # of images and captions; None: the data are what the teacher works on
 
     def init(self) -> TrainState:
         """The state at step 0, every array made where it will live."""
         layout = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return jax.jit(functools.partial(initial, self.experiment), out_shardings=layout)(self.frozen)
+        return jax.jit(functools.partial(initial, self.experiment, self.batch), out_shardings=layout)(self.frozen)
 
     def driver(self) -> sharding.Driver:
         """The train step, compiled for config.parallel."""
@@ -52,6 +56,16 @@ class Parts(NamedTuple):
             accumulate=run.accumulate,
         )
         return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
+
+    def batches(self, driver: sharding.Driver, frozen: dict[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of steps `start`, start + 1 ... for driver.step, encoded by the driver's networks `frozen`."""
+        run, encode = self.experiment.run, self.encoders
+        own = {"prepare": encode.tokenized} if encode else {}
+        stream = data.batches(
+            self.experiment.data, batch_size=run.batch_size, seed=run.seed, start=start, rows=self.rows, **own
+        )
+        on_devices = map(driver.put_batch, stream)
+        return encode.encoded(on_devices, driver.by_row, frozen, start) if encode else on_devices
 
 
 def build(experiment: Experiment, splits: Mapping[str, str] | None = None, training: bool = True) -> Parts:
@@ -70,22 +84,24 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
         check_required_data(experiment, requires)
     check_splits(experiment.data, splits or {})
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
-    frozen["autoencoder"] = teacher.autoencoder
+    encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
+    frozen |= encoders.networks(teacher) if encode else {"autoencoder": teacher.autoencoder}
     if requires.text_encoder:
         frozen["teacher_text_encoder"] = teacher.text_encoder
     if training or not isinstance(method, Generator):
         frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
+    batch = batch_shapes(experiment, encode, frozen)
     if requires.teacher:
-        check_teacher(experiment, requires, frozen)
+        check_teacher(experiment, requires, frozen, batch)
         check_table(experiment, requires, teacher)
         check_encoded(experiment, teacher)
         check_exportable(experiment, teacher)
-    shapes = jax.eval_shape(functools.partial(initial, experiment), frozen)
+    shapes = jax.eval_shape(functools.partial(initial, experiment, batch), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
     unloaded = dataclasses.replace(teacher)  # its networks are in `frozen`: what it holds would stay in memory, too
-    return Parts(experiment, mesh, rows, unloaded, frozen, abstract)
+    return Parts(experiment, mesh, rows, unloaded, frozen, abstract, batch, encode)
 
 
 def place(mesh, path, x):
@@ -114,10 +130,10 @@ def updates(turn: Turn, steps: int) -> int:
     return -(-steps // turn.every) - -(-min(turn.after, steps) // turn.every)
 
 
-def initial(experiment: Experiment, frozen) -> TrainState:
-    """State at step 0 as a pure function of the frozen nets."""
+def initial(experiment: Experiment, batch, frozen) -> TrainState:
+    """State at step 0 as a pure function of the frozen nets, for batches of these shapes."""
     method = experiment.method
-    nets = method.init(jax.random.key(experiment.run.seed), frozen, batch_shapes(experiment))
+    nets = method.init(jax.random.key(experiment.run.seed), frozen, batch)
     return init_state(nets, method.turns(), make_optimizers(experiment), method.ema())
 
 
@@ -132,14 +148,19 @@ def open_checkpoints(workdir: Path, experiment: Experiment, read_only: bool = Fa
 
 @functools.cache
 def first_rows(data_config):
-    """Two training rows: they show the shapes of a batch."""
-    return next(data.batches(data_config, batch_size=2, seed=0))
+    """Two training rows as they are loaded, with their captions: they show the shapes of a batch."""
+    return next(data.batches(data_config, batch_size=2, seed=0, prepare=dict))
 
 
-def batch_shapes(experiment: Experiment):
-    """Shapes of the global batch."""
-    size = experiment.run.batch_size
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), first_rows(experiment.data))
+def batch_shapes(experiment: Experiment, encode: Encoders | None, frozen):
+    """Shapes of the global batch, as losses see it."""
+    size, rows = experiment.run.batch_size, first_rows(experiment.data)
+    rows = encode.tokenized(rows) if encode else without_captions(rows)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
+    if encode is None:
+        return batch
+    made = jax.eval_shape(encode.at_step, encode.networks(frozen), encoders.inputs(batch), 0)
+    return encoders.joined(batch, made)
 
 
 # ---- checks, each a sentence before the first step
@@ -167,8 +188,6 @@ def check_required_data(experiment: Experiment, requires: Requires) -> None:
             "this method as it is set needs real images, and the data are prompts only: encode images too, or "
             "switch off the losses that use them (method.gan_weight=0, say)"
         )
-    if requires.text_encoder and "input_ids" not in first_rows(config)["text"]:
-        raise ValueError("this method trains the text encoder on token ids: --mode=encode with its config writes them")
     if requires.text_encoder and experiment.run.teacher_steps:
         raise ValueError("teacher_steps must be () while the text encoder is trained: the teacher takes no token ids")
     if requires.classes:
@@ -273,18 +292,29 @@ def check_labels(config, classes: int) -> None:
         raise ValueError(f"method.classes is {classes}, and data.num_classes {config.num_classes}: set both alike")
 
 
-def check_teacher(experiment: Experiment, requires: Requires, frozen) -> None:
+def check_teacher(experiment: Experiment, requires: Requires, frozen, batch) -> None:
     """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
     run, method, teacher = experiment.run, experiment.method, frozen["teacher"]
     check_space(experiment, frozen)
+    if getattr(teacher.module, "text_widths", ()) and "class_labels" in batch["text"]:
+        raise ValueError(
+            f"the teacher {run.teacher} generates from text, and there are only class labels: give a folder that also "
+            "has text_encoder/ and tokenizer/ or, for data.source=arrays, text.npy"
+        )
     if requires.text and not getattr(teacher.module, "conditional", True):
         raise ValueError(
             "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"
         )
-    batch = batch_shapes(experiment)
     if requires.text_encoder:
-        check_ids(experiment.data, frozen["teacher_text_encoder"].module.vocab_size)
-        batch["text"] = jax.eval_shape(embed_ids, frozen["teacher_text_encoder"], batch["text"]["input_ids"])
+        if "input_ids" not in batch["text"]:
+            raise ValueError("this method trains the text encoder on token ids: encode its data with --mode=encode")
+        if experiment.data.source.precomputed:
+            check_ids(experiment.data, frozen["teacher_text_encoder"].module.vocab_size)
+        text = jax.eval_shape(embed_ids, frozen["teacher_text_encoder"], batch["text"]["input_ids"])
+        batch = batch | {"text": text}
+    pairs, shape = experiment.data.pairs, batch["x0"].shape[1:]
+    if pairs and (stored := tuple(ode_pairs.read_manifest(pairs)["x0"])) != shape:
+        raise ValueError(f"x0 of data.pairs {pairs} is {stored}, and that of the data is {shape}")
     check_shapes(teacher, batch)
     if requires.condition and not experiment.data.task.conditional:
         raise ValueError("this method's student takes a conditioning image: set data.task, or method.adapter='none'")
@@ -306,18 +336,15 @@ def check_ids(config, size: int) -> None:
 
 
 def check_space(experiment: Experiment, frozen) -> None:
-    """ValueError if the teacher generates latents and the data are images."""
+    """ValueError if the data are images, and the teacher generates something else and has no VAE."""
     config, teacher, autoencoder = experiment.data, experiment.run.teacher, frozen["autoencoder"]
-    vae = autoencoder.params is not None
     channels = getattr(frozen["teacher"].module, "out_channels", 3)
-    if config.source.precomputed or (not vae and channels == 3):
+    if config.source.precomputed or autoencoder.params is not None or channels == 3:
         return
-    space = f"latents of {channels} channels" if vae else f"{channels} channels, not on RGB"
-    missing = "" if vae else "if those are latents, give a folder that also has vae/, and "
     raise ValueError(
-        f"the teacher {teacher} works on {space}, and data.source={config.source_name} has images: {missing}encode "
-        "them first, with --mode=encode --output=DIR, then use data.source=arrays and data.path=DIR (--mode=sample "
-        "with --prompt or --label needs no data)"
+        f"the teacher {teacher} works on {channels} channels, not on RGB, and data.source={config.source_name} has "
+        "images: if those are latents, give a folder that also has vae/ (--mode=sample with --prompt or --label needs "
+        "no data)"
     )
 
 
@@ -358,9 +385,6 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
     schedule, made_on = describe_schedule(teacher.denoiser), manifest.get("fingerprints", {}).get("schedule")
     if made_on not in (None, schedule):  # None: made by a version that did not keep it
         raise ValueError(f"data.pairs {folder} was made with {made_on}, and this run's teacher has {schedule}")
-    shape = first_rows(experiment.data)["x0"].shape[1:]
-    if tuple(manifest["x0"]) != shape:
-        raise ValueError(f"x0 of data.pairs {folder} is {(*manifest['x0'],)}, and that of the data is {shape}")
 
 
 def describe_schedule(denoiser) -> str:

@@ -115,7 +115,7 @@ def sample(
 
 def sample_grid(parts: Parts, student: generate.Student, steps: int, n: int) -> np.ndarray:
     """Images [n, h, w, c] for the classes or prompts of the first n validation examples, or of as many as there are."""
-    examples = generate.arrays(data.examples(parts.experiment.data, "validation", n))
+    examples = generate.encoded(parts, data.examples(parts.experiment.data, "validation", n))
     if "cond" in examples:
         raise ValueError("--mode=sample needs --input: an image, or a folder of images, to condition on")
     announce(len(examples["x0"]), steps)
@@ -150,7 +150,7 @@ def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[Pa
 
 def from_inputs(parts: Parts, student: generate.Student, steps: int, paths: list[Path], tiled: bool):
     """An image for each of these files, from its condition, as the run's task reads it, and the null text."""
-    experiment, example = parts.experiment, generate.example(parts.experiment.data)
+    experiment, example = parts.experiment, generate.example(parts)
     size = example["cond"].shape[1] if "cond" in example else experiment.data.size
     task = experiment.data.task
     conditions = [(task.read_whole if tiled else task.read)(path, size) for path in paths]

@@ -53,7 +53,7 @@ class Run:
     pairs_shard: int = 1024  # rows per file
     pairs_batch: int = 64  # rows generated at a time, on all devices together
     encode_epochs: int = 1  # passes of --mode=encode over the training split; those after the first are augmented
-    encode_sample: bool = False  # --mode=encode draws from the VAE's posterior, as training on images does; or its mean
+    encode_sample: bool = False  # latents are drawn from the VAE's posterior, in training on images anew; or its mean
     encode_dtype: str = "float16"  # of the latents and embeddings that --mode=encode writes, or "float32"
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
@@ -72,7 +72,7 @@ MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_sample", "encode_dtype"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
     "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
@@ -82,9 +82,10 @@ PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.pat
 def mutable_on_resume(experiment: Experiment) -> set[str]:
     """The config keys that may change when this experiment is resumed for training.
 
-    `steps` is one of them only where no learning rate depends on it.
+    `steps` is one of them only where no learning rate depends on it, encode_sample where nothing is encoded.
     """
     free = {*MUTABLE_ON_RESUME, *(f"method.{name}" for name in experiment.method.mutable_on_resume)}
+    free |= {"encode_sample"} if experiment.data.source.precomputed else set()
     return free if all(o.decay == "constant" for o in experiment.optim.values()) else free - {"steps"}
 
 

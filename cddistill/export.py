@@ -39,7 +39,7 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
         )
     if isinstance(method, Generator):
         return pipeline_folder(parts, state, path, config, scores or {})
-    batch = generate.arrays(data.examples(parts.experiment.data, "train", STATISTICS))
+    batch = generate.encoded(parts, data.examples(parts.experiment.data, "train", STATISTICS))
     return method.export_file(generate.student_of(parts, state).n(), batch, path)
 
 
@@ -58,7 +58,7 @@ def check_trained(parts: Parts, state: TrainState) -> None:
     if not exported:
         return
     sums = lambda nets: {name: jax.tree.map(leaf_sum, nets[name].params) for name in exported if name in nets}
-    start = jax.jit(lambda frozen: sums(initial(parts.experiment, frozen).nets))(parts.frozen)
+    start = jax.jit(lambda frozen: sums(initial(parts.experiment, parts.batch, frozen).nets))(parts.frozen)
     equal = lambda name, now: jax.tree.all(jax.tree.map(np.array_equal, start[name], now))
     same = sorted({name for nets in (state.nets, state.ema) for name, now in sums(nets).items() if equal(name, now)})
     if same:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill import data, sharding
+from cddistill import data, encoders, sharding
 from cddistill.build import Parts
 from cddistill.data import tiles
 from cddistill.data.contracts import Task
@@ -190,8 +190,40 @@ to_images = jax.jit(Autoencoder.images)
 
 def batch_of(parts: Parts, examples) -> dict[str, Any]:
     """`data.examples` as the run's student takes them."""
+    return conditioned(parts, encoded(parts, examples))
+
+
+def conditioned(parts: Parts, batch) -> dict[str, Any]:
+    """A batch with what the run's student takes of its conditions."""
     student = Student(parts.experiment.method, parts.mesh, parts.frozen, {}, {})
-    return with_latent_condition(student, parts.pipeline, parts.experiment.data.task, arrays(examples))
+    return with_latent_condition(student, parts.pipeline, parts.experiment.data.task, batch)
+
+
+def encoded(parts: Parts, examples, chunk: int = 8) -> dict[str, Any]:
+    """The numeric part of `data.examples`; images and captions encoded, latents as the mean of the posterior."""
+    if parts.encoders is None:
+        return arrays(examples)
+    rows = parts.encoders.tokenized(examples)
+    given = encoders.inputs(rows | arrays(rows))
+    program, nets = encoding_program(parts.encoders, parts.mesh), parts.encoders.networks(parts.frozen)
+    return encoders.joined(arrays(rows), map_batched(parts.mesh, functools.partial(program, nets), given, chunk))
+
+
+@functools.lru_cache(maxsize=2)
+def encoding_program(encode: encoders.Encoders, mesh):
+    """The compiled part of `encoded`."""
+    return jax.jit(sharding.inside(mesh, encode), out_shardings=sharding.replicated(mesh))
+
+
+def targets(parts: Parts, examples) -> np.ndarray:
+    """The images of `data.examples`, [n, h, w, c] in [0, 1]: their own pixels or, if they are latents, decoded."""
+    return decode(Autoencoder() if parts.encoders else parts.frozen["autoencoder"], examples["x0"])
+
+
+def reconstruction(parts: Parts, batch) -> np.ndarray | None:
+    """Targets of a batch as the VAE encodes and decodes them, [n, h, w, c] in [0, 1]; None where nothing is encoded."""
+    autoencoder = parts.frozen["autoencoder"]
+    return None if parts.encoders is None or autoencoder.params is None else decode(autoencoder, batch["x0"])
 
 
 def arrays(examples) -> dict[str, Any]:
@@ -200,9 +232,9 @@ def arrays(examples) -> dict[str, Any]:
     return kept | {"index": np.arange(len(examples["x0"]), dtype=np.int32)}
 
 
-def example(config) -> dict[str, Any]:
+def example(parts: Parts) -> dict[str, Any]:
     """One validation example, for shapes and null texts."""
-    return arrays(data.examples(config, "validation", 1))
+    return encoded(parts, data.examples(parts.experiment.data, "validation", 1))
 
 
 def with_latent_condition(student: Student, pipeline: Pipeline, task: Task, batch):

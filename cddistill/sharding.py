@@ -96,6 +96,7 @@ class Driver(NamedTuple):
     put_batch: Callable  # this host's rows -> the global batch
     step: Callable  # (state, frozen, batch, play) -> (state, metrics); donates the state
     get_state: Callable  # the state in training -> global arrays on the mesh, for checkpoints and sampling
+    by_row: Callable  # f(frozen, batch, number), pure, to arrays by row -> the same, compiled; it does not wait
 
 
 def inside(mesh, f):
@@ -119,6 +120,7 @@ def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> 
         put_batch=functools.partial(put_rows, mesh),
         step=compiled,
         get_state=lambda tree: tree,
+        by_row=lambda f: jax.jit(inside(mesh, f), out_shardings=by_row(mesh)),
     )
 
 
@@ -140,6 +142,7 @@ def pmap_driver(step: Callable, mesh: Mesh) -> Driver:
         put_batch=lambda batch: jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch),
         step=play,
         get_state=lambda tree: put(jax.tree.map(first, tree), jax.tree.map(lambda _: replicated(mesh), tree)),
+        by_row=functools.partial(jax.pmap, in_axes=(0, 0, None)),
     )
 
 

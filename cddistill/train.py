@@ -85,11 +85,10 @@ def loop(parts, state, workdir, checkpoints, stop, began):
     writer = log.make_writer(workdir, run.steps, run.batch_size, rules, first, sharding.is_host0())
     recorder = Recorder(run, writer, checkpoints.last_good, began)
     state, frozen = driver.put_state(state), driver.put_frozen(parts.frozen)
-    stream = data.batches(parts.experiment.data, batch_size=run.batch_size, seed=run.seed, start=first, rows=parts.rows)
+    stream = parts.batches(driver, frozen, first)
     try:
         for step in range(first + 1, run.steps + 1):
-            batch = driver.put_batch(next(stream))
-            state, metrics = driver.step(state, frozen, batch, active(turns, step - 1))
+            state, metrics = driver.step(state, frozen, next(stream), active(turns, step - 1))
             recorder.push(step, metrics)
             stopping = stop.requested(step)
             last = step == run.steps or stopping
@@ -186,7 +185,7 @@ def input_weights(parts) -> dict[str, str]:
     own = {} if method.paths else method.requires().nets  # come with the package
     nets = {role: net.params for role, net in parts.frozen.items() if role not in own and jax.tree.leaves(net.params)}
     if run.lora:  # merged sums differ from platform to platform: what is stored counts, and is read again
-        nets = {role: params for role, params in nets.items() if role not in ("teacher", "teacher_text_encoder")}
+        nets = {role: params for role, params in nets.items() if not role.startswith("teacher")}
     found = {role: fingerprint(checkpoint.by_name(params)) for role, params in nets.items()}
     return found | ({"teacher": dataclasses.replace(parts.pipeline).weights} if run.lora else {})
 
@@ -205,7 +204,7 @@ def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
     if sharding.is_host0():
         io.write_json(workdir / INPUTS, found)
     if not old or not (workdir / "example.npz").is_file():
-        checkpoint.write_example(workdir, generate.arrays(data.examples(parts.experiment.data, "train", 1)))
+        checkpoint.write_example(workdir, generate.encoded(parts, data.examples(parts.experiment.data, "train", 1)))
 
 
 def overview(parts) -> str:

@@ -3,7 +3,8 @@
     python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config.teacher=FOLDER
     python -m cddistill.main --mode=sample --config=configs/pretrained.py --output=sheet.png    the embedded teacher
 
-It is sampled as its scheduler/scheduler_config.json says. Latent models need encoded data: --config.data.source=arrays.
+It is sampled as its scheduler/scheduler_config.json says. Images that it is compared with
+are encoded by its own VAE, and captions by its text encoders: --config.data.source=folder --config.data.path=IMAGES.
 """
 
 from cddistill.config import defaults

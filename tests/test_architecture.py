@@ -12,7 +12,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"methods"},
     {"step", "optim", "data"},
     {"config"},
-    {"checkpoint", "log"},
+    {"checkpoint", "log", "encoders"},
     {"build"},
     {"generate"},
     {"evals", "precompute", "export"},

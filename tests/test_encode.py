@@ -229,6 +229,17 @@ def test_training_on_latents_of_another_vae_is_said(teacher, pictures, out, capl
     assert "was encoded by another VAE (weights" in caplog.text
 
 
+def test_labels_stay_where_there_is_no_text_encoder(teacher, pictures):
+    """In training on the pictures themselves, whose latents are the VAE's."""
+    c = settings(teacher, pictures, batch_size=8)
+    parts = build.build(config.resolve(c))
+    driver = parts.driver()
+    batch = jax.tree.map(np.asarray, next(parts.batches(driver, driver.put_frozen(parts.frozen))))
+    assert {*batch["text"]} == {*batch["null"]} == {"class_labels"}
+    assert {*batch["text"]["class_labels"].tolist()} == {0, 1}
+    assert batch["x0"].shape == (8, 8, 8, 4)
+
+
 # --- numbers that float16 cannot hold
 
 

@@ -185,7 +185,7 @@ def test_an_exported_program_takes_all_noise_as_input(run, tmp_path):
     commands.export_run(settings, workdir, str(tmp_path / "out.stablehlo"))
     program = jax.jit(jax.export.deserialize(bytearray((tmp_path / "out.stablehlo").read_bytes())).call)
     parts, state = commands.finished(settings, workdir)
-    batch = {k: v for k, v in generate.example(parts.experiment.data).items() if k != "x0"}
+    batch = {k: v for k, v in generate.example(parts).items() if k != "x0"}
     rows = jax.tree.map(lambda x: np.repeat(x, 3, 0), batch)
     index = rows.pop("index")
     noise = lambda seed: np.asarray(generate.noises(seed, index, (8, 8, 3), 2))

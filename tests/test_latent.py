@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 import cddistill
 from cddistill import api, build, commands, config, data, export, generate, io, models, train
+from cddistill.checkpoint import Checkpoints
 from cddistill.data import configure
 from cddistill.data.sources.arrays import Arrays
 from cddistill.diffusion import DDPM
+from cddistill.evals import fidelity
 from cddistill.models import lora, tokenizer
 from cddistill.models.clip import CLIPTextModel
 from cddistill.models.init import init_params_numpy, weight_shapes
@@ -105,10 +108,18 @@ def encoded(teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(encoded, tmp_path_factory):
-    """A finished run on latents."""
+def on_pictures(encoded, teacher):
+    """Settings for training on the pictures themselves, which `encoded` has written."""
+    settings = pictures(teacher, teacher / ".." / "x", write=False)
+    settings.update(encode_sample=True, checkpoint_every=1)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def run(on_pictures, tmp_path_factory):
+    """A finished run on pictures; test_the_text_encoder_is_trained_and_exported has one on what is encoded."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(encoded[0], workdir)
+    train.train(on_pictures, workdir)
     return workdir
 
 
@@ -168,12 +179,54 @@ def test_parts_of_several_hosts_are_one_data_set(encoded, tmp_path):
         Arrays().open(config, "train")
 
 
-def test_a_student_of_latents_draws_pictures(encoded, run, tmp_path):
+def test_a_student_of_latents_draws_pictures(on_pictures, run, tmp_path):
     """Scores and samples are of decoded pictures, at the size of the condition."""
     assert json.loads((run / "scores.json").read_text())["student, 2 steps"]["n"] == 4
     Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "in.png")
-    commands.sample(encoded[0], run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
+    commands.sample(on_pictures, run, str(tmp_path / "in.png"), str(tmp_path / "out.png"))
     assert Image.open(tmp_path / "out.png").size == (16, 16)
+
+
+def test_scores_are_of_true_pixels(on_pictures, run, teacher):
+    """And a row says what the VAE loses of them. Evaluating again gives the same."""
+    scores, name = json.loads((run / "scores.json").read_text()), "VAE's reconstruction of the target"
+    examples, vae = data.examples(config.resolve(on_pictures).data, "test"), models.load(teacher, "vae")
+    reconstruction = np.asarray(vae.images(vae.encode(examples["x0"])))
+    expected = float(fidelity.psnr(reconstruction, examples["x0"] * 0.5 + 0.5).mean())
+    assert scores[name]["metrics"]["PSNR"][0] == pytest.approx(expected, abs=0.01)
+    assert "VAE&#39;s reconstruction of the target" in (run / "report.html").read_text()
+    commands.evaluate_run(on_pictures, run)
+    again = json.loads((run / "scores.json").read_text())
+    assert [again[x]["metrics"]["PSNR"] for x in scores] == [scores[x]["metrics"]["PSNR"] for x in scores]
+
+
+@pytest.mark.slow  # test_encoders.py has its batches
+def test_a_resumed_run_is_the_same_bit_by_bit(on_pictures, run, tmp_path):
+    """Also the samples from the VAE's posterior, which is why encode_sample may not change."""
+    settings = on_pictures.copy_and_resolve_references()
+    settings.update(report=False, eval_every=9)
+    train.train(settings, tiny.until(1, run, tmp_path / "run"))
+    shapes = build.build(config.resolve(settings)).abstract
+    first, again = (
+        Checkpoints(workdir / "checkpoints", read_only=True).restore_weights(shapes, step=2)
+        for workdir in (run, tmp_path / "run")
+    )
+    jax.tree.map(np.testing.assert_array_equal, first.nets, again.nets)
+    settings.encode_sample = False
+    with pytest.raises(ValueError, match="encode_sample"):
+        train.train(settings, tiny.until(1, run, tmp_path / "other"))
+
+
+def test_a_run_is_used_where_its_pictures_are_not(run, tmp_path):
+    """The example that is kept with it is encoded."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "in.png")
+    (copy / "inputs.json").unlink()
+    there = json.loads((copy / "config.json").read_text())
+    there["data"]["path"] = str(tmp_path / "nowhere")
+    (copy / "config.json").write_text(json.dumps(there))
+    sample = lambda workdir: cddistill.sample(cddistill.load(workdir), image=tmp_path / "in.png", prompt="ab")
+    np.testing.assert_array_equal(sample(run), sample(copy))
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +262,8 @@ def test_a_condition_is_concatenated_in_latent_space(concat, tmp_path):
     assert models.load(tmp_path / "student").module.in_channels == 8
 
 
-def test_a_pipeline_is_exported(encoded, run, teacher, tmp_path, capsys):
-    commands.export_run(encoded[0], run, str(tmp_path / "student"))
+def test_a_pipeline_is_exported(on_pictures, run, teacher, tmp_path, capsys):
+    commands.export_run(on_pictures, run, str(tmp_path / "student"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 2e-2, said
     index = json.loads((tmp_path / "student" / "model_index.json").read_text())
@@ -249,16 +302,16 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
     assert not (tmp_path / "out" / "text_encoder" / models.convert.TORCH_FILE).exists()
 
 
-def test_one_process_exports(encoded, run, tmp_path, monkeypatch):
-    parts, state = commands.finished(encoded[0], run)
+def test_one_process_exports(on_pictures, run, tmp_path, monkeypatch):
+    parts, state = commands.finished(on_pictures, run)
     monkeypatch.setattr(export.jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="runs in one process"):
         export.export(parts, state, str(tmp_path / "out"), {})
     assert not (tmp_path / "out").exists()
 
 
-def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
-    commands.export_run(encoded[0], run, str(tmp_path / "student.stablehlo"))
+def test_stablehlo_takes_any_batch(on_pictures, run, tmp_path, capsys):
+    commands.export_run(on_pictures, run, str(tmp_path / "student.stablehlo"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 1e-5, said
     back = jax.export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
@@ -269,21 +322,21 @@ def test_stablehlo_takes_any_batch(encoded, run, tmp_path, capsys):
     assert back.platforms == ("cpu", "cuda", "tpu")
 
 
-def test_a_folder_in_use_is_left_alone(encoded, run, tmp_path):
+def test_a_folder_in_use_is_left_alone(on_pictures, run, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="is not empty: choose another --output"):
-        commands.export_run(encoded[0], run, str(tmp_path))
+        commands.export_run(on_pictures, run, str(tmp_path))
     with pytest.raises(ValueError, match=r"mine/student cannot be written .*another with --output"):
-        commands.export_run(encoded[0], run, str(tmp_path / "mine" / "student"))
+        commands.export_run(on_pictures, run, str(tmp_path / "mine" / "student"))
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
-def test_a_folder_may_have_a_dot_in_its_name(encoded, run, tmp_path):
+def test_a_folder_may_have_a_dot_in_its_name(on_pictures, run, tmp_path):
     """It is no file: what is in it is safe."""
     (tmp_path / "v1.5").mkdir()
     (tmp_path / "v1.5" / "mine").write_text("")
     with pytest.raises(ValueError, match="is not empty: choose another --output"):
-        commands.export_run(encoded[0], run, str(tmp_path / "v1.5"))
+        commands.export_run(on_pictures, run, str(tmp_path / "v1.5"))
 
 
 def test_a_pipeline_without_its_vae_is_refused(teacher, tmp_path):
@@ -315,15 +368,15 @@ def test_a_full_disk_is_noticed_before_rows_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(900)  # jax2onnx takes minutes
-def test_onnx_draws_the_same_pictures(encoded, run, tmp_path, capsys):
+def test_onnx_draws_the_same_pictures(on_pictures, run, tmp_path, capsys):
     """The file against the student itself, on inputs that the exporter has not seen."""
     pytest.importorskip("jax2onnx")
     runtime = pytest.importorskip("onnxruntime")
     with jax.numpy_rank_promotion("allow"):  # jax2onnx adds biases without reshaping them
-        commands.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+        commands.export_run(on_pictures, run, str(tmp_path / "student.onnx"))
     said = capsys.readouterr().out
     assert float(said.split("at most ")[1].split()[0]) < 1e-3, said
-    parts, state = commands.finished(encoded[0], run)
+    parts, state = commands.finished(on_pictures, run)
     rng, batch = np.random.default_rng(7), jax.tree.map(lambda x: x[:1], export.example_inputs(parts))
     example, program = export.program(generate.student_of(parts, state), batch, parts.experiment.run)
     inputs = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), example)
@@ -336,10 +389,10 @@ def test_onnx_draws_the_same_pictures(encoded, run, tmp_path, capsys):
     np.testing.assert_allclose(image, expected, atol=1e-3)
 
 
-def test_onnx_says_what_it_needs(encoded, run, tmp_path, monkeypatch):
+def test_onnx_says_what_it_needs(on_pictures, run, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'cddistill\[onnx\]'"):
-        commands.export_run(encoded[0], run, str(tmp_path / "student.onnx"))
+        commands.export_run(on_pictures, run, str(tmp_path / "student.onnx"))
     assert not (tmp_path / "student.onnx").exists()
 
 
@@ -377,16 +430,6 @@ def test_a_student_without_guidance_takes_no_negative_prompt(teacher, tmp_path):
     c.teacher = str(teacher)
     with pytest.raises(ValueError, match="sampled without guidance, so it takes no negative prompt: leave it out"):
         api.sample_run(c, tmp_path, str(tmp_path / "out.png"), prompts=["ab"], negative_prompt="c")
-
-
-@pytest.mark.parametrize("method", ["codi", "dmd2", "diffusion", "pretrained"])
-def test_a_teacher_on_latents_asks_for_encoded_images(teacher, tmp_path, method):
-    c = config.defaults(method)
-    c.update(teacher=str(teacher), batch_size=8)
-    c.data.update(source="emoji", task="sr" if method == "codi" else "none")
-    said = "pipeline.* works on latents of 4 channels, and data.source=emoji has images: encode them first, with --mode"
-    with pytest.raises(ValueError, match=said):
-        commands.evaluate_run(c, tmp_path) if method == "pretrained" else train.train(c, tmp_path)
 
 
 def test_a_network_on_latents_without_its_vae_asks_for_both(teacher, tmp_path):
@@ -450,7 +493,6 @@ def test_the_text_encoder_is_trained_and_exported(token_ids, teacher, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"source": "emoji", "size": 16}, "this method trains the text encoder on token ids: --mode=encode"),
         ({"teacher_steps": (4,)}, r"teacher_steps must be \(\) while the text encoder is trained"),
         ({"teacher": "emoji"}, "emoji has 0 text encoders; this method trains the one of its teacher"),
     ],

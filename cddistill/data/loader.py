@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -16,7 +17,7 @@ from cddistill.data.splits import SPLITS
 from cddistill.data.tasks import TASKS
 
 IMAGES = ("image", "depth", "depth_map", "edited", "mask")  # of an element, which are mirrored together
-KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless")  # keys of an item that a batch keeps
+KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless", "caption")  # keys of an item that a batch keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,12 @@ def fingerprint(config, split="train") -> dict[str, str]:
     return config.source.fingerprint(open_source(config, split))
 
 
-def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None)):
+def without_captions(batch: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch."""
+    return {name: x for name, x in batch.items() if name != "caption"}
+
+
+def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None), prepare=without_captions):
     """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 
     A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1]; text-only data has zeros and imageless, bool
@@ -169,10 +175,12 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32 [b], is the row in the
     global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others: others[i] = pairs[i+1], modulo
     the global batch. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every epoch;
-    that number also seeds its randomness. Threads prepare the next steps in advance.
+    that number also seeds its randomness. Threads make the next batches in advance, and pass them, with caption, a list
+    of b str, through `prepare`.
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
-    stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, np.arange(batch_size, dtype=np.int32)[rows])
+    index = np.arange(batch_size, dtype=np.int32)[rows]
+    stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, index, prepare)
     threads = 1 if config.source.precomputed else 4  # of rows that need no decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
@@ -199,6 +207,7 @@ class Steps:
     pairs: grain.MapDataset | None
     batch_size: int
     rows: np.ndarray
+    prepare: Callable[[dict[str, Any]], dict[str, Any]]
 
     def __len__(self):
         return sys.maxsize // self.batch_size
@@ -211,7 +220,7 @@ class Steps:
             others = (self.rows + 1) % self.batch_size
             pairs = {row: self.pairs[step * self.batch_size + int(row)] for row in {*self.rows, *others}}
             batch["pairs"], batch["others"] = (stack([pairs[row] for row in rows]) for rows in (self.rows, others))
-        return batch
+        return self.prepare(batch)
 
 
 def examples(config, split="test", n=0, seed=0):

@@ -13,7 +13,7 @@ import cddistill
 from cddistill import data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.evals import grids, regions, report
-from cddistill.evals.scores import Row, Scores, evaluate, markdown, mean_and_error
+from cddistill.evals.scores import RECONSTRUCTION, Row, Scores, evaluate, markdown, mean_and_error
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.step import TrainState
@@ -64,10 +64,12 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     """(rows, figures) of the student and what it is compared with; empty on all hosts but host 0."""
     run, task = parts.experiment.run, parts.experiment.data.task
     batch = generate.batch_of(parts, examples)
-    truth = None if "imageless" in examples else generate.decode(parts.frozen["autoencoder"], examples["x0"])
+    truth = None if "imageless" in examples else generate.targets(parts, examples)
     paired, sets, nfe = "cond" in batch, {}, {}
     if paired:
         sets |= {name: np.asarray(x) for name, x in task.references(batch["cond"]).items()}
+    if (reconstruction := generate.reconstruction(parts, batch)) is not None:
+        sets[RECONSTRUCTION] = reconstruction
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()
         sets[label] = generate.sample(student, batch, steps, run.seed, task=task)
@@ -108,7 +110,7 @@ def contenders(parts: Parts, state: TrainState) -> list[tuple[str, Student, int]
 
 def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):
     """(rows, figures) of a `Scored` method: mean and standard error over images, each averaged over REPEATS draws."""
-    batch, seed = generate.arrays(examples), parts.experiment.run.seed
+    batch, seed = generate.encoded(parts, examples), parts.experiment.run.seed
     student, n = generate.student_of(parts, state), len(examples["x0"])
     repeats = [generate.score(student, batch, seed + i) for i in range(REPEATS)]
     each = jax.tree.map(lambda *x: np.mean(x, 0, np.float64), *repeats)

@@ -49,7 +49,7 @@ class Preview:
         examples = data.examples(self.parts.experiment.data, "validation", self.n)
         self.batch = generate.batch_of(self.parts, examples)
         if "cond" in self.batch:
-            self.truth = generate.decode(self.parts.frozen["autoencoder"], self.batch["x0"])
+            self.truth = generate.targets(self.parts, examples)
 
 
 class Validation:
@@ -61,7 +61,8 @@ class Validation:
     def __call__(self, state, step: int, workdir: Path, writer) -> dict[str, float]:
         """The mean of each score; samples/<step>.png if the method shows pictures."""
         if self.batch is None:
-            self.batch = generate.arrays(data.examples(self.parts.experiment.data, "validation", self.n))
+            examples = data.examples(self.parts.experiment.data, "validation", self.n)
+            self.batch = generate.encoded(self.parts, examples)
         student = generate.student_of(self.parts, state)
         each = generate.score(student, self.batch, self.parts.experiment.run.seed)
         scores = {f"val/{name}": float(x.mean()) for name, x in each.items()}

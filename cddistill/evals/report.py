@@ -88,7 +88,7 @@ def headline(rows: Sequence[Row]) -> list[str]:
 def best(rows: Sequence[Row], metric: str) -> Row | None:
     """The row with the best value, or None if the metric has no better direction or no value."""
     higher = METRICS.get(metric, Metric(None)).higher
-    rows = [row for row in rows if row.metrics.get(metric)]
+    rows = [row for row in rows if row.metrics.get(metric) and row.competes]
     if higher is None or not rows:
         return None
     return max(rows, key=lambda row: row.metrics[metric][0] * (1 if higher else -1))

@@ -49,6 +49,7 @@ METRICS = {
     "Edge F1": Metric(True, 3, how="F1 of the image's Canny edges against the target's, with a tolerance of 1 px."),
 }
 WHOLE = {"": None}  # the region of `pair_values` that is all of the image
+RECONSTRUCTION = "VAE's reconstruction of the target"  # the row of the targets, encoded and decoded
 TO_TEACHER = " to the teacher"  # suffix of a metric whose targets are the teacher's samples from the same noise
 
 
@@ -70,6 +71,11 @@ class Row:
     n: int  # images
     nfe: int | None = None  # network evaluations per image; None without a network, as for bicubic upscaling
     missing: tuple[str, ...] = ()  # metrics that were not computed, with reasons
+
+    @property
+    def competes(self) -> bool:
+        """Whether it is ranked: the VAE's reconstruction is what a student on latents can reach at best."""
+        return self.name != RECONSTRUCTION
 
 
 class PairMetric(NamedTuple):
@@ -124,7 +130,7 @@ def comparisons(sets, targets, of_sets, paired: bool, teacher: str) -> dict[str,
     if targets is not None:
         columns = {metric: (None, targets, sets) for metric in (*(PAIR_METRICS if paired else ()), *of_sets)}
     if teacher:
-        others = {name: images for name, images in sets.items() if name != teacher}
+        others = {name: images for name, images in sets.items() if name not in (teacher, RECONSTRUCTION)}
         same_noise = (*of_sets, "PSNR", "LPIPS-VGG")
         columns |= {metric + TO_TEACHER: (teacher, sets[teacher], others) for metric in same_noise if others}
     return columns

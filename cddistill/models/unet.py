@@ -200,6 +200,13 @@ class Encoder(Configured):
         """The block's class, rematerialised if remat is set."""
         return nn.remat(cls) if self.remat else cls
 
+    @property
+    def text_widths(self) -> list[int]:
+        """Widths of the text embeddings that cross-attention takes; [] without any."""
+        dims = self.per_block(self.cross_attention_dim)
+        crossed = [d for d, b in zip(dims, self.down_block_types, strict=True) if DOWN_BLOCKS[b] == "cross"]
+        return crossed + [dims[-1]] * (self.mid_block_type == "UNetMidBlock2DCrossAttn")
+
     def check_inputs(self, z_t, context):
         """Raise ValueError for inputs whose shapes do not fit this network."""
         factor, (_, h, w, c) = 2 ** (len(self.block_out_channels) - 1), z_t.shape
@@ -207,9 +214,7 @@ class Encoder(Configured):
             raise ValueError(f"height {h} and width {w} must be divisible by {factor}: this network halves them")
         if c != self.in_channels:
             raise ValueError(f"the network takes in_channels = {self.in_channels} but z_t (with concat) has {c}")
-        dims = [d for d, b in zip(self.per_block(self.cross_attention_dim), self.down_block_types, strict=True)
-                if DOWN_BLOCKS[b] == "cross"]  # fmt: skip
-        dims += [self.per_block(self.cross_attention_dim)[-1]] * (self.mid_block_type == "UNetMidBlock2DCrossAttn")
+        dims = self.text_widths
         if dims and context is None:
             raise ValueError("this network has cross-attention: pass text embeddings as encoder_hidden_states")
         if dims and context.shape[-1] not in dims:

@@ -3,7 +3,6 @@
 Each host writes its share of the rows to its own files and records its progress, so that a stopped command can resume.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -16,18 +15,18 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from cddistill import data, io, pipeline, sharding
+from cddistill import data, encoders, io, pipeline, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests
 from cddistill.data.contracts import NULL_FILES
+from cddistill.data.loader import stack
 from cddistill.data.splits import SPLITS
 from cddistill.method import per_sample
 from cddistill.models.fingerprint import of_network
-from cddistill.models.prompt import Prompts
-from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
 MANIFEST = "manifest.json"
+ITEM = ("x0", "cond", "caption", "label")  # what is encoded or stored of an item
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -43,21 +42,13 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     if experiment.data.source.precomputed:
         raise ValueError(f"data.source={experiment.data.source_name} is already encoded: --mode=encode takes images")
     teacher = pipeline.of_run(run)
-    vae, prompts = teacher.autoencoder, teacher.prompts
-    if vae.params is None and prompts is None:
+    if not encoders.needed(experiment, teacher):
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
-    latent = vae.params is not None and experiment.data.task.conditional and takes_latents(experiment, teacher, vae)
-    tokens = experiment.method.requires().text_encoder
-    if tokens:
-        _ = teacher.text_encoder  # raises if there is not exactly one
-    encode_condition = experiment.data.task.encode if latent else None
-    sampled = jax.random.key(run.seed) if run.encode_sample else None
-    encoders = Encoders(vae, prompts, encode_condition, tokens, np.dtype(run.encode_dtype), sampled)
-    null = encoders.null((experiment.data.size,) * 2)
+    encode_rows = encoders.make(experiment, teacher)
     made = {name: config[name] for name in ("teacher", "lora", "lora_scale", "data", "dtype", "encode_dtype", "seed")}
     made |= {"encode_sample": True} if run.encode_sample else {}
-    made |= {"cond_latent": True} if latent else {}
-    made |= {"input_ids": True} if tokens else {}
+    made |= {"cond_latent": True} if encode_rows.condition else {}
+    made |= {"input_ids": True} if encode_rows.tokens else {}
     work, weights = {}, weights_of(teacher)
     for split in SPLITS:  # all are checked before the first is encoded
         plain, augmented = (data.load(experiment.data, split, augment) for augment in (False, True))
@@ -66,9 +57,10 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
         part, numbers = share(output / split, rows)
         command.known(part, len(numbers))
         work[part] = command, numbers, functools.partial(item_of, plain, augmented, run.seed)
+    program, dtype = arrays_of(encode_rows, encoders.networks(teacher)), np.dtype(run.encode_dtype)
     for part, (command, numbers, item) in work.items():
-        write_part(part, command, map(item, numbers), numbers, run.batch_size, encoders)
-        write_null(part, null, encoders.dtype)
+        write_part(part, command, map(item, numbers), numbers, run.batch_size, program, dtype)
+        write_null(part, encode_rows.null, dtype)
 
 
 class Command(NamedTuple):
@@ -126,13 +118,6 @@ def item_of(plain, augmented, seed: int, i: int):
     return dataset.item(i % len(plain), np.random.default_rng([seed, i]))
 
 
-def takes_latents(experiment: Experiment, teacher: Pipeline, vae: Autoencoder) -> bool:
-    """Whether the student takes its condition in latent space."""
-    size = experiment.data.size
-    z = jax.eval_shape(Autoencoder.encode, vae, jax.ShapeDtypeStruct((1, size, size, 3), np.float32))
-    return teacher.takes_latent_condition(experiment.method.requires(), z.shape[-1])
-
-
 def share(folder: pathlib.Path, rows: int) -> tuple[pathlib.Path, range]:
     """This host's own sub-folder of `folder`, and the rows that it writes there."""
     hosts, host = jax.process_count(), jax.process_index()
@@ -140,17 +125,17 @@ def share(folder: pathlib.Path, rows: int) -> tuple[pathlib.Path, range]:
 
 
 def write_null(folder: pathlib.Path, null: dict, dtype) -> None:
-    """Write the text of the empty prompt."""
+    """Write the text of the empty prompt, one row."""
     for name, x in text_arrays(null).items():
         if name in NULL_FILES:
-            np.save(folder / NULL_FILES[name], stored(name, np.asarray(x)[None], dtype, ["the empty prompt"])[0])
+            np.save(folder / NULL_FILES[name], stored(name, np.asarray(x), dtype, ["the empty prompt"])[0])
 
 
-def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode) -> None:
+def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode, dtype) -> None:
     """Write one host's rows, `items` with these numbers, and record progress in the manifest.
 
-    encode maps batch_size items and their numbers to {file name: array}. The last batch repeats its last item, so that
-    one program serves all batches. Rows already written by the same command are kept.
+    encode maps batch_size items and their numbers to {file name: array}; floats are stored in dtype. The last batch
+    repeats its last item, so that one program serves all batches. Rows already written by the same command are kept.
     """
     total = len(numbers)
     known = command.known(folder, total)
@@ -169,7 +154,7 @@ def write_part(folder: pathlib.Path, command: Command, items, numbers: range, ba
             labels = [f"row {i} of {folder.parent.name} ({text or 'no caption':.60})" for i, text in captioned]
             padded = rows + rows[-1:] * (batch_size - len(rows))
             for name, x in encode(padded, np.arange(start, start + batch_size) + numbers.start).items():
-                x = stored(name, x[: len(rows)], encode.dtype, labels)
+                x = stored(name, x[: len(rows)], dtype, labels)
                 if name not in files:
                     files[name] = rows_file(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype)
                 files[name][start:stop] = x
@@ -199,43 +184,19 @@ def reserve(path: pathlib.Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-@dataclasses.dataclass
-class Encoders:
-    """Encode items of a data set as arrays by file name, float32 or integers; `dtype` is what is stored of floats."""
+def arrays_of(encode: encoders.Encoders, nets) -> Callable:
+    """f(items of a data set, their numbers) -> {file name: float32 or integers [b, ...]}."""
+    key, program = jax.random.key(encode.seed), jax.jit(encode)
 
-    vae: Autoencoder
-    prompts: Prompts | None
-    encode_condition: Callable | None = None  # Task.encode, for students with a latent condition
-    tokens: bool = False  # captions become token ids instead of embeddings
-    dtype: np.dtype = np.dtype(np.float16)
-    key: jax.Array | None = None  # for samples from the VAE's posterior; None: its mean
+    def arrays(items, numbers):
+        batch = encode.tokenized(stack([{name: x[name] for name in ITEM if name in x} for x in items]))
+        keys = per_sample(key, np.asarray(numbers, np.int32)) if encode.sampled else None
+        made = jax.device_get(program(nets, encoders.inputs(batch), keys))
+        text = text_arrays(made.pop("text", {"class_labels": batch["label"]}))
+        cond = {name: batch[name] for name in ("cond",) if name in batch}
+        return {name: x for name, x in made.items() if name != "null"} | cond | text
 
-    def __post_init__(self):
-        keys = lambda numbers: None if self.key is None else per_sample(self.key, numbers)
-        self.to_latent = jax.jit(lambda vae, x, numbers: vae.encode(x, keys(numbers)))
-        if self.encode_condition:
-            self.encode_condition = jax.jit(self.encode_condition)
-
-    def __call__(self, rows, numbers) -> dict[str, np.ndarray]:
-        arrays = {"x0": self.to_latent(self.vae, np.stack([row["x0"] for row in rows]), np.asarray(numbers, np.int32))}
-        if "cond" in rows[0]:
-            arrays["cond"] = np.stack([row["cond"] for row in rows])
-            if self.encode_condition:
-                arrays["cond_latent"] = self.encode_condition(self.vae, arrays["cond"])
-        if self.prompts is None:
-            arrays["class_labels"] = np.array([row["label"] for row in rows], np.int32)
-            return jax.device_get(arrays)
-        captions = [row["caption"] for row in rows]
-        if self.tokens:
-            return jax.device_get(arrays) | {"input_ids": self.prompts.tokenize(captions)[0]}
-        return jax.device_get(arrays | text_arrays(self.prompts(captions, target_size=rows[0]["x0"].shape[:2])))
-
-    def null(self, size) -> dict:
-        """The text of the empty prompt for images of a size, one row; {} without text encoders."""
-        if self.prompts is None:
-            return {}
-        text = {"input_ids": self.prompts.tokenize([""])[0]} if self.tokens else self.prompts.null(1, target_size=size)
-        return jax.tree.map(lambda x: x[0], text)
+    return arrays
 
 
 def stored(name: str, x: np.ndarray, dtype, labels: Sequence[str]) -> np.ndarray:

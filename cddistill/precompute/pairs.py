@@ -18,29 +18,33 @@ from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cddistill
-from cddistill import data, generate, io, pipeline, sharding
+from cddistill import data, encoders, generate, io, pipeline, sharding
 from cddistill.build import check_heun, check_shapes, check_table, describe_schedule
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
 from cddistill.models import adapter
 from cddistill.models.fingerprint import of_network
-from cddistill.precompute.encode import stored
+from cddistill.precompute.encode import stored, weights_of
 
 
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     """Write run.num_pairs rows of x0 (float16) and text to the folder `output`, in shards.
 
-    Text comes from the training split, repeated as needed. x0 is sampled from the row's noise with run.teacher_sampler,
-    run.teacher_guidance and the last of run.teacher_steps. Host h of n writes shards h, h + n ... Complete shards are
-    kept; if all are complete, a few rows are generated again and compared. Raises ValueError if teacher_steps is empty
-    or `output` was written by another command, and FloatingPointError if an x0 is not finite.
+    Text comes from the training split, encoded if it is captions, and repeated as needed. x0 is sampled from the row's
+    noise with run.teacher_sampler, run.teacher_guidance and the last of run.teacher_steps. Host h of n writes shards h,
+    h + n ... Complete shards are kept; if all are complete, a few rows are generated again and compared. Raises
+    ValueError if teacher_steps is empty or `output` was written by another command, and FloatingPointError if an x0 is
+    not finite.
     """
     run = experiment.run
     experiment = experiment._replace(data=dataclasses.replace(experiment.data, pairs=""))  # not there yet
     if not run.teacher_steps:
         raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
     dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
+    encodes = encoders.needed(experiment, teacher)
+    if encodes:
+        dataset = encoders.Items(dataset, encoders.make(experiment, teacher), encoders.networks(teacher))
     controlnet = teacher.controlnet(run.controlnet) if run.controlnet else None
     kind = adapter.kind_of(teacher.denoiser, controlnet, teacher.denoiser.module.out_channels)
     if kind != "none" and not experiment.data.task.conditional:
@@ -49,6 +53,7 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     fingerprints = {"schedule": describe_schedule(teacher.denoiser)} | data.fingerprint(experiment.data)
     fingerprints |= {"controlnet": of_network(controlnet.params, controlnet.module)} if controlnet else {}
     manifest = manifest_of(run, config["data"], teacher.weights, first["noise"].shape, fingerprints)
+    manifest |= {"encoders": weights_of(teacher)} if encodes else {}
     check_shapes(teacher.denoiser, stack([first | {"x0": first["noise"]}]))
     check_table(experiment, experiment.method.requires(), teacher)
     manifest = prepare_folder(output, manifest, first["null"])
