@@ -2,26 +2,17 @@
 
 import dataclasses
 import functools
-import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from cddistill import checkpoint, data, encoders, io, pipeline, sharding
+from cddistill import checkpoint, checks, data, encoders, pipeline, sharding
 from cddistill.config import Experiment
-from cddistill.data import ode_pairs
 from cddistill.data.loader import without_captions
-from cddistill.diffusion import DDPM
 from cddistill.encoders import Encoders
-from cddistill.method import Generator, Requires, Turn
-from cddistill.models import adapter
-from cddistill.models.fingerprint import of_network
-from cddistill.models.prompt import embed_ids
-from cddistill.net import Adapted
+from cddistill.method import Generator, Turn
 from cddistill.optim import optimizer
 from cddistill.pipeline import Pipeline
 from cddistill.step import TrainState, init_state, train_step
@@ -71,18 +62,18 @@ class Parts(NamedTuple):
 def build(experiment: Experiment, splits: Mapping[str, str] | None = None, training: bool = True) -> Parts:
     """Load and check everything that a run needs; any bad input raises a ValueError here, before the first step.
 
-    splits are those that will be read besides "train", and what for: see `training_splits`. Without `training` a
+    splits are those that will be read besides "train", and what for: see `checks.training_splits`. Without `training` a
     generator has no nets that only losses use, and of the training split only shapes count.
     """
     run, method, requires = experiment.run, experiment.method, experiment.method.requires()
     mesh = sharding.make_mesh(run.fsdp)
     rows = sharding.local_rows(run.batch_size, run.accumulate)
     teacher = pipeline.of_run(run, place=functools.partial(place, mesh))
-    check_exports(method)
+    checks.check_exports(method)
     if training:
         method.check_train_steps(run.steps)
-        check_required_data(experiment, requires)
-    check_splits(experiment.data, splits or {})
+        checks.check_required_data(experiment, requires)
+    checks.check_splits(experiment.data, splits or {})
     frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
     encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
     frozen |= encoders.networks(teacher) if encode else {"autoencoder": teacher.autoencoder}
@@ -93,10 +84,10 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
     batch = batch_shapes(experiment, encode, frozen)
     if requires.teacher:
-        check_teacher(experiment, requires, frozen, batch)
-        check_table(experiment, requires, teacher)
-        check_encoded(experiment, teacher)
-        check_exportable(experiment, teacher)
+        checks.check_teacher(experiment, requires, frozen, batch)
+        checks.check_table(experiment, requires, teacher)
+        checks.check_encoded(experiment, teacher)
+        checks.check_exportable(experiment, teacher)
     shapes = jax.eval_shape(functools.partial(initial, experiment, batch), frozen)
     layout = sharding.by_shape(mesh, shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
@@ -112,7 +103,7 @@ def place(mesh, path, x):
 def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
     """The teacher and, if there is one, its ControlNet."""
     if experiment.data.pairs:
-        check_pairs(experiment, teacher)
+        checks.check_pairs(experiment, teacher)
     frozen = {"teacher": teacher.denoiser}
     if experiment.run.controlnet:
         frozen["controlnet"] = teacher.controlnet(experiment.run.controlnet)
@@ -143,258 +134,12 @@ def open_checkpoints(workdir: Path, experiment: Experiment, read_only: bool = Fa
     return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)
 
 
-# ---- shapes
-
-
-@functools.cache
-def first_rows(data_config):
-    """Two training rows as they are loaded, with their captions: they show the shapes of a batch."""
-    return next(data.batches(data_config, batch_size=2, seed=0, prepare=dict))
-
-
 def batch_shapes(experiment: Experiment, encode: Encoders | None, frozen):
     """Shapes of the global batch, as losses see it."""
-    size, rows = experiment.run.batch_size, first_rows(experiment.data)
+    size, rows = experiment.run.batch_size, checks.first_rows(experiment.data)
     rows = encode.tokenized(rows) if encode else without_captions(rows)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
     if encode is None:
         return batch
     made = jax.eval_shape(encode.at_step, encode.networks(frozen), encoders.inputs(batch), 0)
     return encoders.joined(batch, made)
-
-
-# ---- checks, each a sentence before the first step
-
-
-def check_exports(method) -> None:
-    """ValueError if a generator that trains exports nothing, or a net that it does not train."""
-    trained = {net for turn in method.turns().values() for net in turn.moves}
-    exported = {*method.exports().values()}
-    if unknown := exported - trained:
-        raise ValueError(f"{type(method).__name__}.exports names {', '.join(sorted(unknown))}, which it does not train")
-    if isinstance(method, Generator) and trained and not exported:
-        raise ValueError(f"{type(method).__name__}.exports is empty: it must say which nets make up the student")
-
-
-def check_required_data(experiment: Experiment, requires: Requires) -> None:
-    """ValueError if the data lacks what the method requires: images, pairs or labels."""
-    config = experiment.data
-    if requires.pairs and not config.pairs:
-        raise ValueError(
-            "this method needs data.pairs: make them with --mode=pairs, and set data.pairs to their folder"
-        )
-    if requires.images and "imageless" in first_rows(config):
-        raise ValueError(
-            "this method as it is set needs real images, and the data are prompts only: encode images too, or "
-            "switch off the losses that use them (method.gan_weight=0, say)"
-        )
-    if requires.text_encoder and experiment.run.teacher_steps:
-        raise ValueError("teacher_steps must be () while the text encoder is trained: the teacher takes no token ids")
-    if requires.classes:
-        check_labels(config, requires.classes)
-
-
-def training_splits(run) -> dict[str, str]:
-    """The splits that training reads besides "train", and what for."""
-    splits = {}
-    if run.eval_every <= run.steps:
-        splits["validation"] = f"previews show it every eval_every={run.eval_every} steps"
-    if run.report:
-        splits["test"] = "the report at the end is on it, and report=False leaves that out"
-    return splits
-
-
-def check_splits(config, splits: Mapping[str, str]) -> None:
-    """ValueError if a split is missing or empty, or has arrays of other shapes than the training split."""
-    expected = shapes_of(first_rows(config))
-    for split, use in splits.items():
-        try:
-            found = shapes_of(data.examples(config, split, 1))
-        except ValueError as error:
-            raise ValueError(f"{error} ({use})") from error
-        for name in expected:
-            if found.get(name) != expected[name]:
-                where = f"the {split} split of {config.source_name} {config.path}".strip()
-                raise ValueError(f"{name} in {where} is {found.get(name)}, and {expected[name]} in the training split")
-
-
-def shapes_of(batch) -> dict[str, tuple[int, ...]]:
-    """{"text.class_labels": (), ...} of one row of a batch."""
-    kept = {name: batch[name] for name in ("x0", "cond", "cond_latent", "text", "null") if name in batch}
-    return {name: np.shape(x)[1:] for name, x in io.flatten(kept).items()}
-
-
-def check_table(experiment: Experiment, requires: Requires, teacher: Pipeline) -> None:
-    """ValueError if a label, or the null label where it is used, has no row in the network's table of classes.
-
-    Without this, JAX would fill the missing row with NaN, and EDM's networks would take any such label for none.
-    """
-    run, config, module = experiment.run, experiment.data, teacher.denoiser.module
-    rows = getattr(module, "num_class_embeds", None)
-    classes, null = rows or getattr(module, "label_dim", 0), teacher.null_label
-    if not classes or "class_labels" not in first_rows(config)["text"] or getattr(module, "class_embed_type", None):
-        return
-    text = data.examples(config, "train", 64)["text"]
-    guided = requires.text or run.teacher_guidance != 1.0
-    if config.num_classes > classes or (
-        config.num_classes == rows and (guided or (text["class_labels"] == config.num_classes).any())
-    ):
-        raise ValueError(
-            f"data.num_classes={config.num_classes} makes labels 0 to {config.num_classes - 1} and the null label "
-            f"{config.num_classes}, and {run.teacher} knows 0 to {classes - 1 if rows else classes}: set "
-            f"data.num_classes={null}, or use another teacher"
-        )
-    if config.num_classes < null and not run.random_init:
-        logging.warning(
-            "data.num_classes=%d makes %d the null label, and that of %s is %d: set data.num_classes=%d unless its "
-            "classes are others", config.num_classes, config.num_classes, run.teacher, null, null,
-        )  # fmt: skip
-
-
-def check_encoded(experiment: Experiment, teacher: Pipeline) -> None:
-    """Warn of latents that another VAE than the teacher's encoded; it may be the same one in another precision."""
-    manifest = getattr(data.load(experiment.data, "train"), "encoded", None) or {}
-    made_by = manifest.get("fingerprints", {}).get("vae", "")
-    if made_by and made_by != teacher.vae_weights:
-        logging.warning(
-            "%s was encoded by another VAE (%s) than that of %s (%s): encode again unless only their precision differs",
-            experiment.data.path, made_by, experiment.run.teacher, teacher.vae_weights or "none",
-        )  # fmt: skip
-
-
-def check_exportable(experiment: Experiment, teacher: Pipeline) -> None:
-    """ValueError if the teacher's folder could not be completed to a student's, which would be said after training."""
-    run, method, denoiser = experiment.run, experiment.method, teacher.denoiser
-    if not (isinstance(method, Generator) and method.exports()):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            how = described(method, denoiser.schedule, run.sample_steps)
-            teacher.write_settings(Path(folder), denoiser, how, method.exports(), run.controlnet)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"the student could not be exported: {error}") from error
-
-
-def described(method: Generator, schedule, sample_steps):
-    """The sampling of a student as a scheduler's file describes it; None if no scheduler of diffusers can."""
-    if not (method.exports() and isinstance(schedule, DDPM)):
-        return None
-    return method.sampling(schedule, max(sample_steps))
-
-
-def check_labels(config, classes: int) -> None:
-    """ValueError if a method learns so many classes and the data has others, or images without one."""
-    text = first_rows(config)["text"]
-    if "class_labels" not in text or (text["class_labels"] == config.num_classes).any():
-        data_set = f"data.source={config.source_name} {config.path}".strip()
-        raise ValueError(f"this method learns labels, and there are images in {data_set} that have none")
-    if classes != config.num_classes:
-        raise ValueError(f"method.classes is {classes}, and data.num_classes {config.num_classes}: set both alike")
-
-
-def check_teacher(experiment: Experiment, requires: Requires, frozen, batch) -> None:
-    """ValueError for a teacher that does not fit the data, the method or the requested samplers."""
-    run, method, teacher = experiment.run, experiment.method, frozen["teacher"]
-    check_space(experiment, frozen)
-    if getattr(teacher.module, "text_widths", ()) and "class_labels" in batch["text"]:
-        raise ValueError(
-            f"the teacher {run.teacher} generates from text, and there are only class labels: give a folder that also "
-            "has text_encoder/ and tokenizer/ or, for data.source=arrays, text.npy"
-        )
-    if requires.text and not getattr(teacher.module, "conditional", True):
-        raise ValueError(
-            "classifier-free guidance needs a teacher with classes or text: set this method's guidance scale to 1"
-        )
-    if requires.text_encoder:
-        if "input_ids" not in batch["text"]:
-            raise ValueError("this method trains the text encoder on token ids: encode its data with --mode=encode")
-        if experiment.data.source.precomputed:
-            check_ids(experiment.data, frozen["teacher_text_encoder"].module.vocab_size)
-        text = jax.eval_shape(embed_ids, frozen["teacher_text_encoder"], batch["text"]["input_ids"])
-        batch = batch | {"text": text}
-    pairs, shape = experiment.data.pairs, batch["x0"].shape[1:]
-    if pairs and (stored := tuple(ode_pairs.read_manifest(pairs)["x0"])) != shape:
-        raise ValueError(f"x0 of data.pairs {pairs} is {stored}, and that of the data is {shape}")
-    check_shapes(teacher, batch)
-    if requires.condition and not experiment.data.task.conditional:
-        raise ValueError("this method's student takes a conditioning image: set data.task, or method.adapter='none'")
-    if run.teacher_sampler == "heun" and run.teacher_steps:
-        check_heun(teacher.schedule)
-    if isinstance(method, Generator):
-        for steps in run.sample_steps:
-            method.sampling(teacher.schedule, steps)  # raises if the student cannot be sampled in that many
-
-
-def check_ids(config, size: int) -> None:
-    """ValueError if token ids lie outside of the text encoder's vocabulary: its rows would be NaN."""
-    ids = data.examples(config, "train", 64)["text"]["input_ids"]
-    if ids.min() < 0 or ids.max() >= size:
-        raise ValueError(
-            f"the token ids of {config.source_name} {config.path} go from {ids.min()} to {ids.max()}, and the text "
-            f"encoder has a vocabulary of {size}: encode the captions again with this teacher"
-        )
-
-
-def check_space(experiment: Experiment, frozen) -> None:
-    """ValueError if the data are images, and the teacher generates something else and has no VAE."""
-    config, teacher, autoencoder = experiment.data, experiment.run.teacher, frozen["autoencoder"]
-    channels = getattr(frozen["teacher"].module, "out_channels", 3)
-    if config.source.precomputed or autoencoder.params is not None or channels == 3:
-        return
-    raise ValueError(
-        f"the teacher {teacher} works on {channels} channels, not on RGB, and data.source={config.source_name} has "
-        "images: if those are latents, give a folder that also has vae/ (--mode=sample with --prompt or --label needs "
-        "no data)"
-    )
-
-
-def check_heun(schedule) -> None:
-    """ValueError if Heun's method would divide by an alpha of 0."""
-    if not schedule.alpha_sigma(schedule.grid(1))[0].all():
-        sentence = "teacher_sampler heun divides by alpha, and this teacher's schedule starts at alpha = 0"
-        raise ValueError(f"{sentence}: use ddim or dpm_solver_pp")
-
-
-def check_shapes(teacher, batch) -> None:
-    """Let the network itself refuse data that it cannot take: channels, sizes, missing text."""
-    args, t = [batch["x0"], batch["text"]], teacher.schedule.grid(1)
-    if "cond" in batch and adapter.has_concat_channels(teacher, batch["x0"].shape[-1]):
-        teacher = Adapted(teacher)
-        args.append(adapter.condition("concat", batch))
-    jax.eval_shape(lambda n, x0, *rest: n(x0, t, *rest), teacher, *args)
-
-
-def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
-    """ValueError if data.pairs are of another teacher than this run's, or of another size than the data."""
-    run, folder = experiment.run, experiment.data.pairs
-    manifest = ode_pairs.read_manifest(folder)
-    ours = {"teacher": run.teacher, "lora": run.lora, "lora_scale": run.lora_scale, "weights": teacher.weights}
-    compared = ("weights", "lora_scale") if run.lora else ("weights",)
-    if any(manifest[name] != ours[name] for name in compared):
-        made_by, here = describe_teacher(manifest), describe_teacher(ours)
-        sentence = f"data.pairs {folder} was made by {made_by}, and this run's teacher is {here}"
-        raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
-    if made_with := manifest.get("fingerprints", {}).get("controlnet", ""):
-        net = run.controlnet and teacher.controlnet(run.controlnet)
-        here = of_network(net.params, net.module) if net else "none"
-        if here != made_with:
-            raise ValueError(
-                f"data.pairs {folder} was made with another ControlNet ({made_with}) than config.controlnet="
-                f"{run.controlnet!r} ({here}): set it to that one, or make the pairs again"
-            )
-    schedule, made_on = describe_schedule(teacher.denoiser), manifest.get("fingerprints", {}).get("schedule")
-    if made_on not in (None, schedule):  # None: made by a version that did not keep it
-        raise ValueError(f"data.pairs {folder} was made with {made_on}, and this run's teacher has {schedule}")
-
-
-def describe_schedule(denoiser) -> str:
-    """What a network predicts and its noise levels, in short: "v at sigma/alpha 14.6, 1.61, 0.5, 0.158"."""
-    alpha, sigma = denoiser.schedule.alpha_sigma(denoiser.schedule.grid(4))
-    ratios = np.asarray(sigma, np.float64) / np.maximum(np.asarray(alpha, np.float64), 1e-9)
-    return f"{denoiser.predicts} at sigma/alpha {', '.join(f'{x:.3g}' for x in ratios)}"
-
-
-def describe_teacher(of) -> str:
-    """A teacher in words, with its fingerprint."""
-    added = f" with {of['lora_scale']:g} of {of['lora']}" if of["lora"] else ""
-    return f"{of['teacher']}{added} (weights {of['weights']})"

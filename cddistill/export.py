@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill import data, generate, io, models
-from cddistill.build import Parts, described, initial, updates
+from cddistill.build import Parts, initial, updates
+from cddistill.checks import described
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.models import adapter

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 
 from cddistill import checkpoint, config, data, generate, io, log, sharding
-from cddistill.build import Parts, build, open_checkpoints, training_splits
+from cddistill.build import Parts, build, open_checkpoints
+from cddistill.checks import training_splits
 from cddistill.evals import compare, preview
 from cddistill.models.fingerprint import fingerprint
 from cddistill.step import active

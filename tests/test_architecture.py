@@ -12,7 +12,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"methods"},
     {"step", "optim", "data"},
     {"config"},
-    {"checkpoint", "log", "encoders"},
+    {"checkpoint", "checks", "log", "encoders"},
     {"build"},
     {"generate"},
     {"evals", "precompute", "export"},

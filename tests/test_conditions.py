@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import build, commands, config, models
+from cddistill import build, checks, commands, config, models
 from cddistill.methods import METHODS
 from cddistill.methods.pretrained import Pretrained
 from cddistill.models import adapter, lora
@@ -58,9 +58,9 @@ def test_pretrained_editing_network_uses_the_condition(batch):
     draw = jax.jit(lambda b: Pretrained().sample(n, tiny.randn(0, 4, 8, 8, 3), b, None, 1))
     other = batch | {"cond": batch["cond"][::-1]}
     assert np.abs(draw(batch) - draw(other)).min() > 0
-    build.check_shapes(n.teacher, batch)
+    checks.check_shapes(n.teacher, batch)
     with pytest.raises(ValueError, match="in_channels = 6 but z_t"):
-        build.check_shapes(n.teacher, {k: x for k, x in batch.items() if k != "cond"})
+        checks.check_shapes(n.teacher, {k: x for k, x in batch.items() if k != "cond"})
 
 
 def test_pretrained_network_is_sampled_with_a_controlnet(batch):

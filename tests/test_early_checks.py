@@ -9,7 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from cddistill import build, commands, config, models, train
+from cddistill import build, checks, commands, config, models, train
 from cddistill.diffusion import DDPM
 from cddistill.models.schedulers import write_scheduler
 
@@ -55,7 +55,7 @@ def test_splits_are_needed_before_the_first_step(teacher, tmp_path, splits, chan
 def test_splits_that_are_not_read_may_be_missing(teacher, tmp_path):
     c = settings(teacher, pictures(tmp_path / "x", train=8), eval_every=5, report=False)
     run = config.resolve(c)
-    assert build.training_splits(run.run) == {}
+    assert checks.training_splits(run.run) == {}
     build.build(run, {})
 
 
@@ -197,7 +197,7 @@ def test_token_ids_lie_in_the_vocabulary(tmp_path, ids):
     c = settings("", tmp_path)
     c.data.source = "arrays"
     with pytest.raises(ValueError, match=r"token ids of arrays .* and the text encoder has a vocabulary of 30"):
-        build.check_ids(config.resolve(c).data, 30)
+        checks.check_ids(config.resolve(c).data, 30)
 
 
 # --- the export

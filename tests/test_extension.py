@@ -221,12 +221,12 @@ def test_a_generator_must_name_the_nets_it_exports(run):
         def exports(self):
             return {"unet": "student"}
 
-    from cddistill import build
+    from cddistill import checks
 
     with pytest.raises(ValueError, match="Silent.exports is empty"):
-        build.check_exports(Silent())
+        checks.check_exports(Silent())
     with pytest.raises(ValueError, match="Wrong.exports names student, which it does not train"):
-        build.check_exports(Wrong())
+        checks.check_exports(Wrong())
 
 
 def test_a_checkpoint_is_chosen_by_name_or_step(run):

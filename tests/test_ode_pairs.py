@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from cddistill import build, commands, config, data, generate, models, pipeline, sampling, sharding
+from cddistill import build, checks, commands, config, data, generate, models, pipeline, sampling, sharding
 from cddistill.data import configure, loader, ode_pairs
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.sources.folder import scan
@@ -128,10 +128,10 @@ def test_pairs_are_sampled_from_the_teacher_with_its_lora(teacher, tmp_path):
         experiment = config.resolve(run)
         used = pipeline.of_run(experiment.run)
         if not change:
-            build.check_pairs(experiment, used)
+            checks.check_pairs(experiment, used)
             continue
         with pytest.raises(ValueError, match=r"with 1 of .*safetensors \(weights \w{16}\), and this run's teacher is"):
-            build.check_pairs(experiment, used)
+            checks.check_pairs(experiment, used)
 
 
 def test_each_row_has_its_own_noise():
@@ -298,7 +298,7 @@ def test_pairs_of_another_schedule_are_refused(pairs, teacher, copy):
     with pytest.raises(
         ValueError, match=r"was made with eps at sigma/alpha 1, 2, 3, 4, and this run's teacher has v at"
     ):
-        build.check_pairs(experiment, pipeline.of_run(experiment.run))
+        checks.check_pairs(experiment, pipeline.of_run(experiment.run))
 
 
 def test_old_pairs_serve_for_training_only(teacher, tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_old_pairs_serve_for_training_only(teacher, tmp_path, monkeypatch):
         patch.setattr(making, "manifest_of", without)
         commands.make_pairs(c, tmp_path)
     c.data.pairs = str(tmp_path)
-    build.check_pairs(config.resolve(c), pipeline.of_run(config.resolve(c).run))
+    checks.check_pairs(config.resolve(c), pipeline.of_run(config.resolve(c).run))
     with pytest.raises(ValueError, match="kept no fingerprints of the data, so it may serve for training but not be"):
         commands.make_pairs(c, tmp_path)
 

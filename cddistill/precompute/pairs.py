@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cddistill
 from cddistill import data, encoders, generate, io, pipeline, sharding
-from cddistill.build import check_heun, check_shapes, check_table, describe_schedule
+from cddistill.checks import check_heun, check_shapes, check_table, describe_schedule
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
