@@ -4,11 +4,12 @@
     python benchmarks/prompt_accuracy.py measure --classifier=runs/scenes.safetensors --model=runs/pocket \
         --guidance 1 2 4 7 --steps=50 --n=200
 
-The classifier says of every pixel which of the 24 solids (8 colours x 3 shapes) it shows, or none. It is trained on the
-renderer's instance masks of scenes of all combinations. An image shows a colour's solid if at least VISIBLE pixels have
-that colour, in the shape that most of them have. `train` prints the accuracy of that on 1,000 unseen scenes. A solid is
-right if its colour has its shape; a prompt is right if all eight colours are. "Seen" prompts are captions of test
-scenes without a combination that was held out of training, "held out" those with at least one.
+A first network says of every pixel which of the eight colours its solid has, or none; an image shows a colour if at
+least VISIBLE pixels have it. A second one says of the bounding box of these pixels whether they are a ball, a cube or
+a cylinder. Both are trained on the renderer's instance masks of scenes of all combinations, and `train` prints their
+accuracy on 1,000 unseen scenes. A solid is right if its colour has its shape; a prompt is right if all eight colours
+are. "Seen" prompts are captions of test scenes without a combination that was held out of training, "held out" those
+with at least one.
 """
 
 import argparse
@@ -21,36 +22,44 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
+from PIL import Image
 
 import cddistill
+from cddistill.data.resample import to_uint8
 from cddistill.data.sources.scenes import COLOURS, HELD_OUT, SHAPES, scene
 
 SIZE = 64  # px
 TRAIN, TEST = 9_000, 1_000  # scenes
 VISIBLE = 8  # pixels of 32 x 32
+CROP, MARGIN = 24, 3  # px
 SEED = 77  # of the scenes, in no split of the data source
 
 
-class Classifier(nn.Module):
-    """Images [b, 64, 64, 3] in [0, 1] to logits [b, 32, 32, 25] of every other pixel: none, or 1 + 3 colour + shape."""
+def conv(x, width, stride=1):
+    """A layer of both networks."""
+    return nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), strides=stride)(x)))
+
+
+class Colours(nn.Module):
+    """Images [b, 64, 64, 3] in [0, 1] to logits [b, 32, 32, 9] of every other pixel: none, or 1 + the colour."""
 
     @nn.compact
     def __call__(self, x):
-        conv = lambda x, width, stride=1: nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), strides=stride)(x)))
-        up = lambda x: x.repeat(2, 1).repeat(2, 2)
-        fine = conv(conv(2.0 * x - 1.0, 24, 2), 32)
-        middle = conv(conv(fine, 64, 2), 64)
-        coarse = conv(conv(conv(middle, 96, 2), 96), 96)
-        middle = conv(jnp.concatenate([middle, up(coarse)], -1), 64)
-        fine = conv(jnp.concatenate([fine, up(middle)], -1), 32)
-        return nn.Dense(1 + len(COLOURS) * len(SHAPES))(fine)
+        fine = conv(conv(2.0 * x - 1.0, 16, 2), 24)
+        coarse = conv(conv(conv(fine, 32, 2), 48, 2), 48)
+        fine = conv(jnp.concatenate([fine, coarse.repeat(4, 1).repeat(4, 2)], -1), 32)
+        return nn.Dense(1 + len(COLOURS))(fine)
 
 
-def shown(logits):
-    """For each colour 0 (absent) or 1 + the number of its shape, int [b, 8], of the classifier's logits."""
-    votes = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1]).sum((1, 2))[:, 1:]
-    votes = votes.reshape(len(votes), len(COLOURS), len(SHAPES))
-    return jnp.where(votes.sum(-1) < VISIBLE, 0, 1 + votes.argmax(-1))
+class Shapes(nn.Module):
+    """Crops [b, 24, 24, 3] in [0, 1] to logits [b, 3]."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = conv(conv(2.0 * x - 1.0, 24), 24)
+        x = conv(conv(x, 48, 2), 48)
+        x = conv(conv(x, 96, 2), 96)
+        return nn.Dense(len(SHAPES))(x.reshape(len(x), -1))
 
 
 def wanted(caption: str) -> np.ndarray:
@@ -61,18 +70,31 @@ def wanted(caption: str) -> np.ndarray:
 
 
 def scenes(first: int, n: int):
-    """(images uint8 [n, 64, 64, 3], classes of their pixels uint8 [n, 32, 32], what they show int [n, 8])."""
+    """(images uint8 [n, 64, 64, 3], 1 + colour or 0 of every other pixel uint8 [n, 32, 32], what they show [n, 8])."""
     found = [scene.__wrapped__((SEED, i), SIZE) for i in range(first, first + n)]
     target = np.stack([wanted(s["caption"]) for s in found])
-    classes = np.stack([of_pixels(s["mask"][::2, ::2], s["caption"]) for s in found])
-    return np.stack([s["image"] for s in found]), classes, target
+    words = [[solid.split()[-2] for solid in s["caption"].split(" and ")] for s in found]
+    colours = [np.uint8([0, *(1 + list(COLOURS).index(c) for c in names)]) for names in words]
+    pixels = np.stack([colour[s["mask"][::2, ::2]] for s, colour in zip(found, colours, strict=True)])
+    return np.stack([s["image"] for s in found]), pixels, target
 
 
-def of_pixels(mask: np.ndarray, caption: str) -> np.ndarray:
-    """The classifier's class of every pixel, uint8 [h, w], of an instance mask [h, w] and its caption."""
-    words = [solid.split() for solid in caption.split(" and ")]
-    classes = [0, *(1 + len(SHAPES) * list(COLOURS).index(c) + SHAPES.index(shape) for *_, c, shape in words)]
-    return np.uint8(classes)[mask]
+def crops(images: np.ndarray, pixels: np.ndarray):
+    """(crops uint8 [k, 24, 24, 3] around each colour's pixels, their image and colour int [k, 2])."""
+    places = [(i, c) for i, p in enumerate(pixels) for c in range(len(COLOURS)) if (p == c + 1).sum() >= VISIBLE]
+    return np.stack([crop(images[i], pixels[i] == c + 1) for i, c in places]), np.array(places)
+
+
+def crop(image: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """The bounding box of pixels, bool [32, 32], with a margin, as uint8 [24, 24, 3] of an image [64, 64, 3]."""
+    (top, left), (bottom, right) = (2 * f(np.argwhere(shown), axis=0) for f in (np.min, np.max))
+    box = (left - MARGIN, top - MARGIN, right + 2 + MARGIN, bottom + 2 + MARGIN)
+    return np.asarray(Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BILINEAR, clipped(box)))
+
+
+def clipped(box) -> tuple[int, ...]:
+    """A box within the image."""
+    return tuple(int(min(max(x, 0), SIZE)) for x in box)
 
 
 def accuracy(predicted: np.ndarray, target: np.ndarray) -> tuple[float, float]:
@@ -81,11 +103,25 @@ def accuracy(predicted: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     return float((predicted == target)[named].mean()), float((predicted == target).all(1).mean())
 
 
-def train(path: pathlib.Path, steps: int, batch: int = 64) -> None:
-    """Train the classifier, print its accuracy on unseen scenes and write its weights."""
-    images, classes, _ = scenes(0, TRAIN)
-    model = Classifier()
-    params = model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+def train(path: pathlib.Path, steps: int) -> None:
+    """Train both networks, print their accuracy on unseen scenes and write their weights."""
+    images, pixels, target = scenes(0, TRAIN)
+    cut, places = crops(images, pixels)
+    shapes = target[places[:, 0], places[:, 1]] - 1
+    params = {
+        "colours": fit(Colours(), images, pixels, lambda y, mirror: y[mirror], steps // 3),
+        "shapes": fit(Shapes(), cut, shapes, lambda y, mirror: y, steps),
+    }
+    images, _, target = scenes(TRAIN, TEST)
+    solids, prompts = accuracy(predict(params, images), target)
+    print(f"on {TEST} unseen scenes: {100 * solids:.1f} % of the solids, {100 * prompts:.1f} % of the scenes")
+    flat = flax.traverse_util.flatten_dict(params, sep=".")
+    safetensors.numpy.save_file({name: np.asarray(x) for name, x in flat.items()}, path)
+
+
+def fit(model, images, classes, mirrored, steps: int, batch: int = 64) -> dict:
+    """The weights of a network that was trained to give images, uint8 [n, h, w, 3], these classes."""
+    params = model.init(jax.random.key(0), jnp.zeros((1, *images.shape[1:])))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     state, rng = optimizer.init(params), np.random.default_rng(0)
 
@@ -99,25 +135,23 @@ def train(path: pathlib.Path, steps: int, batch: int = 64) -> None:
         return optax.apply_updates(params, updates), state, value
 
     for i in range(steps):
-        rows = rng.integers(0, TRAIN, batch)
-        mirror = np.s_[:, :, :: i % 2 * 2 - 1]
+        rows, mirror = rng.integers(0, len(images), batch), np.s_[:, :, :: i % 2 * 2 - 1]
         x = images[rows][mirror] * rng.uniform(0.9, 1.1, (batch, 1, 1, 1)).astype(np.float32)
-        y = classes[rows][mirror]
-        params, state, value = step(params, state, x, y)
+        params, state, value = step(params, state, x, mirrored(classes[rows], mirror))
         if i % 100 == 0:
-            print(f"{i}/{steps} cross-entropy {float(value):.4f}", flush=True)
-    images, _, target = scenes(TRAIN, TEST)
-    solids, prompts = accuracy(predict(params, images), target)
-    print(f"on {TEST} unseen scenes: {100 * solids:.1f} % of the solids, {100 * prompts:.1f} % of the scenes")
-    flat = flax.traverse_util.flatten_dict(params["params"], sep=".")
-    safetensors.numpy.save_file({name: np.asarray(x) for name, x in flat.items()}, path)
+            print(f"{type(model).__name__}: {i}/{steps} cross-entropy {float(value):.4f}", flush=True)
+    return params["params"]
 
 
 def predict(params, images) -> np.ndarray:
-    """What images [n, 64, 64, 3], uint8 or in [0, 1], show, as `shown`."""
-    x = images / 255 if images.dtype == np.uint8 else images
-    classify = jax.jit(lambda x: shown(Classifier().apply(params, x)))
-    return np.concatenate([classify(jnp.float32(x[i : i + 100])) for i in range(0, len(x), 100)])
+    """For each colour 0 (absent) or 1 + the number of its shape, int [n, 8], of images uint8 [n, 64, 64, 3]."""
+    colours = jax.jit(lambda x: Colours().apply({"params": params["colours"]}, x / 255).argmax(-1))
+    shapes = jax.jit(lambda x: Shapes().apply({"params": params["shapes"]}, x / 255).argmax(-1))
+    in_chunks = lambda f, x: np.concatenate([f(jnp.float32(x[i : i + 100])) for i in range(0, len(x), 100)])
+    cut, places = crops(images, in_chunks(colours, images))
+    found = np.zeros((len(images), len(COLOURS)), int)
+    found[places[:, 0], places[:, 1]] = 1 + in_chunks(shapes, cut)
+    return found
 
 
 def prompts(n: int) -> dict[str, list[str]]:
@@ -133,7 +167,7 @@ def prompts(n: int) -> dict[str, list[str]]:
 def measure(classifier: pathlib.Path, model: str, guidance, steps: int, n: int, seed: int) -> None:
     """Print accuracies, with standard errors over prompts."""
     flat = safetensors.numpy.load_file(classifier)
-    params = {"params": flax.traverse_util.unflatten_dict(flat, sep=".")}
+    params = flax.traverse_util.unflatten_dict(flat, sep=".")
     loaded = cddistill.load(model)
     print(f"{model}, {steps} steps, {n} prompts of each kind, seed {seed}\n")
     print("| guidance | prompts | solids right, % | prompts right, % |\n|---|---|---|---|")
@@ -142,7 +176,7 @@ def measure(classifier: pathlib.Path, model: str, guidance, steps: int, n: int, 
             options = {} if scale == 1.0 else {"guidance": scale}
             images = cddistill.sample(loaded, prompt=captions, steps=steps, seed=seed, **options)
             target = np.stack([wanted(caption) for caption in captions])
-            solids, right = accuracy(predict(params, images), target)
+            solids, right = accuracy(predict(params, to_uint8(images)), target)
             error = 100 * (right * (1 - right) / n) ** 0.5
             print(f"| {scale:g} | {kind} | {100 * solids:.1f} | {100 * right:.1f} ± {error:.1f} |", flush=True)
 
