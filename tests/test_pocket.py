@@ -1,4 +1,4 @@
-"""The folder that the pocket teacher starts from: its tokenizer, its sizes, and that it loads as a pipeline."""
+"""The pocket pipeline, and the folder that its training starts from: tokenizer, sizes, and that both load."""
 
 import jax
 import numpy as np
@@ -38,6 +38,31 @@ def test_the_folder_loads_as_a_pipeline_of_the_stated_size(folder):
     assert weights[1] < 2e6
     assert weights[2] < 3e6
     assert 2 * sum(weights) < 28e6  # bytes in float16
+
+
+def test_the_shipped_pipeline_has_the_stated_size_and_was_trained():
+    pipeline = Pipeline("pocket")
+    assert (pipeline.denoiser.predicts, pipeline.denoiser.schedule.zero_snr) == ("v", True)
+    assert pipeline.x0_shape == (16, 16, 4)
+    assert sum(path.stat().st_size for path in pipeline.root.rglob("*")) < 28e6
+    text = pipeline.prompts(["a big red ball", "a big blue cube"])["encoder_hidden_states"]
+    assert np.abs(np.diff(text, axis=0)).max() > 0.1  # the text encoder tells colours apart
+
+
+def test_the_shipped_pipeline_draws_what_the_prompt_says():
+    prompts = ["a big red cube", "a big green cube", "a big blue cube"]
+    images = cddistill.sample(cddistill.load("pocket"), prompt=prompts, steps=8, guidance=4.0, seed=0)
+    assert images.shape == (3, 64, 64, 3)
+    purity = images - (images.sum(-1, keepdims=True) - images) / 2  # of each pixel in red, green and blue
+    assert purity.reshape(3, -1, 3).max(1).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_a_prompt_of_unknown_words_is_no_error_and_a_long_one_is_truncated(caplog):
+    prompts = Pipeline("pocket").prompts
+    assert np.isfinite(prompts(["zebra ünïcode 日本 flurble"])["encoder_hidden_states"]).all()
+    with caplog.at_level("WARNING"):
+        prompts(["red " * 100])
+    assert "is truncated to 75" in caplog.text
 
 
 def test_the_tokenizer_splits_unknown_words_into_bytes(folder):
