@@ -26,6 +26,7 @@ REMEDIES = {
     errno.EROFS: "choose another place to write to",
     errno.EACCES: "change its permissions, or choose another place",
 }
+OF_ASSETS = ("data", "models")  # parts of the package with embedded images and weights
 MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
 CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
@@ -311,7 +312,9 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         return f"{': '.join(filter(None, (error.filename, error.strerror)))}; {REMEDIES[error.errno]}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(" ".join(lines).split())
+    said = " ".join(" ".join(lines).split())
+    shipped = any(f"{pathlib.Path(cddistill.__file__).parent / part / 'assets'}{os.sep}" in said for part in OF_ASSETS)
+    return said + "; it is part of this package: reinstall cddistill" * (shipped and "reinstall" not in said)
 
 
 def fail(error: BaseException):

@@ -14,6 +14,7 @@ from absl import flags
 import cddistill as package
 from cddistill import config, io, main, typed
 from cddistill.main import sentence
+from cddistill.models import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -116,7 +117,7 @@ D2G = "--config=configs/dmd2_emoji.py"
         (["--config=elsewhere/x.py"], "elsewhere/x.py does not exist; start in the folder that holds configs/"),
         (["--config=configs"], "config file configs is a folder: choose one of its files"),
         (["--config=configs/pretrained.py:huge"], "configs/pretrained.py has no variants: leave out :huge"),
-        (["--config=configs/ccd_sr.py:huge"], "configs/ccd_sr.py has no variant 'huge': emoji, pe, sd21"),
+        (["--config=configs/ccd_sr.py:huge"], "configs/ccd_sr.py has no variant 'huge': known are emoji, pe, pocket"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(parsed, arguments, said):
@@ -289,3 +290,18 @@ def test_devices_that_are_not_there_are_one_sentence(platform):
 )
 def test_os_errors_become_one_sentence(error, said):
     assert sentence(error).startswith(said)
+
+
+def test_damage_of_what_ships_with_the_package_says_to_reinstall(tmp_path, monkeypatch):
+    shutil.copytree(folders.ASSETS / "pocket", tmp_path / "models" / "assets" / "pocket")
+    monkeypatch.setattr(folders, "ASSETS", tmp_path / "models" / "assets")
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "__init__.py"))
+    weights = tmp_path / "models" / "assets" / "pocket" / "unet" / "diffusion_pytorch_model.safetensors"
+    for damage in (lambda: weights.write_bytes(weights.read_bytes()[:-99]), weights.unlink):
+        damage()
+        with pytest.raises((ValueError, OSError)) as raised:
+            package.load("pocket")
+        said = sentence(raised.value)
+        assert str(weights.parent) in said
+        assert said.endswith("; it is part of this package: reinstall cddistill")
+    assert "reinstall" not in sentence(ValueError("runs/pocket/unet is truncated"))
