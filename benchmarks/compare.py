@@ -3,6 +3,8 @@
     python benchmarks/compare.py sr --workdir=runs/compare --steps=3000 --seeds=3       CoDi, super-resolution
     python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3     DMD2, class-conditional
     python benchmarks/compare.py d2g --workdir=runs/compare --steps=500 --seeds=3       Diffusion2GAN, class-conditional
+    python benchmarks/compare.py pocket_inpaint --workdir=runs/compare --steps=4000 --seeds=3       CoDi, LCM and the
+        undistilled network by task on the pocket pipeline: also pocket_edit, pocket_depth, pocket_canny, pocket_sr
 
 Each run is `python -m cddistill.main` with the printed flags; finished runs are not repeated. --jobs runs that many at
 once, each on its share of the cores. The table has means over seeds and standard errors over seeds (not over images).
@@ -30,6 +32,7 @@ class Study(NamedTuple):
     shared_rows: tuple[str, ...]  # rows that are the same for all variants: printed once
     columns: tuple[str, ...]
     prepare: tuple[str, ...] = ()  # flags of a command to run first
+    exported: str = ""  # a variant whose run is exported to {exported}, which flags of later variants may name
 
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
@@ -40,7 +43,46 @@ PLAIN = "--config.method.augment=none"
 NO_R1, NO_MIX = "--config.method.r1=none", "--config.method.mix_share=0."
 ONE_SCALE, NO_NOISE = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
 CHOSEN, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling timesteps
+TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
+
+
+def of_task(codi: str, pe: str, task: str, *columns: str, reference: str = "") -> Study:
+    """What few steps cost without distillation and with it: CoDi's config and its parameter-efficient variant."""
+    return Study(
+        variants={
+            "fine-tuned, not distilled": [f"--config=configs/finetune_pocket.py:{task}"],
+            "LCM of the fine-tuned network": [f"--config=configs/lcm_pocket.py:{task}", *TEACHER],
+            "PE-CoDi": [f"--config=configs/{pe}"],
+            "CoDi": [f"--config=configs/{codi}"],
+        },
+        variant_evals={
+            "fine-tuned, not distilled": {
+                "": ["--config.sample_steps=(4,8,50)"],
+                ", placed timesteps": [CHOSEN, "--config.sample_steps=(4,)"],
+                ", DPM-Solver++": ["--config.method.sampler=dpm_solver_pp", "--config.sample_steps=(4,)"],
+            },
+            "LCM of the fine-tuned network": {"": ["--config.sample_steps=(4,)"]},
+            "PE-CoDi": {"": ["--config.sample_steps=(1,4)"]},
+        },
+        default_evals={"": ["--config.sample_steps=(1,2,4)"]},
+        common=["--config.baseline="],
+        shared_rows=(reference,) if reference else (),
+        columns=("KID-EffLite0@64", "LPIPS-VGG", *columns),
+        exported="fine-tuned, not distilled",
+    )
+
+
 STUDIES = {
+    "pocket_inpaint": of_task(
+        "ccd_inpaint.py", "ccd_inpaint.py:pe", "inpaint", "LPIPS-VGG in the hole", reference="grey hole"
+    ),
+    "pocket_edit": of_task(
+        "ccd_edit.py", "ccd_edit.py:pe", "edit", "PSNR in the changed region", "LPIPS-VGG in the changed region",
+        "PSNR outside of it", reference="not edited",
+    ),
+    "pocket_depth": of_task("ccd_depth.py", "ccd_depth.py:pe", "depth"),
+    "pocket_canny": of_task("ccd_canny.py", "ccd_canny.py:pe", "canny", "Edge F1"),
+    "pocket_sr": of_task("ccd_sr.py:pocket", "ccd_sr.py:pocket_pe", "sr", "PSNR", reference="bicubic"),
     "sr": Study(
         variants={
             "fine-tuned, not distilled": [FINETUNE],
@@ -104,17 +146,30 @@ STUDIES = {
 }  # fmt: skip
 
 
-def run(study, name, seed, args, cores) -> dict:
-    """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}."""
+def workdir_of(args, name, seed) -> pathlib.Path:
+    """Where a run is kept, by study: two studies may have variants of one name."""
     slug = "".join(c if c.isalnum() else "_" for c in name)
-    workdir = pathlib.Path(args.workdir) / f"{slug}-{seed}"
+    return pathlib.Path(args.workdir) / args.study / f"{slug}-{seed}"
+
+
+def run(study, name, seed, args, cores, earlier) -> dict:
+    """The scores of one run: {row: {"nfe", "metrics": {metric: [mean, standard error]}}}.
+
+    earlier is the future of the run that is exported, of the same seed.
+    """
+    workdir, exported = workdir_of(args, name, seed), workdir_of(args, study.exported, seed) / "exported"
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    command = [*study.variants[name], f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}"]
-    command += [*study.common, "--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
+    command = [flag.format(exported=exported) for flag in study.variants[name]]
+    if command != study.variants[name]:
+        earlier.result()
+    command += [f"--workdir={workdir}", f"--config.seed={seed}", f"--config.steps={args.steps}", *study.common]
+    command += ["--config.eval_every=1000000", "--config.keep=1", "--config.report=False"]
     scores, own_cores = {}, cores.get()
     try:
         if not (workdir / "checkpoints" / str(args.steps)).is_dir():
             call(command, own_cores, workdir)
+        if name == study.exported and not exported.is_dir():
+            call([*command, "--mode=export", f"--output={exported}"], own_cores, workdir)
         for label, more in study.variant_evals.get(name, study.default_evals).items():
             done = workdir / f"scores{label.replace(', ', '-').replace(' ', '-')}.done.json"
             if not done.exists():
@@ -150,11 +205,11 @@ def main():
         pathlib.Path(args.workdir).mkdir(parents=True, exist_ok=True)
         call(study.prepare, ",".join(map(str, available)), pathlib.Path(args.workdir) / "prepare")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that variants stay even if interrupted
-        runs = {
-            (name, seed): pool.submit(run, study, name, seed, args, cores)
-            for seed in range(args.seeds)
-            for name in study.variants
-        }
+        runs = {}
+        for seed in range(args.seeds):
+            for name in study.variants:
+                earlier = runs.get((study.exported, seed))
+                runs[name, seed] = pool.submit(run, study, name, seed, args, cores, earlier)
     scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in study.variants}
     print("| |", " | ".join(("network calls", *study.columns)), "|")
     print("|---" * (len(study.columns) + 2) + "|")

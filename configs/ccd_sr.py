@@ -3,37 +3,33 @@
     python -m cddistill.main --config=configs/ccd_sr.py            emoji 8 px -> 32 px; 7 minutes on 2 CPU cores;
                                                                    4 steps: LPIPS-VGG 0.195 (bicubic 0.345)
     python -m cddistill.main --config=configs/ccd_sr.py:pe         PE-CoDi: only the condition branch trains
-    python -m cddistill.main --config=configs/ccd_sr.py:sd21       Stable Diffusion 2.1, 512 px; needs accelerators
-    and weights
+    python -m cddistill.main --config=configs/ccd_sr.py:pocket     icons and scenes 16 px -> 64 px, embedded pocket
+                                                                   pipeline; :pocket_pe is its PE-CoDi
+    python -m cddistill.main --config=configs/ccd_sr.py:sd21       Stable Diffusion 2.1, 128 px -> 512 px; needs
+                                                                   accelerators, weights and DF2K in data/df2k
 
-The paper gives neither learning rate, batch size nor number of steps; those values are ours.
+The paper gives neither learning rate, batch size, number of steps nor prompts; what is here is ours. :sd21 trains on
+random crops of the images as they are, each degraded anew in every epoch (Real-ESRGAN).
 """
 
 from cddistill.config import defaults
 
+VARIANTS = ("emoji", "pe", "pocket", "pocket_pe", "sd21")
+
 
 def get_config(variant="emoji"):
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/ccd_sr.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
     config = defaults("codi")
     config.data.task = "sr"
     config.optim.warmup = 50
-    if variant in ("emoji", "pe"):
-        config.method.freeze_backbone = variant == "pe"
-        config.teacher = "emoji"
-        config.steps = 3000
-        config.batch_size = 4  # on a CPU, the number of updates matters more than the batch
-        config.optim.lr = 1e-3
-        config.optim.decay = "cosine"
-        config.method.ema_decay = 0.995
-        config.method.shared_t = False  # with so few images a step, one t for all is too noisy
-        config.method.grid_power = 2.5  # chosen on the validation split
-        config.method.text_dropout = 0.1  # the class is often unknown when the student is used
-        config.eval_every = 250
-        config.checkpoint_every = 500
-        config.baseline = "emoji_sr"
-    elif variant == "sd21":
+    config.method.freeze_backbone = variant in ("pe", "pocket_pe")
+    if variant == "sd21":
         config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
-        config.data.source = "arrays"  # latents, text embeddings and conditions computed beforehand
-        config.data.path = "data/df2k_sd21"
+        config.data.source = "folder"
+        config.data.path = "data/df2k"
+        config.data.size = 512
+        config.data.crop = "random"
         config.data.degradation = "realesrgan"
         config.encode_sample = True
         config.steps = 200_000
@@ -45,9 +41,31 @@ def get_config(variant="emoji"):
         config.optim.warmup = 1000
         config.optim.weight_decay = 1e-2  # the released code's AdamW
         config.method.ema_decay = 0.9999
-        config.checkpoint_every = 2000
-        config.eval_every = 2000
+        config.checkpoint_every = config.eval_every = 2000
         config.eval_images = 3000  # the paper's number of pairs
-    else:
-        raise ValueError(f"configs/ccd_sr.py has no variant {variant!r}: emoji, pe, sd21")
+        return config
+    config.optim.decay = "cosine"
+    config.method.ema_decay = 0.995
+    config.method.shared_t = False  # with so few images a step, one t for all is too noisy
+    config.method.text_dropout = 0.1  # the class or prompt is often unknown when the student is used
+    if variant in ("pocket", "pocket_pe"):
+        config.teacher = "pocket"
+        config.data.source = "mixture"  # icons and scenes
+        config.data.size = 64
+        config.data.num_classes = 33
+        config.data.flip = False  # letters and arrows have a direction
+        config.steps = 4000
+        config.batch_size = 8
+        config.optim.lr = 5e-4
+        config.eval_every = config.checkpoint_every = 500
+        config.eval_images = 500
+        return config
+    config.teacher = "emoji"
+    config.steps = 3000
+    config.batch_size = 4  # on a CPU, the number of updates matters more than the batch
+    config.optim.lr = 1e-3
+    config.method.grid_power = 2.5  # chosen on the validation split
+    config.eval_every = 250
+    config.checkpoint_every = 500
+    config.baseline = "emoji_sr"
     return config

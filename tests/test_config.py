@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import re
+import runpy
 
 import jax
 import numpy as np
@@ -29,9 +30,9 @@ def load(spec):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_resolves_and_documents_its_command(path):
-    experiment = config.resolve(load(path.stem))
-    assert experiment.run.steps > 0
+def test_every_config_and_variant_resolves_and_documents_its_command(path):
+    for variant in runpy.run_path(str(path)).get("VARIANTS", ("",)):
+        assert config.resolve(load(f"{path.stem}:{variant}")).run.steps > 0
     assert f"--config=configs/{path.name}" in path.read_text().split('"""')[1]
 
 
