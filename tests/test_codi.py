@@ -447,7 +447,7 @@ def test_unknown_or_incompatible_options_are_refused(change):
 # ---- precision
 
 
-@pytest.mark.parametrize("w", [1.0, 14.0])
+@pytest.mark.parametrize("w", [pytest.param(1.0, marks=pytest.mark.slow), 14.0])
 def test_bfloat16_losses_are_finite(w):
     """I18: networks in bfloat16, weights and losses in float32, up to the largest released guidance scale."""
     frozen = {

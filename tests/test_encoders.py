@@ -81,7 +81,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param("embeddings", marks=pytest.mark.slow), *[*VARIANTS][1:]])
 def test_rows_are_those_of_encoded_data(settings, built, tmp_path, name):
     """Latents, text, null text and conditions of evaluation, and their shapes in training."""
     ours, theirs = (settings(**VARIANTS[name], encode_dtype="float32") for _ in range(2))
@@ -182,6 +182,7 @@ def test_only_images_and_captions_are_replaced():
     assert {*encoders.inputs(batch)} == {"x0", "tokens", "index"}
 
 
+@pytest.mark.slow
 def test_pairs_are_made_of_captions_and_go_with_images(settings, built, teacher, tmp_path):  # noqa: F811
     c = settings(teacher_steps=(1,), num_pairs=4, pairs_shard=4, data__task="none")
     commands.make_pairs(c, tmp_path)

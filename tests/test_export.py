@@ -320,6 +320,7 @@ def test_fewer_images_do_not_replace_the_full_report(run, capsys):
     assert "after 2 of 3 planned steps" in (workdir / "report-4-images.html").read_text()
 
 
+@pytest.mark.slow
 def test_as_many_images_replace_it(run, tmp_path):
     c, workdir = run
     copy = shutil.copytree(workdir, tmp_path / "run")

@@ -217,6 +217,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit(on_pictures, run, tmp_path):
         train.train(settings, tiny.until(1, run, tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_a_run_is_used_where_its_pictures_are_not(run, tmp_path):
     """The example that is kept with it is encoded."""
     copy = shutil.copytree(run, tmp_path / "run")
@@ -310,6 +311,7 @@ def test_one_process_exports(on_pictures, run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stablehlo_takes_any_batch(on_pictures, run, tmp_path, capsys):
     commands.export_run(on_pictures, run, str(tmp_path / "student.stablehlo"))
     said = capsys.readouterr().out
@@ -476,6 +478,7 @@ def test_captions_become_token_ids_and_later_passes_are_augmented(token_ids, enc
     np.testing.assert_array_equal(first[3], once.item(3, None)["x0"])
 
 
+@pytest.mark.slow  # token ids are encoded and trained on in test_encoders
 def test_the_text_encoder_is_trained_and_exported(token_ids, teacher, tmp_path, capsys):
     settings = token_ids[0]
     train.train(settings, tmp_path / "run")

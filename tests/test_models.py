@@ -63,9 +63,9 @@ def recorded_net(name):
 
 
 # One of every structure: cross-attention, deeper transformers with added conditions, a class-conditional pixel model
-# with self-attention, a guidance embedding, numbers of transformer blocks per layer. Extra input channels are tested
+# with self-attention, numbers of transformer blocks per layer. Extra input channels are tested
 # below, block options in test_modules.
-USUAL = ("sd15", "sdxl", "pixel", "lcm")
+USUAL = ("sd15", "sdxl", "pixel")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in USUAL else SLOW) for x in golden.UNETS])

@@ -49,6 +49,7 @@ def test_the_shipped_pipeline_has_the_stated_size_and_was_trained():
     assert np.abs(np.diff(text, axis=0)).max() > 0.1  # the text encoder tells colours apart
 
 
+@pytest.mark.slow
 def test_the_shipped_pipeline_draws_what_the_prompt_says():
     prompts = ["a big red cube", "a big green cube", "a big blue cube"]
     images = cddistill.sample(cddistill.load("pocket"), prompt=prompts, steps=8, guidance=4.0, seed=0)
