@@ -9,7 +9,8 @@ Edges are Canny's, with random blur and thresholds in training. :sd21 has the va
 without its loss with guidance; how many devices shared its batch is not known. The other values are ours.
 """
 
-from cddistill.config import defaults
+import pathlib
+import runpy
 
 VARIANTS = ("pocket", "pe", "sd21")
 
@@ -17,45 +18,19 @@ VARIANTS = ("pocket", "pe", "sd21")
 def get_config(variant="pocket"):
     if variant not in VARIANTS:
         raise ValueError(f"configs/ccd_canny.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
-    config = defaults("codi")
+    inpainting = runpy.run_path(str(pathlib.Path(__file__).with_name("ccd_inpaint.py")))["get_config"]
+    config = inpainting(variant.replace("sd21", "sd15"))  # whose values are these, too, but for what follows
     config.data.task = "canny"
-    config.method.freeze_backbone = variant != "pocket"
-    config.method.text_dropout = 0.1
     if variant == "sd21":
         config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
-        config.data.source = "folder"
         config.data.path = "data/diffusiondb"
-        config.data.size = 512
-        config.encode_sample = True
-        config.steps = 200_000
         config.batch_size = 32  # 4 on each of 8 devices
         config.accumulate = 2
-        config.fsdp = -1
-        config.dtype = "bfloat16"
-        config.remat = True
         config.optim.lr = 8e-6
         config.optim.warmup = 0
-        config.optim.weight_decay = 1e-2  # the released code's AdamW
+        config.optim.clip = 1.0
         config.method.preset = "released"
         config.method.grid_size = 20
         config.method.delta_t = 50
-        config.optim.clip = 1.0
         config.method.ema_decay = 0.99995
-        config.checkpoint_every = config.eval_every = 2000
-        config.eval_images = 10_000
-        return config
-    config.teacher = "pocket"
-    config.data.source = "mixture"  # icons and scenes
-    config.data.size = 64
-    config.data.num_classes = 33
-    config.data.flip = False  # letters and arrows have a direction
-    config.steps = 4000
-    config.batch_size = 8
-    config.optim.lr = 5e-4
-    config.optim.warmup = 50
-    config.optim.decay = "cosine"
-    config.method.ema_decay = 0.995
-    config.method.shared_t = False  # with so few images a step, one t for all is too noisy
-    config.eval_every = config.checkpoint_every = 500
-    config.eval_images = 500
     return config

@@ -9,7 +9,8 @@ The text is the instruction: "make the red ball blue", "redraw it in noto style"
 only and gives neither learning rate, batch size nor number of steps; those values are ours.
 """
 
-from cddistill.config import defaults
+import pathlib
+import runpy
 
 VARIANTS = ("pocket", "pe", "sd15")
 
@@ -17,41 +18,13 @@ VARIANTS = ("pocket", "pe", "sd15")
 def get_config(variant="pocket"):
     if variant not in VARIANTS:
         raise ValueError(f"configs/ccd_edit.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
-    config = defaults("codi")
+    inpainting = runpy.run_path(str(pathlib.Path(__file__).with_name("ccd_inpaint.py")))["get_config"]
+    config = inpainting(variant)  # whose values are these, too, but for the data
     config.data.task = "edit"
     config.method.freeze_backbone = variant == "pe"
-    config.method.text_dropout = 0.1
     if variant == "sd15":
-        config.teacher = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # or the path of its folder
-        config.data.source = "folder"
         config.data.path = "data/instructpix2pix"
-        config.data.size = 256  # InstructPix2Pix's training resolution
-        config.encode_sample = True
-        config.steps = 200_000
-        config.batch_size = 256
-        config.fsdp = -1
-        config.dtype = "bfloat16"
-        config.remat = True
-        config.optim.lr = 1e-5
-        config.optim.warmup = 1000
-        config.optim.weight_decay = 1e-2  # the released code's AdamW
-        config.method.ema_decay = 0.9999
-        config.checkpoint_every = config.eval_every = 2000
-        config.eval_images = 10_000
-        return config
-    config.teacher = "pocket"
-    config.data.source = "mixture"
-    config.data.mixture = ("icon_edits", "scenes")
-    config.data.size = 64
-    config.data.num_classes = 33
-    config.data.flip = False  # letters and arrows have a direction
-    config.steps = 4000
-    config.batch_size = 8
-    config.optim.lr = 5e-4
-    config.optim.warmup = 50
-    config.optim.decay = "cosine"
-    config.method.ema_decay = 0.995
-    config.method.shared_t = False  # with so few images a step, one t for all is too noisy
-    config.eval_every = config.checkpoint_every = 500
-    config.eval_images = 500
+        config.data.size = 256  # as InstructPix2Pix was trained
+    else:
+        config.data.mixture = ("icon_edits", "scenes")
     return config

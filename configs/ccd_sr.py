@@ -12,6 +12,9 @@ The paper gives neither learning rate, batch size, number of steps nor prompts; 
 random crops of the images as they are, each degraded anew in every epoch (Real-ESRGAN).
 """
 
+import pathlib
+import runpy
+
 from cddistill.config import defaults
 
 VARIANTS = ("emoji", "pe", "pocket", "pocket_pe", "sd21")
@@ -20,10 +23,15 @@ VARIANTS = ("emoji", "pe", "pocket", "pocket_pe", "sd21")
 def get_config(variant="emoji"):
     if variant not in VARIANTS:
         raise ValueError(f"configs/ccd_sr.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
+    if variant in ("pocket", "pocket_pe"):
+        inpainting = runpy.run_path(str(pathlib.Path(__file__).with_name("ccd_inpaint.py")))["get_config"]
+        config = inpainting(variant.replace("pocket_", ""))  # whose values are these, too
+        config.data.task = "sr"
+        return config
     config = defaults("codi")
     config.data.task = "sr"
     config.optim.warmup = 50
-    config.method.freeze_backbone = variant in ("pe", "pocket_pe")
+    config.method.freeze_backbone = variant == "pe"
     if variant == "sd21":
         config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
         config.data.source = "folder"
@@ -48,18 +56,6 @@ def get_config(variant="emoji"):
     config.method.ema_decay = 0.995
     config.method.shared_t = False  # with so few images a step, one t for all is too noisy
     config.method.text_dropout = 0.1  # the class or prompt is often unknown when the student is used
-    if variant in ("pocket", "pocket_pe"):
-        config.teacher = "pocket"
-        config.data.source = "mixture"  # icons and scenes
-        config.data.size = 64
-        config.data.num_classes = 33
-        config.data.flip = False  # letters and arrows have a direction
-        config.steps = 4000
-        config.batch_size = 8
-        config.optim.lr = 5e-4
-        config.eval_every = config.checkpoint_every = 500
-        config.eval_images = 500
-        return config
     config.teacher = "emoji"
     config.steps = 3000
     config.batch_size = 4  # on a CPU, the number of updates matters more than the batch
