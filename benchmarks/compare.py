@@ -46,14 +46,14 @@ CHOSEN, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0
 TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
 
 
-def of_task(codi: str, pe: str, task: str, *columns: str, reference: str = "") -> Study:
-    """What few steps cost without distillation and with it: CoDi's config and its parameter-efficient variant."""
+def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe") -> Study:
+    """What few steps cost without distillation and with it; `pe` is the variant of CoDi's config for PE-CoDi."""
     return Study(
         variants={
             "fine-tuned, not distilled": [f"--config=configs/finetune_pocket.py:{task}"],
             "LCM of the fine-tuned network": [f"--config=configs/lcm_pocket.py:{task}", *TEACHER],
-            "PE-CoDi": [f"--config=configs/{pe}"],
-            "CoDi": [f"--config=configs/{codi}"],
+            "PE-CoDi": [f"--config=configs/ccd_{task}.py:{pe}"],
+            "CoDi": [f"--config=configs/ccd_{task}.py:pocket"],
         },
         variant_evals={
             "fine-tuned, not distilled": {
@@ -73,16 +73,14 @@ def of_task(codi: str, pe: str, task: str, *columns: str, reference: str = "") -
 
 
 STUDIES = {
-    "pocket_inpaint": of_task(
-        "ccd_inpaint.py", "ccd_inpaint.py:pe", "inpaint", "LPIPS-VGG in the hole", reference="grey hole"
-    ),
+    "pocket_inpaint": of_task("inpaint", "LPIPS-VGG in the hole", reference="grey hole"),
     "pocket_edit": of_task(
-        "ccd_edit.py", "ccd_edit.py:pe", "edit", "PSNR in the changed region", "LPIPS-VGG in the changed region",
-        "PSNR outside of it", reference="not edited",
+        "edit", "PSNR in the changed region", "LPIPS-VGG in the changed region", "PSNR outside of it",
+        reference="not edited",
     ),
-    "pocket_depth": of_task("ccd_depth.py", "ccd_depth.py:pe", "depth"),
-    "pocket_canny": of_task("ccd_canny.py", "ccd_canny.py:pe", "canny", "Edge F1"),
-    "pocket_sr": of_task("ccd_sr.py:pocket", "ccd_sr.py:pocket_pe", "sr", "PSNR", reference="bicubic"),
+    "pocket_depth": of_task("depth"),
+    "pocket_canny": of_task("canny", "Edge F1"),
+    "pocket_sr": of_task("sr", "PSNR", reference="bicubic", pe="pocket_pe"),
     "sr": Study(
         variants={
             "fine-tuned, not distilled": [FINETUNE],

@@ -18,40 +18,29 @@ import runpy
 from cddistill.config import defaults
 
 VARIANTS = ("emoji", "pe", "pocket", "pocket_pe", "sd21")
+LIKE_INPAINTING = {"pocket": "pocket", "pocket_pe": "pe", "sd21": "sd15"}  # to that config's variants
 
 
 def get_config(variant="emoji"):
     if variant not in VARIANTS:
         raise ValueError(f"configs/ccd_sr.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
-    if variant in ("pocket", "pocket_pe"):
+    if variant in LIKE_INPAINTING:
         inpainting = runpy.run_path(str(pathlib.Path(__file__).with_name("ccd_inpaint.py")))["get_config"]
-        config = inpainting(variant.replace("pocket_", ""))  # whose values are these, too
+        config = inpainting(LIKE_INPAINTING[variant])  # whose values are these, too, but for what follows
         config.data.task = "sr"
+        if variant == "sd21":
+            config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
+            config.data.path = "data/df2k"
+            config.data.crop = "random"
+            config.data.degradation = "realesrgan"
+            config.eval_images = 3000  # the paper's number of pairs
+            config.method.freeze_backbone = False
+            config.method.text_dropout = 0.0
         return config
     config = defaults("codi")
     config.data.task = "sr"
     config.optim.warmup = 50
     config.method.freeze_backbone = variant == "pe"
-    if variant == "sd21":
-        config.teacher = "stabilityai/stable-diffusion-2-1"  # or the path of its folder
-        config.data.source = "folder"
-        config.data.path = "data/df2k"
-        config.data.size = 512
-        config.data.crop = "random"
-        config.data.degradation = "realesrgan"
-        config.encode_sample = True
-        config.steps = 200_000
-        config.batch_size = 256
-        config.fsdp = -1
-        config.dtype = "bfloat16"
-        config.remat = True
-        config.optim.lr = 1e-5
-        config.optim.warmup = 1000
-        config.optim.weight_decay = 1e-2  # the released code's AdamW
-        config.method.ema_decay = 0.9999
-        config.checkpoint_every = config.eval_every = 2000
-        config.eval_images = 3000  # the paper's number of pairs
-        return config
     config.optim.decay = "cosine"
     config.method.ema_decay = 0.995
     config.method.shared_t = False  # with so few images a step, one t for all is too noisy

@@ -10,18 +10,17 @@ import runpy
 
 from cddistill.config import defaults
 
-VARIANTS = {"inpaint": "pocket", "edit": "pocket", "depth": "pocket", "canny": "pocket", "sr": "pocket"}  # by task
+VARIANTS = ("inpaint", "edit", "depth", "canny", "sr")
 
 
 def get_config(task="inpaint"):
     if task not in VARIANTS:
         raise ValueError(f"configs/finetune_pocket.py has no variant {task!r}: known are {', '.join(VARIANTS)}")
-    student = runpy.run_path(str(pathlib.Path(__file__).with_name(f"ccd_{task}.py")))["get_config"](VARIANTS[task])
+    student = runpy.run_path(str(pathlib.Path(__file__).with_name(f"ccd_{task}.py")))["get_config"]("pocket")
     config = defaults("diffusion")
     for name, value in student.items():
-        if name not in ("method", "optim"):
+        if name != "method":
             config[name] = value
-    config.optim = student.optim
     config.method.adapter = student.method.adapter
     config.method.ema_decay = student.method.ema_decay
     config.method.text_dropout = student.method.text_dropout

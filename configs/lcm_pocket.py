@@ -12,11 +12,12 @@ import runpy
 
 from cddistill.config import defaults
 
-VARIANTS = ("inpaint", "edit", "depth", "canny", "sr")
+FINETUNED = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune_pocket.py")))
+VARIANTS = FINETUNED["VARIANTS"]
 
 
 def get_config(task="inpaint"):
-    tuned = runpy.run_path(str(pathlib.Path(__file__).with_name("finetune_pocket.py")))["get_config"](task)
+    tuned = FINETUNED["get_config"](task)
     config = defaults("lcm")
     for name, value in tuned.items():
         if name != "method":
