@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import cddistill
-from cddistill import generate, models
+from cddistill import commands, config, generate, models, train
 from cddistill.methods import METHODS
-from cddistill.models import tokenizer
+from cddistill.models import folders, tokenizer
 from cddistill.net import Autoencoder, count
 from cddistill.pipeline import Pipeline
 from cddistill.precompute import make_pocket
@@ -99,3 +99,41 @@ def test_it_generates_as_pytorchs_stable_diffusion_pipeline(folder):
     theirs = pipe(PROMPTS, latents=torch.from_numpy(noise.copy()), **options).images
     assert np.abs(images - theirs).max() < 1e-4
     assert np.abs(images[0] - images[1]).max() > 1e-3  # the prompt matters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "LoRA over the base"])
+def test_a_student_generates_as_in_pytorch(student, form):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    if form != "folder":
+        pytest.importorskip("peft")
+    run, exported = student
+    noise = np.moveaxis(np.asarray(generate.noises(5, np.arange(4), (16, 16, 4), 1))[:, 0], -1, 1)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(folders.ASSETS / "pocket", torch_dtype=torch.float32)
+    options = {"latents": torch.from_numpy(noise.copy()), "guidance_scale": 1.0, "output_type": "np"}
+    base.scheduler = diffusers.LCMScheduler.from_pretrained(exported, subfolder="scheduler")
+    before, pipe = base(PROMPTS, timesteps=[999], **options).images, base
+    if form == "folder":
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(exported, torch_dtype=torch.float32)
+    else:
+        base.load_lora_weights(exported)
+    theirs = pipe(PROMPTS, timesteps=[999], **options).images
+    ours = cddistill.sample(cddistill.load(str(run)), prompt=PROMPTS, steps=1, seed=5)
+    difference = np.abs(ours - theirs).max()
+    print(f"{form}: images differ by at most {difference:.2g}")
+    assert difference < 5e-3  # exported weights are float16
+    assert np.abs(before - theirs).max() > 10 * difference  # the LoRA has an effect
+
+
+@pytest.fixture(scope="module")
+def student(one_device, tmp_path_factory):
+    """(workdir, exported folder) of a one-step student of the shipped pipeline, a LoRA after three updates."""
+    run, exported = (tmp_path_factory.mktemp(name) for name in ("run", "exported"))
+    c = config.defaults("dmd2")
+    c.update(teacher="pocket", steps=3, batch_size=8, sample_steps=(1,), report=False, eval_every=9)
+    c.data.update(source="icons", size=64, num_classes=33)
+    c.method.update(student_timesteps=(999,), ratio=1, student_lora="blocks", fake_lora="attention", lora_rank=4)
+    c.optim.lr = 1e-2
+    train.train(c, run)
+    commands.export_run(c, run, str(exported / "student"))
+    return run, exported / "student"
