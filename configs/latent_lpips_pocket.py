@@ -24,18 +24,19 @@ def get_config(variant="classify"):
     config.method.width = 16  # 3.7 MB
     config.eval_images = 1000
     config.checkpoint_every = 200
-    config.optim.lr = 1e-3
     if variant == "classify":
         config.batch_size = 64
-        config.steps = 2000
+        config.steps = 600
+        config.optim.lr = 2e-3
         config.optim.warmup = 50
         config.optim.decay = "cosine"
         config.optim.weight_decay = 1e-2
     else:
         config.init_from_run = "runs/latent_lpips_pocket"
         config.batch_size = 16
-        config.steps = 600
+        config.steps = 300
         config.method.tune = True
+        config.optim.lr = 1e-3
         config.optim.decay = "linear"
         config.optim.betas = (0.5, 0.999)
     return config
