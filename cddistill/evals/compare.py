@@ -13,7 +13,7 @@ import cddistill
 from cddistill import data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.evals import grids, regions, report
-from cddistill.evals.scores import RECONSTRUCTION, Row, Scores, evaluate, markdown, mean_and_error
+from cddistill.evals.scores import RECONSTRUCTION, STUDENT, Row, Scores, evaluate, markdown, mean_and_error
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.step import TrainState
@@ -105,7 +105,7 @@ def contenders(parts: Parts, state: TrainState) -> list[tuple[str, Student, int]
         baseline = load_baseline(parts)
         rows += [("fine-tuned, not distilled", baseline(steps), steps) for steps in run.baseline_steps]
     rows += [("teacher", generate.teacher_as_student(run, student), steps) for steps in run.teacher_steps]
-    return rows + [("student", student, steps) for steps in run.sample_steps]
+    return rows + [(STUDENT, student, steps) for steps in run.sample_steps]
 
 
 def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):

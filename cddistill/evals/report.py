@@ -12,7 +12,7 @@ import numpy as np
 
 from cddistill import health, io
 from cddistill.evals.grids import encoded
-from cddistill.evals.scores import METRICS, Metric, Row, arrow, cell, columns_of
+from cddistill.evals.scores import METRICS, STUDENT, Metric, Row, arrow, cell, columns_of
 
 HEADLINES = {  # the headline uses the first of these metrics that was computed
     "LPIPS-VGG": "perceptual distance (LPIPS-VGG)",
@@ -65,24 +65,31 @@ def write_report(
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """The main result in two sentences, or []: the best row with few network calls against those with none and many."""
+    """The main result in two sentences, or []: the best student in few steps against the same network, not distilled,
+    in as few network calls and in many, or, without such rows, against the best row that needs no network."""
     for metric in HEADLINES:
         scored = [row for row in rows if row.metrics.get(metric)]
-        few = best([row for row in scored if row.nfe and row.nfe <= FEW], metric)
-        without, many = [r for r in scored if not r.nfe], [r for r in scored if (r.nfe or 0) > FEW]
-        others = [row for row in (best(without, metric), best(many, metric)) if row]
-        if few and others:
+        few = best([row for row in scored if row.nfe and row.nfe <= FEW and row.name.startswith(STUDENT)], metric)
+        if few and (others := compared(scored, few, metric)):
             break
     else:
         return []
     against = [f"{row.metrics[metric][0]:.3g} for {row.name}" for row in others]
-    if others[-1].nfe:
+    if (others[-1].nfe or 0) > few.nfe:
         against[-1] += f", which calls the network {others[-1].nfe / few.nfe:.3g} times as often"
     value, better = few.metrics[metric][0], "higher" if METRICS[metric].higher else "lower"
     return [
         f"{few.name}: {HEADLINES[metric]} {value:.3g}, against {' and '.join(against)} ({better} is better).",
         f"On {few.n} images that is {' and '.join(f'{verdict(metric, few, row)} {row.name}' for row in others)}.",
     ]
+
+
+def compared(rows: Sequence[Row], student: Row, metric: str) -> list[Row]:
+    """What a student's row is compared with in the headline: at most one row of each kind."""
+    networks = sorted((r for r in rows if r.nfe and not r.name.startswith(STUDENT)), key=lambda row: row.nfe)
+    as_few = [row for row in networks if row.nfe <= student.nfe][-1:]
+    many = [row for row in networks if row.nfe > FEW][-1:]
+    return as_few + many or [row for row in [best([row for row in rows if not row.nfe], metric)] if row]
 
 
 def best(rows: Sequence[Row], metric: str) -> Row | None:

@@ -50,6 +50,7 @@ METRICS = {
 }
 WHOLE = {"": None}  # the region of `pair_values` that is all of the image
 RECONSTRUCTION = "VAE's reconstruction of the target"  # the row of the targets, encoded and decoded
+STUDENT = "student"  # what the names of rows of the network that was trained begin with
 TO_TEACHER = " to the teacher"  # suffix of a metric whose targets are the teacher's samples from the same noise
 
 
