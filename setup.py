@@ -53,6 +53,7 @@ EXTRAS = {
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
     *(f"cddistill[{extra}]" for extra in ("eval", "tfds", "test")),
     "diffusers>=0.42,<0.43",
+    "peft>=0.18",  # diffusers loads LoRAs with it
     "pre-commit>=4",
     "tensorboard>=2.21",
     "torch>=2.6",
