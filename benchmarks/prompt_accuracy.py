@@ -40,15 +40,17 @@ def conv(x, width, stride=1):
     return nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3), strides=stride)(x)))
 
 
-class Colours(nn.Module):
-    """Images [b, 64, 64, 3] in [0, 1] to logits [b, 32, 32, 9] of every other pixel: none, or 1 + the colour."""
+class Pixels(nn.Module):
+    """Images [b, 64, 64, 3] in [0, 1] to [b, 32, 32, outputs] numbers of every other pixel."""
+
+    outputs: int = 1 + len(COLOURS)  # logits: no colour, or 1 + the colour
 
     @nn.compact
     def __call__(self, x):
         fine = conv(conv(2.0 * x - 1.0, 16, 2), 24)
         coarse = conv(conv(conv(fine, 32, 2), 48, 2), 48)
         fine = conv(jnp.concatenate([fine, coarse.repeat(4, 1).repeat(4, 2)], -1), 32)
-        return nn.Dense(1 + len(COLOURS))(fine)
+        return nn.Dense(self.outputs)(fine)
 
 
 class Shapes(nn.Module):
@@ -109,7 +111,7 @@ def train(path: pathlib.Path, steps: int) -> None:
     cut, places = crops(images, pixels)
     shapes = target[places[:, 0], places[:, 1]] - 1
     params = {
-        "colours": fit(Colours(), images, pixels, lambda y, mirror: y[mirror], steps // 3),
+        "colours": fit(Pixels(), images, pixels, lambda y, mirror: y[mirror], steps // 3),
         "shapes": fit(Shapes(), cut, shapes, lambda y, mirror: y, steps),
     }
     images, _, target = scenes(TRAIN, TEST)
@@ -119,33 +121,35 @@ def train(path: pathlib.Path, steps: int) -> None:
     safetensors.numpy.save_file({name: np.asarray(x) for name, x in flat.items()}, path)
 
 
-def fit(model, images, classes, mirrored, steps: int, batch: int = 64) -> dict:
-    """The weights of a network that was trained to give images, uint8 [n, h, w, 3], these classes."""
+def cross_entropy(logits, classes):
+    """Mean cross-entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+
+
+def fit(model, images, targets, mirrored, steps: int, loss=cross_entropy, batch: int = 64) -> dict:
+    """The weights of a network that was trained to give images, uint8 [n, h, w, 3], these classes, or other targets."""
     params = model.init(jax.random.key(0), jnp.zeros((1, *images.shape[1:])))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     state, rng = optimizer.init(params), np.random.default_rng(0)
 
     @jax.jit
     def step(params, state, x, y):
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x / 255), y).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.value_and_grad(lambda params: loss(model.apply(params, x / 255), y))(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, value
 
     for i in range(steps):
         rows, mirror = rng.integers(0, len(images), batch), np.s_[:, :, :: i % 2 * 2 - 1]
         x = images[rows][mirror] * rng.uniform(0.9, 1.1, (batch, 1, 1, 1)).astype(np.float32)
-        params, state, value = step(params, state, x, mirrored(classes[rows], mirror))
+        params, state, value = step(params, state, x, mirrored(targets[rows], mirror))
         if i % 100 == 0:
-            print(f"{type(model).__name__}: {i}/{steps} cross-entropy {float(value):.4f}", flush=True)
+            print(f"{type(model).__name__}: {i}/{steps} loss {float(value):.4f}", flush=True)
     return params["params"]
 
 
 def predict(params, images) -> np.ndarray:
     """For each colour 0 (absent) or 1 + the number of its shape, int [n, 8], of images uint8 [n, 64, 64, 3]."""
-    colours = jax.jit(lambda x: Colours().apply({"params": params["colours"]}, x / 255).argmax(-1))
+    colours = jax.jit(lambda x: Pixels().apply({"params": params["colours"]}, x / 255).argmax(-1))
     shapes = jax.jit(lambda x: Shapes().apply({"params": params["shapes"]}, x / 255).argmax(-1))
     in_chunks = lambda f, x: np.concatenate([f(jnp.float32(x[i : i + 100])) for i in range(0, len(x), 100)])
     cut, places = crops(images, in_chunks(colours, images))
