@@ -53,7 +53,7 @@ METHODS = {
     }),
     "DMD2": Contender("dmd2_pocket.py"),
     "DMD2 four-step": Contender("dmd2_pocket.py", "four", steps=(4,)),
-    "Diffusion2GAN": Contender("d2g_pocket.py", changes={"num_pairs": 512, "method.warmup": 150}),
+    "Diffusion2GAN": Contender("d2g_pocket.py", changes={"num_pairs": 256, "method.warmup": 150}),
 }  # fmt: skip
 TEACHER = "teacher"
 

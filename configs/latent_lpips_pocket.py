@@ -22,7 +22,7 @@ def get_config(variant="classify"):
     config.method.classes = config.data.get_ref("num_classes")
     config.method.family = "pocket"
     config.method.width = 16  # 3.7 MB
-    config.eval_images = 1000
+    config.eval_images = 200
     config.checkpoint_every = 200
     if variant == "classify":
         config.batch_size = 64

@@ -9,6 +9,7 @@ from cddistill import commands, config, generate, models, train
 from cddistill.methods import METHODS
 from cddistill.models import folders, tokenizer
 from cddistill.net import Autoencoder, count
+from cddistill.perceptual import latent_lpips
 from cddistill.pipeline import Pipeline
 from cddistill.precompute import make_pocket
 
@@ -47,6 +48,14 @@ def test_the_shipped_pipeline_has_the_stated_size_and_was_trained():
     assert sum(path.stat().st_size for path in pipeline.root.rglob("*")) < 28e6
     text = pipeline.prompts(["a big red ball", "a big blue cube"])["encoder_hidden_states"]
     assert np.abs(np.diff(text, axis=0)).max() > 0.1  # the text encoder tells colours apart
+
+
+def test_its_latent_lpips_grows_with_distance():
+    z = np.random.default_rng(0).normal(size=(3, 2, 16, 16, 4)).astype(np.float32)
+    metric, x, noise = latent_lpips.load("pocket"), 0.5 * z[0] + 0.5 * z[1], z[2]
+    distances = [metric(x, x + scale * noise).mean() for scale in (0.0, 0.1, 0.5)]
+    assert distances[0] == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 < distances[1] < distances[2]
 
 
 @pytest.mark.slow
