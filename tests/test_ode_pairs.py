@@ -218,7 +218,7 @@ def test_resuming_with_other_settings_is_refused(teacher, copy, capsys):
         commands.make_pairs(other, copy)
     with pytest.raises(ValueError, match="teacher's number of steps"):
         commands.make_pairs(settings(teacher, teacher_steps=()), copy)
-    with pytest.raises(ValueError, match="pairs must be at least 1"):
+    with pytest.raises(ValueError, match="num_pairs=0 must be at least 1"):
         commands.make_pairs(settings(teacher, num_pairs=0), copy)
     assert contents(copy) == before
     (copy / "manifest.json").write_text(json.dumps(manifest | {"made_by": "cddistill 0.0.9"}))  # the version may differ

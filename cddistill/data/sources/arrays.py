@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+from typing import Annotated
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
+from cddistill.typed import Count, Limit
 
 AXES = {
     "x0": 4,
@@ -26,6 +28,8 @@ AXES = {
 INTEGERS = ("class_labels", "input_ids")
 ROWS_CHECKED = 2048  # of each array and split, evenly spaced: reading all rows of a large file takes too long
 POSSIBLE, LIKELY = (0.05, 3.0), (0.2, 2.0)  # standard deviation of what diffusion models generate; nominally 1
+
+SHAPE = Limit("height, width and channels, or ()", lambda x: len(x) in (0, 3))
 
 
 class Rows:
@@ -61,7 +65,7 @@ class Rows:
 class Arrays(Source):
     """Precomputed arrays in the folder data.path."""
 
-    x0_shape: tuple[int, ...] = ()  # height, width, channels; for text only (prompts without images, no x0.npy)
+    x0_shape: Annotated[tuple[Count, ...], SHAPE] = ()  # for text only (prompts without images, no x0.npy)
 
     precomputed = True
 
