@@ -170,7 +170,8 @@ def check_names(config: dict[str, Any]) -> None:
 def method_of(config) -> str | None:
     """method.name of a ConfigDict or dict; None if it has none."""
     group = config.get("method")
-    return group.get("name") if isinstance(group, ConfigDict | dict) else None
+    name = group.get("name") if isinstance(group, ConfigDict | dict) else None
+    return name if isinstance(name, str) else None
 
 
 def methods_with(option: str) -> list[str]:
@@ -231,6 +232,7 @@ def describe(settings=None) -> list[str]:
 
     if settings is not None:
         settings = plain(settings)
+        check_names(settings)
         return [*lines(io.flatten(settings), settings["method"]["name"])]
     common = io.flatten(plain(defaults(next(iter(METHODS)))))
     found = [*lines({k: v for k, v in common.items() if not k.startswith("method.")}, "")]

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import functools
 import re
+import sys
 
 import pytest
+from absl import flags
 
-from cddistill import config, typed
+from cddistill import config, main, typed
 from cddistill.data import DataConfig
 from cddistill.data.loader import option_classes
 from cddistill.methods import METHODS
@@ -188,3 +190,41 @@ def test_no_number_of_a_config_may_be_absurd(cls):
         for value in wrong.get(type(field.default), ()):
             with pytest.raises(ValueError, match=f"^{field.name}.* must be .{{,200}}$"):
                 typed.fit(value, field.type, field.name)
+
+
+# ---- config files
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "traceback"),
+    [
+        ("return [1]", "returned list: it must return a config", ()),
+        ("return None", "returned NoneType: it must return a config", ()),
+        ("yield 1", "returned generator: it must return a config", ()),
+        ("c = defaults('codi'); c.data = None; return c", "data holds options and cannot be None", ()),
+        ("c = defaults('codi'); c.method = None; return c", "method holds options and cannot be None", ()),
+        ("return {'method': {'name': ['codi'], 'ratio': 1}}", "unknown method.name ['codi']: did you mean 'codi'?", ()),
+        ("return {'method': {'name': 'codi'}, 1: 2}", "hostile.py: TypeError: '<' not supported", ()),
+        ("c = {}; c['a'] = c; return c", "hostile.py: RecursionError: maximum recursion depth exceeded", ()),
+        ("return get_config(1)", "hostile.py, line 3: TypeError: get_config()", ("    return get_config(1)",)),
+        ("raise OSError('no\\ndisk')", "hostile.py, line 3: OSError: no disk", ("in get_config", "OSError: no")),
+        ("import sys; sys.exit(0)", "hostile.py, line 3: it ends the program (SystemExit(0))", ("SystemExit: 0",)),
+        ("return 1 / 0", "hostile.py, line 3: ZeroDivisionError: division by zero", ("    return 1 / 0",)),
+        ("return '\0'", "hostile.py, line ", ()),
+    ],
+)
+def test_a_config_file_that_makes_no_config_is_one_sentence_after_its_own_traceback(
+    body, said, traceback, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(main.os, "_exit", sys.exit)
+    (tmp_path / "hostile.py").write_text(f"from cddistill.config import defaults\ndef get_config():\n    {body}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main.app.run(main.guarded, ["cddistill", f"--config={tmp_path}/hostile.py"], main.parse)
+    flags.FLAGS.unparse_flags()
+    *own, sentence = capfd.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert sentence.startswith("cddistill: ")
+    assert said in sentence
+    assert bool(own) == bool(traceback)
+    assert all(any(part in line for line in own) for part in traceback)
+    assert not any("main.py" in line for line in own)
