@@ -384,7 +384,7 @@ def with_nan(at):
         ("input_ids.npy", np.zeros((40, 5)), "input_ids.npy in .* holds float64; expected integers"),
         ("x0.npy", b"cut off", r"x0.npy is damaged, or no array of numbers \("),
         ("captions.json", b"[1]", "captions.json is not a list of texts"),
-        ("captions.json", b'["caf\xe9"]', "captions.json is not valid JSON in UTF-8"),
+        ("captions.json", b'["caf\xe9"]', "captions.json is not a list of texts, as JSON in UTF-8"),
     ],
 )
 def test_arrays_of_another_type_or_scale_are_refused(arrays, name, array, sentence):

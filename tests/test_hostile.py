@@ -3,15 +3,22 @@
 import copy
 import dataclasses
 import functools
+import json
+import pickle
 import re
 import sys
+from io import BytesIO
 
+import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
-from cddistill import config, main, typed
-from cddistill.data import DataConfig
+from cddistill import api, checkpoint, config, data, health, log, main, train, typed
+from cddistill.data import DataConfig, images, loader, ode_pairs
 from cddistill.data.loader import option_classes
+from cddistill.data.sources import arrays
+from cddistill.evals import compare
 from cddistill.methods import METHODS
 
 NAN, INF = float("nan"), float("inf")
@@ -228,3 +235,256 @@ def test_a_config_file_that_makes_no_config_is_one_sentence_after_its_own_traceb
     assert bool(own) == bool(traceback)
     assert all(any(part in line for line in own) for part in traceback)
     assert not any("main.py" in line for line in own)
+
+
+# ---- arrays
+
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "x0": RNG.normal(size=(6, 8, 8, 4)).astype("f4"),
+    "cond": RNG.uniform(size=(6, 8, 8, 3)).astype("f4"),
+    "class_labels": np.arange(6) % 3,
+}
+TEXT = {"text": RNG.normal(size=(6, 5, 7)).astype("f4"), "null": RNG.normal(size=(5, 7)).astype("f4")}
+IDS = {"input_ids": np.arange(30).reshape(6, 5), "null_input_ids": np.arange(5)}
+DEEP = "[" * 100_000
+
+
+def npz(x):
+    """An archive of several arrays."""
+    file = BytesIO()
+    np.savez(file, x=x)
+    return file.getvalue()
+
+
+def header_of(x):
+    """The header of a file of 10^12 rows, without them."""
+    file = BytesIO()
+    header = {"descr": x.dtype.str, "fortran_order": False, "shape": (10**12, *x.shape[1:])}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+HARMS = {
+    "complex": lambda x: x * 1j,
+    "of no axes": lambda x: x.flat[0],
+    "of no rows": lambda x: x[:0],
+    "of empty rows": lambda x: np.zeros((len(x), *[0] * (x.ndim - 1)) if x.ndim > 1 else 0, x.dtype),
+    "of records": lambda x: np.zeros(x.shape, [("a", "f4"), ("b", "i4")]),
+    "of Python objects": lambda x: x.astype(object),
+    "of texts": lambda x: x.astype(str),
+    "of booleans": lambda x: x > 0,
+    "of times": lambda x: np.zeros(x.shape, "M8[s]"),
+    "with NaN": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, np.nan, x),
+    "with infinity": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, -np.inf, x),
+    "too large for float32": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 0, 1e300, x.astype(np.float64)),
+    "an archive": npz,
+    "half": header_of,
+    "junk": lambda x: b"junk",
+    "nothing": lambda x: b"",
+    "a pickle": lambda x: pickle.dumps(x),
+}
+INTEGER_HARMS = {
+    "negative": lambda x: x - 100,
+    "too large for int32": lambda x: x + 2**40,
+    "the largest": lambda x: np.full(x.shape, 2**64 - 1, "u8"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS | INTEGER_HARMS)
+@pytest.mark.parametrize("name", ["x0", "cond", "class_labels", *TEXT, *IDS])
+def test_arrays_that_are_none_are_refused_by_name(tmp_path, name, harm):
+    arrays = {name: x for name, x in ARRAYS.items() if name != "class_labels"} | (TEXT if name in TEXT else IDS)
+    arrays = ARRAYS if name in ARRAYS else arrays
+    if harm in INTEGER_HARMS and arrays[name].dtype.kind == "f":
+        return  # they are numbers like others
+    (tmp_path / "train").mkdir()
+    for key, x in arrays.items():
+        np.save(tmp_path / "train" / f"{key}.npy", x)
+    harmed = (HARMS | INTEGER_HARMS)[harm](arrays[name])
+    path = tmp_path / "train" / f"{name}.npy"
+    path.write_bytes(harmed) if isinstance(harmed, bytes) else np.save(path, harmed, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"{name}\.npy") as error:
+        data.load(data.configure(source="arrays", path=str(tmp_path)))
+    assert "\n" not in str(error.value)
+    assert "unsafe" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "label", [NAN, np.float32("nan"), 1.5, 1 + 0j, -1, 10, 2**40, "3", True, None, [1], np.ones(2, int)]
+)
+def test_a_label_that_is_no_class_is_refused_and_not_rounded(label):
+    with pytest.raises(ValueError, match="has the label .*labels are whole numbers in 0 .. 8"):
+        loader.label_of(label, data.configure())
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.ones((8, 8, 3), complex), np.ones((0, 8), np.uint8), np.uint8(3), np.array(None), np.zeros((8, 8), "U3"),
+     np.zeros((8, 8), [("a", "u1")]), np.zeros((2, 8, 8, 3), np.uint8)],
+)  # fmt: skip
+def test_an_array_that_is_no_image_is_refused(tmp_path, image):
+    with pytest.raises(ValueError, match=r"image is .*; expected uint8 \[h,w\]"):
+        images.from_array(image, "image")
+    np.save(tmp_path / "map.npy", image, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"map\.npy"):
+        images.read_map(tmp_path / "map.npy")
+
+
+# ---- records
+
+
+ROWS = ['"6"', "6.0", "1e12", "10" * 6, "-6", "true", "null", "[]", "NaN", "1" + "0" * 5000]
+
+
+@pytest.mark.parametrize("key", ["rows", "total"])
+@pytest.mark.parametrize("value", ROWS, ids=lambda x: x[:9])
+def test_a_manifest_of_encoded_data_with_other_rows_is_refused(tmp_path, key, value):
+    part = tmp_path / "train" / "00000-of-00001"
+    part.mkdir(parents=True)
+    np.save(part / "x0.npy", ARRAYS["x0"])
+    (part / "manifest.json").write_text(json.dumps({"rows": 6, "total": 6}).replace(f'"{key}": 6', f'"{key}": {value}'))
+    with pytest.raises(ValueError, match=r"00000-of-00001"):
+        data.load(data.configure(source="arrays", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["00000-of-99999999999", "00001-of-00001", "00000-of-00000", "0-of-1", "00000-of-2"])
+def test_parts_that_are_incomplete_or_misnamed_are_refused(tmp_path, name):
+    (tmp_path / "train" / name).mkdir(parents=True)
+    np.save(tmp_path / "train" / name / "x0.npy", ARRAYS["x0"])
+    with pytest.raises(ValueError, match=r"train holds 1 of \d+ parts"):
+        data.load(data.configure(source="arrays", path=str(tmp_path)))
+
+
+PAIRS = {
+    "format": 1, "rows": 6, "shard": 2, "seed": 0, "x0": [8, 8, 3], "teacher": "emoji", "weights": "0", "lora": "",
+    "lora_scale": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*((key, value) for key in ("rows", "shard") for value in (*ROWS, "0")), ("rows", str(2**31 - 1)), ("seed", "-1"),
+     ("seed", "0.5"), ("x0", "8"), ("x0", "[8, 8]"), ("x0", "[8, 8.0, 3]"), ("x0", '["8", 8, 3]'), ("x0", "[8, 8, 0]"),
+     ("format", '"1"'), ("teacher", "null"), ("lora_scale", '"1"'), ("format", "null"), ("weights", "3"),
+     ("seed", DEEP)],
+    ids=lambda x: x[:9],
+)  # fmt: skip
+def test_a_manifest_of_pairs_with_other_values_is_refused(tmp_path, key, value):
+    text = json.dumps(PAIRS).replace(f'"{key}": {json.dumps(PAIRS[key])}', f'"{key}": {value}')
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^.*{re.escape(str(tmp_path))}.{{,300}}$"):
+        ode_pairs.OdePairs(tmp_path)
+
+
+GOOD = [{"step": 10, "student/loss": 0.5}, {"step": 20, "student/loss": None}]
+LINES = [
+    b'{"step": 15, "student/loss": "\xff"}', b'{"step": -Infinity, "student/loss": 1}', b'{"step": NaN}', b"null", b"5",
+    b'{"step": "15"}', b'{"step": 1e1}', b'{"step": true}', b'{"step": -3}', b"[]", b'{"loss": 1}', DEEP.encode(),
+    b'{"step": 1' + b"0" * 5000 + b"}", b'{"step": 99999999999999999999999}', b"\0\0\0", b'{"step": 12, "stu',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda x: repr(x[:20]))
+def test_a_line_of_metrics_that_is_no_record_does_not_keep_a_run_from_going_on(tmp_path, line, caplog):
+    path = tmp_path / "metrics.jsonl"
+    first, second = (json.dumps(record).encode() for record in GOOD)
+    path.write_bytes(b"\n".join([first, line, second, b""]))
+    assert health.read(path) == GOOD
+    log.HealthWriter(tmp_path, None, health.frozen("student"), first_step=20)
+    log.JsonlWriter(tmp_path, first_step=20).close()
+    assert path.read_bytes() == b"\n".join([first, second, b""])
+    assert f"{path} has 1 damaged lines, which are left out" in caplog.text
+
+
+def test_metrics_that_are_no_numbers_are_none():
+    line = b'{"step": 10, "a": -Infinity, "b": NaN, "c": "1", "d": [1], "e": true, "f": 1e999, "g": 7, "h": 1'
+    assert health.record(line + b"0" * 400 + b"}") == {"step": 10} | dict.fromkeys("abcdefh") | {"g": 7}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[]", "3", '"a"', "", "{", DEEP, '{"a": NaN', '{"method": null}', '{"method": []}',
+     '{"method": {"name": []}}',
+     '{"method": {"name": "codi"}, "data": null}', '{"method": 1, "optim": [], "teacher": null}'],
+    ids=lambda x: x[:20] or "nothing",
+)  # fmt: skip
+def test_a_recorded_config_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*$"):
+        checkpoint.check_config(tmp_path, defaults("codi"))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.{{,300}}$"):
+        api.load(tmp_path)
+
+
+WRONG_INPUTS = [
+    "null",
+    "{}",
+    '{"paths": [], "weights": {}, "data": {}}',
+    '{"paths": {"a": 3}, "weights": {}, "data": {}}',
+]
+
+
+@pytest.mark.parametrize("text", [*WRONG_INPUTS, DEEP], ids=lambda x: x[:20])
+def test_recorded_inputs_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "inputs.json").write_text(text)
+    with pytest.raises(ValueError, match=r"inputs\.json .*: delete it"):
+        train.read_inputs(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["null", '{"a": 1}', '{"a": {"n": "4", "metrics": {}}}', '{"a": {"n": 4}}'])
+def test_scores_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(ValueError, match=r"scores\.json .*: delete it, and evaluate again"):
+        compare.read_scores(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", npz(np.array([{}])), npz(np.float32(1)), npz(np.zeros(3))[:60]])
+def test_a_kept_example_that_is_damaged_is_refused(tmp_path, content):
+    (tmp_path / "example.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"example\.npz is damaged"):
+        checkpoint.ExampleItems(str(tmp_path / "example.npz"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"\\ud800"', "[1]", "{}", DEEP, '["a", null]', "NaN"],
+    ids=lambda x: x[:12],
+)
+def test_captions_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "captions.json").write_text(text)
+    with pytest.raises(ValueError, match=r"captions\.json is not a list of texts"):
+        arrays.read_captions(tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize("label", ["true", "[1]", "{}", "1.5", "-1", "Infinity", "1" + "0" * 5000])
+def test_a_label_in_metadata_that_is_none_is_refused_with_its_line(tmp_path, label):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "label": {label}}}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*metadata\.jsonl"):
+        data.load(data.configure(source="folder", path=str(tmp_path), size=8))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        *(({"label": x}, {}, "label") for x in (NAN, np.array([NAN]), [1.5], "3", 2**40, np.ones(2, complex), True)),
+        ({}, {"n": 0}, "n=0 must be at least 1"),
+        ({}, {"steps": -1}, "steps=-1 must be at least 1"),
+        ({}, {"steps": 10**9}, "steps=1000000000 must be at least 1 and at most 10000"),
+        ({}, {"seed": -1}, "seed=-1 must be at least 0"),
+        ({}, {"guidance": NAN}, "guidance=nan must be a finite number"),
+        ({}, {"image_guidance": -1.0}, "image_guidance=-1.0 must be at least 0"),
+    ],
+)
+def test_arguments_of_sample_that_are_none_are_refused(given, options, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        api.sample_each(emoji(), given, **{"n": None, "steps": None} | options)
+
+
+@functools.cache
+def emoji():
+    """The embedded teacher."""
+    return api.load("emoji")

@@ -386,7 +386,7 @@ FAULTS = SHARD_FAULTS | {
         lambda f: f.with_name("manifest.json").unlink(),
         r"there is no manifest.json in .*copy: data.pairs must be a folder written by --mode=pairs",
     ),
-    "half a manifest": (lambda f: cut(f.with_name("manifest.json"), 99), r"manifest.json is damaged"),
+    "half a manifest": (lambda f: cut(f.with_name("manifest.json"), 99), r"manifest.json is not valid JSON"),
     "no null": (lambda f: f.with_name("null.safetensors").unlink(), r"lacks null.safetensors of 4 files"),
     "flipped null": (lambda f: flip(f.with_name("null.safetensors")), r"null.safetensors is damaged"),
 }

@@ -121,11 +121,21 @@ class Pixels:
             element |= {name: element[name][:, ::-1] for name in IMAGES if name in element}
         element["target"] = task.target(element)
         cond = task.condition(element, rng)
-        label, null = np.int32(element["label"]), np.int32(config.num_classes)
+        label, null = label_of(element["label"], config), np.int32(config.num_classes)
         item = {name: x for name, x in element.items() if name not in ("image", "target")}
         item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": task.text(element)}
         item |= {"text": {"class_labels": label}, "null": {"class_labels": null}}
         return item if cond is None else item | {"cond": cond}
+
+
+def label_of(value, config) -> np.int32:
+    """The label of an element; ValueError for one that is no class and not the null label, such as NaN."""
+    if np.ndim(value) or np.asarray(value).dtype.kind not in "iu" or not 0 <= value <= config.num_classes:
+        raise ValueError(
+            f"{config.source_name} {config.path} has the label {value!r}, and labels are whole numbers in 0 .. "
+            f"{config.num_classes - 1} (data.num_classes - 1)"
+        )
+    return np.int32(value)
 
 
 def load(config, split="train", augment=True):
