@@ -359,7 +359,7 @@ def test_parts_that_are_incomplete_or_misnamed_are_refused(tmp_path, name):
 
 PAIRS = {
     "format": 1, "rows": 6, "shard": 2, "seed": 0, "x0": [8, 8, 3], "teacher": "emoji", "weights": "0", "lora": "",
-    "lora_scale": 1.0,
+    "lora_scale": 1.0, "made_by": "",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from cddistill.models import files
 MANIFEST, NULL, FORMAT = "manifest.json", "null.safetensors", 1
 REMEDY = "delete it and make it again with the same --mode=pairs"
 KINDS = {"rows": int, "shard": int, "seed": int, "x0": list, "teacher": str, "weights": str, "lora": str,
-         "lora_scale": int | float, "fingerprints": dict | None}  # of the manifest  # fmt: skip
+         "lora_scale": int | float, "made_by": str, "fingerprints": dict | None}  # of the manifest  # fmt: skip
 
 
 def noise(seed: int, row: int, shape) -> np.ndarray:
@@ -118,7 +118,7 @@ def check_noise(file: Path, manifest: dict, k: int, header) -> None:
     """Raise ValueError if this numpy version does not generate the noise of shard k."""
     if describe(manifest, k)["noise"] != header.get("noise"):
         raise ValueError(
-            f"numpy {np.__version__} does not generate the noise that {file} was made from ({manifest.get('made_by')}): "
+            f"numpy {np.__version__} does not generate the noise that {file} was made from ({manifest['made_by']}): "
             "install that numpy version, or make the pairs again"
         )
 
