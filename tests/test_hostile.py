@@ -1,8 +1,10 @@
 """Hostile values, arrays and records: each is refused in one sentence that names it, before anything is loaded."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import pickle
 import re
@@ -336,16 +338,17 @@ def test_an_array_that_is_no_image_is_refused(tmp_path, image):
 
 
 ROWS = ['"6"', "6.0", "1e12", "10" * 6, "-6", "true", "null", "[]", "NaN", "1" + "0" * 5000]
+ENCODED = [*itertools.product(["rows", "total"], ROWS)]
 
 
-@pytest.mark.parametrize("key", ["rows", "total"])
-@pytest.mark.parametrize("value", ROWS, ids=lambda x: x[:9])
+@pytest.mark.parametrize(("key", "value"), [("rows", "6"), *ENCODED], ids=lambda x: x[:9])
 def test_a_manifest_of_encoded_data_with_other_rows_is_refused(tmp_path, key, value):
     part = tmp_path / "train" / "00000-of-00001"
     part.mkdir(parents=True)
     np.save(part / "x0.npy", ARRAYS["x0"])
     (part / "manifest.json").write_text(json.dumps({"rows": 6, "total": 6}).replace(f'"{key}": 6', f'"{key}": {value}'))
-    with pytest.raises(ValueError, match=r"00000-of-00001"):
+    refusal = pytest.raises(ValueError, match=r"00000-of-00001") if value != "6" else contextlib.nullcontext()
+    with refusal:
         data.load(data.configure(source="arrays", path=str(tmp_path)))
 
 
@@ -365,16 +368,22 @@ PAIRS = {
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [*((key, value) for key in ("rows", "shard") for value in (*ROWS, "0")), ("rows", str(2**31 - 1)), ("seed", "-1"),
+    [*((key, value) for key in ("rows", "shard") for value in (*ROWS, "0")), ("seed", "-1"),
      ("seed", "0.5"), ("x0", "8"), ("x0", "[8, 8]"), ("x0", "[8, 8.0, 3]"), ("x0", '["8", 8, 3]'), ("x0", "[8, 8, 0]"),
-     ("format", '"1"'), ("teacher", "null"), ("lora_scale", '"1"'), ("format", "null"), ("weights", "3"),
-     ("seed", DEEP)],
+     ("format", '"1"'), ("teacher", "null"), ("lora_scale", '"1"'), ("format", "null"), ("format", "true"),
+     ("weights", "3"), ("seed", DEEP)],
     ids=lambda x: x[:9],
 )  # fmt: skip
 def test_a_manifest_of_pairs_with_other_values_is_refused(tmp_path, key, value):
     text = json.dumps(PAIRS).replace(f'"{key}": {json.dumps(PAIRS[key])}', f'"{key}": {value}')
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match=f"^.*{re.escape(str(tmp_path))}.{{,300}}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.manifest.json (has|is) .{{,300}}$"):
+        ode_pairs.OdePairs(tmp_path)
+
+
+def test_pairs_of_a_billion_files_are_not_counted_one_by_one(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(PAIRS | {"rows": 2**31 - 1, "shard": 1}))
+    with pytest.raises(ValueError, match="lacks null.safetensors, 00000000.safetensors and others of 2147483648 files"):
         ode_pairs.OdePairs(tmp_path)
 
 
@@ -415,7 +424,7 @@ def test_a_recorded_config_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*$"):
         checkpoint.check_config(tmp_path, defaults("codi"))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.{{,300}}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.config.json .{{,300}}$"):
         api.load(tmp_path)
 
 

@@ -50,6 +50,12 @@ class TrainAutoencoder(Scored):
             )
         if frozen["autoencoder"].params is not None:
             return {"vae": jax.tree.map(jnp.copy, frozen["autoencoder"])}
+        shape, factor = batch["x0"].shape[1:3], 2 ** (len(self.channels) - 1)
+        if any(side % factor for side in shape):
+            raise ValueError(
+                f"method.channels={self.channels} makes images of {shape} px smaller by a factor of {factor}, which "
+                "does not divide them: give fewer channels, or another data.size"
+            )
         module = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(self.channels),
             up_block_types=("UpDecoderBlock2D",) * len(self.channels),
