@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cddistill import commands, config, generate, io, models, sharding
+from cddistill import commands, config, generate, io, models, sharding, typed
 from cddistill.data import TASKS, images
 from cddistill.data.contracts import Task
 from cddistill.data.resample import to_float
@@ -20,7 +20,8 @@ from cddistill.methods import UNTRAINED
 from cddistill.models import adapter
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline, of_run
-from cddistill.train import INPUTS, cache_programs
+from cddistill.train import INPUTS, cache_programs, read_inputs
+from cddistill.typed import Count, SamplingSteps
 
 STEPS = {"lcm": 4}  # of pretrained networks by sampler, where their scheduler names no timesteps; others: 50
 
@@ -86,9 +87,13 @@ def load_run(workdir: Path, checkpoint: str, settings) -> Model:
 def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
     """The config that a run has recorded, with the paths that are right here: that of `teacher` and, for relative paths
     of another working folder, absolute ones. Raises ValueError if the teacher is nowhere."""
-    settings = io.read_json(workdir / "config.json", "restore it")
-    inputs = io.read_json(workdir / INPUTS, "delete it") if (workdir / INPUTS).is_file() else {}
-    for key, absolute in inputs.get("paths", {}).items():
+    settings = io.read_json(workdir / "config.json", "restore it", teacher=str)
+    try:
+        config.resolve(settings)
+    except ValueError as error:
+        raise ValueError(f"{workdir / 'config.json'} is no config of this version: {error}") from error
+    paths = read_inputs(workdir)["paths"] if (workdir / INPUTS).is_file() else {}
+    for key, absolute in {key: x for key, x in paths.items() if key in io.flatten(settings)}.items():
         *groups, field = key.split(".")
         group = functools.reduce(dict.__getitem__, groups, settings)
         if not Path(group[field]).expanduser().exists() and Path(absolute).exists():
@@ -129,6 +134,7 @@ def sample_each(
     image_guidance: float | None = None, seed: int = 0, tiles: bool = False,
 ) -> list[np.ndarray]:  # fmt: skip
     """The images of `sample`, which may be of different sizes; given has its first four arguments."""
+    n, steps, seed = number(n, Count, "n"), number(steps, SamplingSteps, "steps"), number(seed, config.Seed, "seed")
     given, n = aligned({name: listed(x) for name, x in given.items() if x is not None}, n or 1)
     student = guided(guided(model.student, guidance), image_guidance, "image_guidance")
     if "negative_prompt" in given:
@@ -144,6 +150,12 @@ def sample_each(
     task, conditions = model.task or TASKS["none"](), [condition(model, source, tiles) for source in given["image"]]
     how = model.size, steps or model.steps, seed
     return generate.sample_from(student, model.pipeline, task, batch, conditions, *how)
+
+
+def number(value, kind, name: str):
+    """An argument as the number that it must be, see `typed.fit`; None is none."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value is None else typed.fit(value, kind, name)
 
 
 def listed(x) -> list:
@@ -178,7 +190,7 @@ def texts(model: Model, prompts, labels, n: int, negatives=None) -> dict[str, An
         if prompts is not None or negatives is not None:
             raise ValueError(f"{model.name} has no text encoder, so it takes no prompt: give a label, or nothing")
         null = np.full(n, model.null_label, np.int32)
-        chosen = null if labels is None else np.asarray(labels, np.int32)
+        chosen = null if labels is None else np.array([number(x, int, "label") for x in labels], np.int32)
         if chosen.min() < 0 or chosen.max() > model.null_label:
             raise ValueError(f"labels of {model.name} are 0 to {model.null_label - 1}, not {chosen.tolist()}")
         return {"text": {"class_labels": chosen}, "null": {"class_labels": null}}
@@ -214,7 +226,8 @@ def guided(student: Student, scale: float | None, name: str = "guidance") -> Stu
         return student
     if not hasattr(student.method, name):
         raise ValueError(f"{type(student.method).__name__} students have no such guidance scale: leave {name} out")
-    return student._replace(method=dataclasses.replace(student.method, **{name: float(scale)}))
+    scale = typed.check_types(type(student.method), {name: number(scale, float, name)}, "")
+    return student._replace(method=dataclasses.replace(student.method, **scale))
 
 
 def check_guided(method, name: str) -> None:

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
 from cddistill import data, io, sharding
-from cddistill.config import defaults, plain
+from cddistill.config import defaults, method_of, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
 from cddistill.methods import METHODS
@@ -247,7 +247,8 @@ def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     path = Path(workdir) / "config.json"
     if not path.exists():
         return {}
-    stored = io.read_json(path, "restore it, or use another workdir")
+    groups = dict.fromkeys(("method", "data", "optim"), dict | None)
+    stored = io.read_json(path, "restore it, or use another workdir", **groups)
     new = io.flatten(json.loads(json.dumps(config)))
     old = {key: x for key, x in options_now(stored).items() if key in new} | io.flatten(stored)
     pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old | new)}
@@ -256,7 +257,7 @@ def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 def options_now(stored: dict[str, Any]) -> dict[str, Any]:
     """Every option of a stored config's method with its default, by key; {} for a config of another form."""
-    name = stored.get("method", {}).get("name")
+    name = method_of(stored)
     return io.flatten(json.loads(json.dumps(plain(defaults(name))))) if name in METHODS else {}
 
 
@@ -325,8 +326,12 @@ class ExampleItems:
     """One example as a data set."""
 
     def __init__(self, file: str):
-        with np.load(file) as arrays:
-            self.row = flax.traverse_util.unflatten_dict({name: x[0] for name, x in arrays.items()}, sep=".")
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                rows = {name: x[0] for name, x in arrays.items()}
+                self.row = flax.traverse_util.unflatten_dict(rows, sep=".")
+        except Exception as error:  # numpy raises many types for damaged archives
+            raise ValueError(f"{file} is damaged ({error}): give the run's data, or copy the file again") from error
 
     def __len__(self):
         return 1

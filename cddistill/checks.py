@@ -116,7 +116,7 @@ def check_table(experiment: Experiment, requires: Requires, teacher: Pipeline) -
 def check_encoded(experiment: Experiment, teacher: Pipeline) -> None:
     """Warn of latents that another VAE than the teacher's encoded; it may be the same one in another precision."""
     manifest = getattr(data.load(experiment.data, "train"), "encoded", None) or {}
-    made_by = manifest.get("fingerprints", {}).get("vae", "")
+    made_by = (manifest.get("fingerprints") or {}).get("vae", "")
     if made_by and made_by != teacher.vae_weights:
         logging.warning(
             "%s was encoded by another VAE (%s) than that of %s (%s): encode again unless only their precision differs",
@@ -230,13 +230,14 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
     """ValueError if data.pairs are of another teacher than this run's, or of another size than the data."""
     run, folder = experiment.run, experiment.data.pairs
     manifest = ode_pairs.read_manifest(folder)
+    fingerprints = manifest.get("fingerprints") or {}
     ours = {"teacher": run.teacher, "lora": run.lora, "lora_scale": run.lora_scale, "weights": teacher.weights}
     compared = ("weights", "lora_scale") if run.lora else ("weights",)
     if any(manifest[name] != ours[name] for name in compared):
         made_by, here = describe_teacher(manifest), describe_teacher(ours)
         sentence = f"data.pairs {folder} was made by {made_by}, and this run's teacher is {here}"
         raise ValueError(f"{sentence}: make pairs of that one with --mode=pairs")
-    if made_with := manifest.get("fingerprints", {}).get("controlnet", ""):
+    if made_with := fingerprints.get("controlnet", ""):
         net = run.controlnet and teacher.controlnet(run.controlnet)
         here = of_network(net.params, net.module) if net else "none"
         if here != made_with:
@@ -244,7 +245,7 @@ def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:
                 f"data.pairs {folder} was made with another ControlNet ({made_with}) than config.controlnet="
                 f"{run.controlnet!r} ({here}): set it to that one, or make the pairs again"
             )
-    schedule, made_on = describe_schedule(teacher.denoiser), manifest.get("fingerprints", {}).get("schedule")
+    schedule, made_on = describe_schedule(teacher.denoiser), fingerprints.get("schedule")
     if made_on not in (None, schedule):  # None: made by a version that did not keep it
         raise ValueError(f"data.pairs {folder} was made with {made_on}, and this run's teacher has {schedule}")
 

@@ -61,9 +61,7 @@ def export_run(settings, workdir: Path, output: str, which: str = "latest") -> N
     generates = isinstance(config.resolve(settings).method, Generator)
     parts, state = finished(settings, workdir, which, None if generates else "train")
     io.ensure_writable(target.parent if file else target, "--output")
-    scores = workdir / "scores.json"
-    scores = io.read_json(scores, "delete it") if scores.is_file() else {}
-    found = export.export(parts, state, output, config.plain(settings), scores)
+    found = export.export(parts, state, output, config.plain(settings), compare.read_scores(workdir))
     print(f"exported to {output}; {found}")
 
 

@@ -7,7 +7,7 @@ fields can be set in a config file or on the command line; an unknown key is an 
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -17,7 +17,12 @@ from cddistill.data.loader import option_classes
 from cddistill.method import Method
 from cddistill.methods import METHODS
 from cddistill.optim import OptimConfig
-from cddistill.sampling import ODE_SAMPLERS
+from cddistill.sampling import OdeSampler
+from cddistill.typed import SOME, Count, Natural, NonNegative, SamplingSteps, within
+
+MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX's int32
+Seed = Annotated[int, within(least=0, below=MAX_SEED)]
+BatchSize = Annotated[int, within(least=1, most=2**20)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,32 +34,33 @@ class Run:
     lora_scale: float = 1.0  # times the LoRA's update of the weights; 1 = as it was trained
     controlnet: str = ""  # a ControlNet's folder: initialises a student's branch, or conditions a pretrained network
     random_init: bool = False  # initialise the teacher at random, to train one
-    steps: int = 1000  # updates of the first turn
-    batch_size: int = 32  # global, over all devices and hosts
-    accumulate: int = 1  # micro-batches per step
-    seed: int = 0  # of new weights, of the order of the data, and of all noise
-    parallel: str = "jit"  # or "pmap"
-    fsdp: int = 1  # devices that share one copy of the weights; -1 = all; jit only
-    dtype: str = "float32"  # that networks compute in; "bfloat16" halves activations; weights stay float32
+    steps: Count = 1000  # updates of the first turn
+    batch_size: BatchSize = 32  # global, over all devices and hosts
+    accumulate: Count = 1  # micro-batches per step
+    seed: Seed = 0  # of new weights, of the order of the data, and of all noise
+    parallel: Literal["jit", "pmap"] = "jit"
+    fsdp: Annotated[int, within(off=-1, least=1)] = 1  # devices that share the weights; -1 = all; jit only
+    dtype: Literal["float32", "bfloat16"] = "float32"  # that networks compute in; "bfloat16" halves activations;
+    # weights stay float32
     remat: bool = False  # recompute activations block by block in the backward pass
     flash: bool = True  # fused attention kernels where available; False if a loss takes second derivatives
-    log_every: int = 10  # steps
-    checkpoint_every: int = 500  # steps
-    keep: int = 2  # number of latest checkpoints kept, besides the best
-    eval_every: int = 100  # steps between sample grids
-    sample_steps: tuple[int, ...] = (1, 2, 4)  # numbers of steps in which the student is evaluated
-    eval_images: int = 0  # images of the test split; 0 = all
+    log_every: Count = 10  # steps
+    checkpoint_every: Count = 500  # steps
+    keep: Count = 2  # number of latest checkpoints kept, besides the best
+    eval_every: Count = 100  # steps between sample grids
+    sample_steps: Annotated[tuple[SamplingSteps, ...], SOME] = (1, 2, 4)  # in which the student is evaluated
+    eval_images: Natural = 0  # images of the test split; 0 = all
     baseline: str = ""  # a folder with unet/ and controlnet/, or "emoji_sr": fine-tuned without distillation
-    baseline_steps: tuple[int, ...] = (4, 50)  # numbers of steps in which the baseline is evaluated
-    teacher_steps: tuple[int, ...] = ()  # numbers of steps in which the teacher itself is evaluated
-    teacher_guidance: float = 1.0  # classifier-free guidance scale of the teacher's samples; 1 = none
-    teacher_sampler: str = "ddim"  # or "heun", "dpm_solver_pp": for the teacher's samples, also in pairs
-    num_pairs: int = 10_000  # rows that --mode=pairs generates, in the last of teacher_steps
-    pairs_shard: int = 1024  # rows per file
-    pairs_batch: int = 64  # rows generated at a time, on all devices together
-    encode_epochs: int = 1  # passes of --mode=encode over the training split; those after the first are augmented
+    baseline_steps: tuple[SamplingSteps, ...] = (4, 50)  # numbers of steps in which the baseline is evaluated
+    teacher_steps: tuple[SamplingSteps, ...] = ()  # numbers of steps in which the teacher itself is evaluated
+    teacher_guidance: NonNegative = 1.0  # classifier-free guidance scale of the teacher's samples; 1 = none
+    teacher_sampler: OdeSampler = "ddim"  # for the teacher's samples, also in pairs
+    num_pairs: Count = 10_000  # rows that --mode=pairs generates, in the last of teacher_steps
+    pairs_shard: Count = 1024  # rows per file
+    pairs_batch: Count = 64  # rows generated at a time, on all devices together
+    encode_epochs: Count = 1  # passes of --mode=encode over the training split; those after the first are augmented
     encode_sample: bool = False  # latents are drawn from the VAE's posterior, in training on images anew; or its mean
-    encode_dtype: str = "float16"  # of the latents and embeddings that --mode=encode writes, or "float32"
+    encode_dtype: Literal["float16", "float32"] = "float16"  # of latents and embeddings in .npy files of --mode=encode
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
 
@@ -68,7 +74,6 @@ class Experiment(NamedTuple):
     optim: dict[str, OptimConfig]  # by turn
 
 
-MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX's int32
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
@@ -141,25 +146,10 @@ def resolve(config: ConfigDict | dict[str, Any]) -> Experiment:
     optim = dict(config.pop("optim", {}))
     changes = {name: optim.pop(name, {}) for name in cls().turns() | method.turns()}  # also for turns switched off
     data_config = data.configure(**config.pop("data", {}))
-    by_turn = {name: typed.make(OptimConfig, optim | changes[name], "optim.") for name in method.turns()}
+    typed.make(OptimConfig, optim, "optim.")
+    by_turn = {name: typed.make(OptimConfig, optim | own, f"optim.{name}.") for name, own in changes.items()}
     run = typed.make(Run, config, "")
-    counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "eval_every")
-    for name in (*counts, "encode_epochs", "num_pairs", "pairs_shard", "pairs_batch"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(run, name)}")
-    if not 0 <= run.seed < MAX_SEED:
-        raise ValueError(f"seed must be in 0 ... {MAX_SEED - 1}, not {run.seed}")
-    if not run.sample_steps or min(run.sample_steps) < 1:
-        raise ValueError(f"sample_steps {run.sample_steps} must be numbers of at least 1, as in (1, 4)")
-    typed.choose("teacher_sampler", dict.fromkeys(ODE_SAMPLERS), run.teacher_sampler)
-    if run.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {run.dtype!r} is neither 'float32' nor 'bfloat16'")
-    if run.encode_dtype not in ("float16", "float32"):
-        raise ValueError(
-            f"encode_dtype {run.encode_dtype!r} is neither 'float16' nor 'float32': .npy files hold no other floats of "
-            "a network, such as bfloat16"
-        )
-    return Experiment(run, method, data_config, by_turn)
+    return Experiment(run, method, data_config, {name: by_turn[name] for name in method.turns()})
 
 
 def check_names(config: dict[str, Any]) -> None:
@@ -180,7 +170,8 @@ def check_names(config: dict[str, Any]) -> None:
 def method_of(config) -> str | None:
     """method.name of a ConfigDict or dict; None if it has none."""
     group = config.get("method")
-    return group.get("name") if isinstance(group, ConfigDict | dict) else None
+    name = group.get("name") if isinstance(group, ConfigDict | dict) else None
+    return name if isinstance(name, str) else None
 
 
 def methods_with(option: str) -> list[str]:
@@ -241,6 +232,7 @@ def describe(settings=None) -> list[str]:
 
     if settings is not None:
         settings = plain(settings)
+        check_names(settings)
         return [*lines(io.flatten(settings), settings["method"]["name"])]
     common = io.flatten(plain(defaults(next(iter(METHODS)))))
     found = [*lines({k: v for k, v in common.items() if not k.startswith("method.")}, "")]

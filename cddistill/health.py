@@ -7,6 +7,7 @@ six injected faults and stay silent on healthy runs.
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -122,16 +123,22 @@ DISTRIBUTION_MATCHING = {
 
 
 def read(path) -> list[dict]:
-    """The records of a metrics.jsonl, oldest first; [] if there is no file. Incomplete lines, as a kill leaves them,
+    """The records of a metrics.jsonl, oldest first; [] if there is no file. Lines that are none, as a kill leaves them,
     are skipped."""
-    path, records = pathlib.Path(path), []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return records
+    path = pathlib.Path(path)
+    lines = path.read_bytes().split(b"\n") if path.is_file() else ()
+    return [found for line in lines if (found := record(line))]
+
+
+def record(line: bytes) -> dict[str, int | float | None] | None:
+    """A line of metrics.jsonl: numbers by name, None for one that is not finite or no number. None for another line."""
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int or not 0 <= found["step"] < 2**63:
+        return None
+    return {name: x if type(x) in (int, float) and abs(x) <= sys.float_info.max else None for name, x in found.items()}
 
 
 def diagnose(records: Iterable[Mapping[str, float]], rules: Rules) -> list[Alarm]:

@@ -18,17 +18,24 @@ def write_atomic(path, content: bytes | str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path, remedy: str = "download it again") -> dict:
-    """The object in a JSON file. Raises ValueError, naming the file and the remedy, for anything else."""
+def read_json(path, remedy: str = "download it again", **kinds) -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file and the remedy, for anything else.
+
+    `kinds` are the types of keys that it must have, rows=int, or may have, fingerprints=dict | None.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a diffusers folder")
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # also for bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object {{...}}: {remedy}")
+    for key, kind in kinds.items():
+        if not isinstance(value := content.get(key), kind) or isinstance(value, bool):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{path} has {key} = {value!r:.60}, where {kind} is expected: {remedy}")
     return content
 
 

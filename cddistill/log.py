@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import math
 import pathlib
 import time
@@ -32,14 +33,18 @@ class JsonlWriter(MetricWriter):
     """Scalars as lines {"step": 100, "time": 1.7e9, "student/loss": 0.1} of workdir/metrics.jsonl.
 
     Each line is flushed, so it survives if the process is killed. Resuming from `first_step` drops later records and
-    incomplete lines, so that the file is the same as without the interruption.
+    lines that are none, so that the file is the same as without the interruption.
     """
 
     def __init__(self, workdir, first_step: int = 0):
         path = pathlib.Path(workdir) / "metrics.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        io.write_atomic(path, "".join(f"{line}\n" for line in lines if kept(line, first_step)))
-        self.file = path.open("a")
+        *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        found = [(line, health.record(line)) for line in [*lines, last] if line]
+        if damaged := sum(record is None for line, record in found if line is not last):
+            logging.warning("%s has %d damaged lines, which are left out", path, damaged)
+        kept = [line + b"\n" for line, record in found if record and record["step"] <= first_step]
+        io.write_atomic(path, b"".join(kept))
+        self.file = path.open("a", encoding="utf-8")
 
     def write_scalars(self, step, scalars):
         values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}  # JSON has no NaN
@@ -48,14 +53,6 @@ class JsonlWriter(MetricWriter):
 
     def close(self):
         self.file.close()
-
-
-def kept(line: str, first_step: int) -> bool:
-    """Whether a line of metrics.jsonl is complete and its step at most first_step."""
-    try:
-        return json.loads(line)["step"] <= first_step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 class TensorBoardWriter(MetricWriter):

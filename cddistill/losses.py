@@ -1,6 +1,7 @@
 """Distances and weights: arrays [b, ...] in, one number per sample [b] out."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +102,4 @@ def approximate_r1(score: Callable, x: Data, noise: Data) -> PerSample:
 
 
 DISTANCES = {"l2": mse, "pseudo_huber": pseudo_huber}
+Distance = Literal[*DISTANCES]

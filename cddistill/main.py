@@ -62,8 +62,9 @@ def main(settings):
     """Run the mode; heavy imports happen here, so that a wrong flag is reported at once."""
     logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
-    from cddistill import api, commands, sharding, train
+    from cddistill import api, commands, config, sharding, train
 
+    experiment = config.resolve(settings)
     sharding.initialize()
     check_devices()
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
@@ -71,7 +72,7 @@ def main(settings):
         return train.train(settings, workdir)
     if MODE.value == "evaluate":
         return commands.evaluate_run(settings, workdir, which)
-    output = os.path.expanduser(OUTPUT.value or (settings.data.pairs if MODE.value == "pairs" else ""))
+    output = os.path.expanduser(OUTPUT.value or (experiment.data.pairs if MODE.value == "pairs" else ""))
     if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
@@ -204,13 +205,14 @@ def load_config(spec: str) -> ConfigDict:
         if variant and not inspect.signature(get_config).parameters:
             raise ValueError(f"{path} has no variants: leave out :{variant}")
         settings = get_config(*[variant] * bool(variant))
-    except Exception as error:  # the file is a program, which can raise anything
-        if os.environ.get("CDDISTILL_TRACEBACK"):
-            raise
-        raise ValueError(config_error(path, error)) from error
-    if not isinstance(settings, ConfigDict | dict):
-        raise ValueError(f"get_config() of {path} returned {type(settings).__name__}: it must return a config")
-    return ConfigDict(settings).lock() if isinstance(settings, dict) else settings.lock()
+        if not isinstance(settings, ConfigDict | dict):
+            what = f"returned {type(settings).__name__}: it must return a config"
+            raise ValueError(f"get_config() of {path} {what}, as that of configs/ccd_sr.py does")
+        settings = ConfigDict(settings) if isinstance(settings, dict) else settings
+        io.flatten(settings.to_dict())  # raises if it holds itself, or a value that is to be set later
+        return settings.lock()
+    except (Exception, SystemExit) as error:  # the file is a program, which can raise anything
+        raise config_error(path, error) from error
 
 
 def missing(path: pathlib.Path) -> str:
@@ -223,15 +225,32 @@ def missing(path: pathlib.Path) -> str:
     return f"config file {path} does not exist; {f'did you mean {there[close[0]]}?' if close else hint}"
 
 
-def config_error(path: pathlib.Path, error: Exception) -> str:
-    """An error that a config file raised, with its line."""
+def config_error(path: pathlib.Path, error: BaseException) -> ValueError:
+    """An error that a config file raised, with its line; one that is the file's own keeps its traceback as a note."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if understood := config_mistake(path, error, frames):
+        return ValueError(understood)
+    where = f"config file {path}" + "".join(f", line {frame.lineno}" for frame in frames[-1:])
+    said = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        said = f"it ends the program ({error!r}), and a config file must return a config"
+    elif not isinstance(error, ValueError):
+        said = f"{type(error).__name__}: {said}"
+    refusal = ValueError(f"{where}: {said}")
+    if frames:
+        own = [*traceback.format_list(frames), *traceback.format_exception_only(error)]
+        refusal.add_note(f"Traceback within {path}:\n{''.join(own)}".rstrip())
+    return refusal
+
+
+def config_mistake(path: pathlib.Path, error: BaseException, frames) -> str:
+    """The sentence for a config file's error that is no mystery, such as an unknown key; "" for others."""
     said = " ".join(str(error).split())
     if isinstance(error, ValueError) and path.name in said:
         return said
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError):
-        return f"{path}, line {error.lineno}: {error.msg}"
-    where = f"{path}, line {[0, *lines][-1]}"
+        return f"{path}, line {error.lineno or 1}: {error.msg}"
+    where = f"{path}, line {frames[-1].lineno}" if frames else str(path)
     if key := re.search(r'(?:Key|instead of) "([^"]+)"', said):  # a ConfigDict's
         from cddistill.config import methods_with, owners
 
@@ -241,7 +260,7 @@ def config_error(path: pathlib.Path, error: Exception) -> str:
         return f"{where}: unknown config key {key[1]!r}: {hint}"
     if wrong := re.search(r"field '(\w+)'.*?\. (.+) is of original type <class '(\w+)'> .* type <class '(\w+)'>", said):
         return f"{where}: {wrong[1]} must be {wrong[4]}, not {wrong[3]} {wrong[2]}"
-    return f"{where}: {said}" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: {said}"
+    return ""
 
 
 def override(settings: ConfigDict, overrides: list[tuple[str, str]]) -> ConfigDict:
@@ -318,7 +337,9 @@ def sentence(error: BaseException) -> str:
 
 
 def fail(error: BaseException):
-    """Print the error as one sentence and exit with status 2 (1 is for crashes)."""
+    """Print the error as one sentence, after its notes, and exit with status 2 (1 is for crashes)."""
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
     print(f"cddistill: {sentence(error)}", file=sys.stderr, flush=True)
     os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 

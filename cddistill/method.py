@@ -174,13 +174,6 @@ def warmed_up(decay: float) -> Callable:
     return lambda step: jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def check_choices(method, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError for an option of a method whose value is not one of its choices."""
-    for name, allowed in choices.items():
-        if getattr(method, name) not in allowed:
-            raise ValueError(f"method.{name} {getattr(method, name)!r} is not one of {', '.join(allowed)}")
-
-
 def drop_text(key: Key[Array, ""], batch: dict[str, Any], rate: float) -> PyTree[Shaped[Array | np.ndarray, "..."]]:
     """batch["text"], replaced by batch["null"] with probability `rate` per sample, for classifier-free guidance."""
     dropped = uniform(key, batch["index"]) < rate

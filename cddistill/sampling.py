@@ -7,7 +7,7 @@ eta = 1.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 from cddistill.diffusion import DDPM, Data, Prediction, Schedule, guide
 from cddistill.method import StepNoise
 from cddistill.models.schedulers import Sampling
+from cddistill.typed import RISING, within
 
 Denoise = Callable[[jax.Array, jax.Array], Prediction]
 Timesteps = Shaped[Array | np.ndarray, " n"]  # native, from most to least noisy
 Levels = tuple[Float[Array, "*n"], Float[Array, "*n"]]  # (alpha, sigma)
 NUM_LEVELS = 1000  # noise levels of `level_to_time`; 0 is the least noisy
+Level = Annotated[int, within(least=0, below=NUM_LEVELS)]
+LevelRange = Annotated[tuple[Level, Level], RISING]
 
 
 def guided(
@@ -197,6 +200,7 @@ def scale_noise(sigma: Float[Array, " n"], noise: Data) -> Data:
 
 
 ODE_SAMPLERS = ("ddim", "heun", "dpm_solver_pp")  # deterministic: x0 is a function of the noise
+OdeSampler = Literal[*ODE_SAMPLERS]
 SAMPLERS = {"ddim": ddim, "heun": heun, "dpm_solver_pp": dpm_solver_pp, "lcm": lcm}
 
 

@@ -55,7 +55,7 @@ def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
     io.ensure_writable(workdir)
     resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
     if resumes:  # before the first checkpoint, another config may still be tried
-        old = io.read_json(workdir / INPUTS) if (workdir / INPUTS).is_file() else {}
+        old = read_inputs(workdir) if (workdir / INPUTS).is_file() else {}
         free = config.mutable_on_resume(experiment)
         checkpoint.check_config(workdir, plain, free | paths if old else free)
     cache_programs()
@@ -165,7 +165,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
     moved = {k: v for k, v in checkpoint.changed(workdir, plain).items() if k in keys - {"baseline", "init_from_run"}}
     if not moved or not (workdir / INPUTS).is_file():
         return
-    known = io.read_json(workdir / INPUTS)
+    known = read_inputs(workdir)
     data_keys = [key for key in moved if key in known["data"]]
     wrong = [key for key in data_keys if checkpoint.fingerprint_path(moved[key][1]) != known["data"][key]]
     if networks := [key for key in moved if key not in data_keys]:
@@ -178,6 +178,15 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
             f"{workdir} holds another run ({said}), and what lies there differs: a path may change to that of a copy; "
             "undo it, or use another workdir"
         )
+
+
+def read_inputs(workdir: Path) -> dict[str, dict]:
+    """What `record_inputs` wrote. Raises ValueError if it is damaged."""
+    found = io.read_json(workdir / INPUTS, "delete it", paths=dict, weights=dict, data=dict)
+    for key, value in io.flatten(found).items():
+        if not isinstance(value, str):
+            raise ValueError(f"{workdir / INPUTS} has {key} = {value!r:.60}, where a text is expected: delete it")
+    return found
 
 
 def input_weights(parts) -> dict[str, str]:

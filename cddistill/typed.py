@@ -1,4 +1,7 @@
-"""Dataclasses from plain values or texts, with unknown names and wrong types said in one sentence."""
+"""Dataclasses from plain values or texts; unknown names, wrong types and values out of range are one sentence.
+
+A field's annotation says what it may be: a type, Literal["a", "b"], or Annotated[float, within(least=0, below=1)].
+"""
 
 import ast
 import dataclasses
@@ -6,14 +9,52 @@ import difflib
 import inspect
 import io
 import math
+import operator
 import textwrap
 import tokenize
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, NamedTuple
 
 BOOLEANS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True)
 BOOLEANS |= dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+    "multiple": ("a multiple of", lambda x, n: x % n == 0),
+}
+FLOAT32_MAX = 3.4e38
+
+
+class Limit(NamedTuple):
+    """What a field may be, beside its type."""
+
+    words: str  # after "must be"
+    allows: Callable[[Any], bool]
+
+
+def within(off: float | None = None, **bounds: float) -> Limit:
+    """Numbers within BOUNDS, `within(least=0, below=1)`; also the number `off`, by which an option is switched off."""
+    words = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+    return Limit(
+        words if off is None else f"{off}, or {words}",
+        lambda x: x == off or all(BOUNDS[name][1](x, bound) for name, bound in bounds.items()),
+    )
+
+
+Count = Annotated[int, within(least=1)]
+Natural = Annotated[int, within(least=0)]
+Width = Annotated[int, within(least=1, most=2**16)]  # channels, or a rank
+SamplingSteps = Annotated[int, within(least=1, most=10_000)]
+NonNegative = Annotated[float, within(least=0)]
+Positive = Annotated[float, within(above=0)]
+Share = Annotated[float, within(least=0, most=1)]
+Decay = Annotated[float, within(least=0, below=1)]  # of a moving average, per step
+SOME = Limit("at least one value", bool)
+RISING = Limit("a range (low, high), with low at most high", lambda x: x[0] <= x[1])
+FALLING = Limit("falling numbers", lambda x: list(x) == sorted({*x}, reverse=True))
 
 
 def make(cls, values: dict[str, Any], prefix: str):
@@ -31,24 +72,50 @@ def check_types(cls, values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def fit(value, kind, name: str):
-    """The value as an annotation has it: bool, int, float, str, or a tuple of them.
+    """The value as an annotation has it: bool, int, float, str or a tuple of them, with a Limit or of a Literal.
 
     Integers serve as floats, whole floats (1e3) as integers, lists and single values as tuples. Raises ValueError, with
-    the name of the key, for anything else.
+    the name of the key, for anything else; integers have 32 bits, floats are finite.
     """
-    if typing.get_origin(kind) is tuple:
-        values, kinds = value if isinstance(value, tuple | list) else (value,), typing.get_args(kind)
-        kinds = kinds[:1] * len(values) if kinds[-1] is ... else kinds
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = fit(value, inside[0], name)
+        if broken := [limit for limit in inside[1:] if not limit.allows(value)]:
+            raise ValueError(f"{name}={brief(value)} must be {broken[0].words}")
+        return value
+    if origin is Literal:
+        if fit(value, str, name) not in inside:
+            raise ValueError(f"{name}={brief(value)} must be one of {', '.join(inside)}")
+        return value
+    if origin is tuple:
+        values = value if isinstance(value, tuple | list) else (value,)
+        kinds = inside[:1] * len(values) if inside[-1] is ... else inside
         if len(kinds) != len(values):
-            raise ValueError(f"{name} must be {len(kinds)} values, not {len(values)}: {value!r}")
-        return tuple(fit(x, k, f"each of {name}") for x, k in zip(values, kinds, strict=True))
+            raise ValueError(f"{name} must be {len(kinds)} values, not {len(values)}: {brief(value)}")
+        return tuple(fit(x, k, f"{name}[{i}]") for i, (x, k) in enumerate(zip(values, kinds, strict=True)))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < FLOAT32_MAX else math.inf
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
-        raise ValueError(f"{name} must be {kind.__name__}, not {type(value).__name__} {value!r}")
+        raise ValueError(f"{name} must be {kind.__name__}, not {type(value).__name__} {brief(value)}")
+    if broken := [said for of, said, holds in HELD if kind is of and not holds(value)]:
+        raise ValueError(f"{name}={brief(value)} must be {broken[0]}")
     return value
+
+
+HELD = (
+    (int, "an integer of 32 bits", lambda x: -(2**31) <= x < 2**31),
+    (float, "a finite number that float32 holds", lambda x: abs(x) <= FLOAT32_MAX),
+    (str, "a text without zero bytes", lambda x: "\0" not in x),
+)
+"""What every value of a type must be."""
+
+
+def brief(value) -> str:
+    """A value as Python writes it, cut after 60 characters; Python itself refuses to write integers of 5,000 digits."""
+    text = f"{value:#x}" if isinstance(value, int) and value.bit_length() > 64 else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse(texts: list[str], like, name: str):
@@ -96,7 +163,7 @@ def literal(text: str):
 
 def choose(what: str, table: dict[str, Any], name):
     """table[name], or a ValueError naming the nearest entry."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"

@@ -114,7 +114,13 @@ def test_a_teachers_vae_is_fine_tuned(exported):
     assert net.encoder.module.scaling_factor == vae.encoder.module.scaling_factor
 
 
-def test_a_crop_larger_than_the_images_is_refused():
-    method = METHODS["autoencoder"](lpips_crop=16)
-    with pytest.raises(ValueError, match="method.lpips_crop=16 is larger than the images of 8 px"):
-        method.init(jax.random.key(0), {"autoencoder": Autoencoder()}, tiny.make_batch())
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lpips_crop": 16}, "method.lpips_crop=16 is larger than the images of 8 px"),
+        ({"channels": (8,) * 5}, r"images of \(8, 8\) px smaller by a factor of 16, which does not divide them"),
+    ],
+)
+def test_options_that_do_not_fit_the_images_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        METHODS["autoencoder"](**options).init(jax.random.key(0), {"autoencoder": Autoencoder()}, tiny.make_batch())

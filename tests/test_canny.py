@@ -58,8 +58,8 @@ def test_the_measure_falls_with_other_images():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"canny_sigma": (2.0, 1.0)}, "data.canny_sigma must be a range of two numbers"),
-        ({"canny_low": (0.1,)}, "data.canny_low must be a range of two numbers"),
+        ({"canny_sigma": (2.0, 1.0)}, r"data.canny_sigma=\(2.0, 1.0\) must be a range"),
+        ({"canny_low": (0.1,)}, "data.canny_low must be 2 values, not 1"),
         ({"canny_low": (0.1, 0.3)}, r"data.canny_low \(0.1, 0.3\) must not exceed data.canny_high"),
     ],
 )

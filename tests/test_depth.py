@@ -133,7 +133,7 @@ def test_the_inputs_in_a_folder_are_its_maps(tmp_path):
 def test_data_without_depth_are_refused():
     with pytest.raises(ValueError, match="data.task depth needs a depth map for every image"):
         data.examples(data.configure(task="depth"), "test", 1)
-    with pytest.raises(ValueError, match="data.depth_files must be one of inverse, metres, not 'cm'"):
+    with pytest.raises(ValueError, match="data.depth_files='cm' must be one of inverse, metres"):
         data.configure(task="depth", depth_files="cm")
 
 

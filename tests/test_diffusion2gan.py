@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import losses
+from cddistill import config, losses
 from cddistill.diffusion import DDPM, EDM
 from cddistill.methods.diffusion2gan import Diffusion2GAN
 from cddistill.net import Denoiser, Net
@@ -255,17 +255,14 @@ def test_student_samples_in_one_step_only():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"regression": "dreamsim"}, "not one of latent_lpips"),
-        ({"augment": "xyz"}, "not one of none, b, g"),
-        ({"time": 1000}, "not a noise level in 0"),
-        ({"mix_share": 1.5}, "not a share in 0"),
-        ({"r1_every": 0}, "at least 1"),
+        ({"regression": "dreamsim"}, "must be one of latent_lpips"),
+        ({"augment": "xyz"}, "must be one of none, b, g"),
         ({"gan_weight": 0.0, "regression_weight": 0.0}, "the student has no loss"),
     ],
 )
 def test_bad_options_are_named(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        method(**options)
+        config.resolve({"method": {"name": "diffusion2gan"} | options})
 
 
 def test_pairs_and_a_batch_of_two_are_required():

@@ -419,19 +419,14 @@ def test_lora_student_and_critic_share_the_teachers_weights():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"student_timesteps": (249, 999)}, "must decrease"),
-        ({"student_timesteps": ()}, "must decrease"),
-        ({"student_timesteps": (1000, 499)}, "within 999 ... 0"),
-        ({"dm_range": (980, 20)}, "must be a range"),
-        ({"ratio": 0}, "at least 1"),
         ({"dm_weight": 0.0, "gan_weight": 0.0}, "the student has no loss"),
-        ({"gan_features": "vgg"}, "not one of fake, teacher"),
-        ({"dm_float32": "teacher"}, "not one of none, fake, both"),
+        ({"gan_features": "vgg"}, "must be one of fake, teacher"),
+        ({"dm_float32": "teacher"}, "must be one of none, fake, both"),
     ],
 )
 def test_bad_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        DMD2(**options)
+        config.resolve({"method": {"name": "dmd2"} | options})
 
 
 def test_guidance_needs_a_conditional_teacher(tmp_path):

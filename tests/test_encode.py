@@ -265,9 +265,9 @@ def test_latents_that_are_not_finite_are_refused(teacher, pictures, tmp_path):
         assert not (part(tmp_path / dtype) / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "npy files hold no"), ("int8", "neither 'float16' nor 'fl")])
-def test_other_types_cannot_be_stored(dtype, said):
-    with pytest.raises(ValueError, match=f"encode_dtype '{dtype}' .*{said}"):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_other_types_cannot_be_stored(dtype):
+    with pytest.raises(ValueError, match=f"encode_dtype='{dtype}' must be one of float16, float32"):
         config.resolve(settings("emoji", "", encode_dtype=dtype))
 
 

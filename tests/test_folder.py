@@ -380,7 +380,7 @@ def test_the_line_names_the_rule_and_the_splits_in_order(tmp_path, capsys):
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="data.split must be one of auto, hash, fill, all, not 'folders'"):
+    with pytest.raises(ValueError, match="data.split='folders' must be one of auto, hash, fill, all"):
         configure(source="folder", split="folders")
 
 
@@ -400,7 +400,7 @@ def test_a_mended_folder_is_read_anew(tmp_path):
 def test_a_source_may_be_given_by_its_name(tmp_path):
     write(tmp_path, {"train/a.png": RED})
     assert DataConfig(source="folder", task="sr", path=str(tmp_path), size=8) == of(tmp_path, task="sr")
-    with pytest.raises(ValueError, match="data.source must be one of .*, not 'folders'"):
+    with pytest.raises(ValueError, match="data.source='folders' must be one of "):
         DataConfig(source="folders")
 
 

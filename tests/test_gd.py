@@ -181,8 +181,6 @@ def test_the_learning_rate_may_start_anew_in_each_stage():
         update, state = opt.update(jnp.zeros(()), state, w)
         rates.append(-float(update))
     np.testing.assert_allclose(rates, 2 * [0, 0.1, 0.2 / 3, 0.1 / 3], atol=1e-6)
-    with pytest.raises(ValueError, match="optim.cycles must be at least 1, not 0"):
-        optimizer(OptimConfig(cycles=0), 8)
 
 
 # ---- conditional teachers
@@ -216,17 +214,15 @@ def test_a_conditional_teacher_is_halved_with_its_condition():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"guidance_range": (0.5, 2.0)}, "guidance_range must be a range of scales from 1 on"),
         ({"first_steps": 12, "halvings": 3}, "first_steps=12 cannot be halved method.halvings=3 times"),
-        ({"halve_every": 0}, "halve_every=0 steps: set multiples"),
         ({"guidance_range": (1.0, 1.0)}, "need method.embedding_width=0"),
         ({"adapter": "concat"}, "need method.embedding_width=0"),
-        ({"adapter": "lora"}, "method.adapter 'lora' is not one of none, controlnet"),
+        ({"adapter": "lora"}, "method.adapter='lora' must be one of none, controlnet"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        GD(**options)
+        resolve({"method": {"name": "gd"} | options})
 
 
 def test_numbers_of_steps_that_do_not_fit_are_refused(teacher):

@@ -78,7 +78,7 @@ def test_bad_masks_are_refused(tmp_path, mask, sentence):
 
 
 def test_unknown_holes_and_tiny_images_are_refused():
-    with pytest.raises(ValueError, match="data.hole must be one of rectangles, brush, half, not 'star'"):
+    with pytest.raises(ValueError, match="data.hole='star' must be one of rectangles, brush, half"):
         data.configure(task="inpaint", hole="star")
     with pytest.raises(ValueError, match="at least 8, not 4"):
         data.configure(task="inpaint", size=4)

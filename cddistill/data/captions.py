@@ -270,6 +270,8 @@ def blank(value) -> bool:
 
 def label_of(value) -> int | str:
     """A label as a number or the name of a class."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"a label must be a whole number or a name, not {value!r}")
     number = value.strip() if isinstance(value, str) else value
     if isinstance(number, str) and not number.removeprefix("-").isdecimal():
         return check_text(number)

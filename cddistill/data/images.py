@@ -129,9 +129,10 @@ def read_map(path, name=None) -> Image.Image:
         values = stored_values(path)
     except Exception as error:  # Pillow raises almost anything for broken files
         raise ValueError(f"{name} cannot be read ({error})") from error
-    if values.ndim == 3 and (values.shape[2] == 1 or (values == values[..., :1]).all()):
+    numbers = values.dtype.kind in "uif" and values.size > 0
+    if numbers and values.ndim == 3 and (values.shape[2] == 1 or (values == values[..., :1]).all()):
         values = values[..., 0]
-    if values.ndim != 2 or not values.size or values.dtype.kind not in "uif":
+    if not numbers or values.ndim != 2:
         raise ValueError(f"{name} is {values.dtype} {values.shape}; expected a depth map of one channel, [h, w]")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         return Image.fromarray(values.astype(np.float32))
@@ -142,7 +143,9 @@ def stored_values(path) -> np.ndarray:
     if not isinstance(path, Image.Image) and path.suffix.lower() == ".npy":
         try:
             values = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError):  # objects, or no whole array
+        except OSError:
+            raise
+        except Exception:  # objects, no whole array, or an odd header, for which numpy raises many types
             values = None
         if not isinstance(values, np.ndarray):  # an archive of several is none either
             raise ValueError("it holds no array of numbers; save one with numpy.save")
@@ -159,7 +162,8 @@ def from_array(array, name):
     array = np.asarray(array)
     if array.ndim == 2 and array.size and array.dtype != np.uint8 and array.dtype.kind in "uif":
         return Image.fromarray(array.astype(np.float32))
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or not array.size:
         raise ValueError(f"{name} is {array.dtype} {array.shape}; expected uint8 [h,w] or [h,w,c] with 1 to 4 channels")
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 

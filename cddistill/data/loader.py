@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.sources import SOURCES
 from cddistill.data.splits import SPLITS
 from cddistill.data.tasks import TASKS
+from cddistill.typed import Count, within
 
 IMAGES = ("image", "depth", "depth_map", "edited", "mask")  # of an element, which are mirrored together
 KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless", "caption")  # keys of an item that a batch keeps
@@ -30,8 +31,8 @@ class DataConfig:
     source: Source | str = SOURCES["emoji"]()
     task: Task | str = TASKS["none"]()
     path: str = ""  # folder of images or arrays, or name of a tensorflow dataset
-    size: int = 32  # pixels, height and width
-    num_classes: int = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
+    size: Annotated[int, within(least=1, most=2**14)] = 32  # pixels, height and width
+    num_classes: Count = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
     flip: bool = True  # mirror training images at random
     pairs: str = ""  # folder written by --mode=pairs; adds one pair of noise and x0 per row to each batch
     skip_bad: bool = False  # skip unreadable images of a folder, or shards of pairs, instead of stopping
@@ -40,9 +41,6 @@ class DataConfig:
         for kind in REGISTRIES:
             if isinstance(name := getattr(self, kind), str):
                 object.__setattr__(self, kind, registered(kind, name)())
-        for name in ("size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if not self.source.precomputed:
             self.task.check(self.size)
 
@@ -60,8 +58,8 @@ REGISTRIES = {"source": SOURCES, "task": TASKS}
 
 def registered(kind: str, name) -> type:
     """The class of a source or task by its name. Raises ValueError naming those that there are."""
-    if name not in REGISTRIES[kind]:
-        raise ValueError(f"data.{kind} must be one of {', '.join(REGISTRIES[kind])}, not {name!r}")
+    if not isinstance(name, str) or name not in REGISTRIES[kind]:
+        raise ValueError(f"data.{kind}={name!r} must be one of {', '.join(REGISTRIES[kind])}")
     return REGISTRIES[kind][name]
 
 
@@ -123,11 +121,21 @@ class Pixels:
             element |= {name: element[name][:, ::-1] for name in IMAGES if name in element}
         element["target"] = task.target(element)
         cond = task.condition(element, rng)
-        label, null = np.int32(element["label"]), np.int32(config.num_classes)
+        label, null = label_of(element["label"], config), np.int32(config.num_classes)
         item = {name: x for name, x in element.items() if name not in ("image", "target")}
         item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": task.text(element)}
         item |= {"text": {"class_labels": label}, "null": {"class_labels": null}}
         return item if cond is None else item | {"cond": cond}
+
+
+def label_of(value, config) -> np.int32:
+    """The label of an element; ValueError for one that is no class and not the null label, such as NaN."""
+    if np.ndim(value) or np.asarray(value).dtype.kind not in "iu" or not 0 <= value <= config.num_classes:
+        raise ValueError(
+            f"{config.source_name} {config.path} has the label {value!r}, and labels are whole numbers in 0 .. "
+            f"{config.num_classes - 1} (data.num_classes - 1)"
+        )
+    return np.int32(value)
 
 
 def load(config, split="train", augment=True):

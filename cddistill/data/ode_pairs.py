@@ -5,6 +5,7 @@ with x0 and text of a block of rows. Noise is not stored: it is a function of th
 """
 
 import concurrent.futures
+import itertools
 import json
 import math
 import zlib
@@ -14,10 +15,13 @@ import flax.traverse_util
 import numpy as np
 import safetensors
 
+from cddistill import io
 from cddistill.models import files
 
 MANIFEST, NULL, FORMAT = "manifest.json", "null.safetensors", 1
 REMEDY = "delete it and make it again with the same --mode=pairs"
+KINDS = {"rows": int, "shard": int, "seed": int, "x0": list, "teacher": str, "weights": str, "lora": str,
+         "lora_scale": int | float, "made_by": str, "fingerprints": dict | None}  # of the manifest  # fmt: skip
 
 
 def noise(seed: int, row: int, shape) -> np.ndarray:
@@ -54,13 +58,13 @@ def read_manifest(folder) -> dict:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"there is no {MANIFEST} in {folder}: data.pairs must be a folder written by --mode=pairs")
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): {REMEDY}") from error
-    if version != FORMAT:
+    if (version := io.read_json(path, REMEDY, format=int)["format"]) != FORMAT:
         raise ValueError(f"{folder} holds pairs of format {version}, not {FORMAT}: make them again with --mode=pairs")
+    manifest = io.read_json(path, REMEDY, **KINDS)
+    sizes = {name: manifest[name] for name in ("rows", "shard", "x0")}
+    numbers = [sizes["rows"], sizes["shard"], *sizes["x0"]]
+    if len(numbers) != 5 or not all(type(x) is int and 1 <= x < 2**31 for x in numbers) or manifest["seed"] < 0:
+        raise ValueError(f"{path} has {sizes} and seed = {manifest['seed']}, which are no sizes and no seed: {REMEDY}")
     return manifest
 
 
@@ -81,9 +85,12 @@ def read_header(file: Path) -> tuple[dict[str, files.Tensor], dict]:
     try:
         tensors = files.read_safetensors(file)
         with safetensors.safe_open(file, "numpy") as opened:
-            return tensors, json.loads(opened.metadata()["pairs"])
-    except (ValueError, KeyError, TypeError) as error:
+            header = json.loads(opened.metadata()["pairs"])
+        if header["crc32"].keys() != tensors.keys():
+            raise ValueError("its header names other tensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or not a file of pairs: {REMEDY}") from error
+    return tensors, header
 
 
 def read_shard(folder, manifest: dict, k: int) -> tuple[dict[str, files.Tensor], dict]:
@@ -93,6 +100,9 @@ def read_shard(folder, manifest: dict, k: int) -> tuple[dict[str, files.Tensor],
     if [header.get(name) for name in ("manifest", "first", "rows")] != [identity(manifest), rows.start, len(rows)]:
         expected = f"rows {rows.start} to {rows.stop - 1}"
         raise ValueError(f"{file} does not hold {expected} of the pairs that {MANIFEST} describes: {REMEDY}")
+    shapes = {name: x.shape for name, x in tensors.items()}
+    if shapes.get("x0") != (len(rows), *manifest["x0"]) or any(s[:1] != (len(rows),) for s in shapes.values()):
+        raise ValueError(f"{file} has tensors of other shapes than {MANIFEST} says ({shapes}): {REMEDY}")
     return tensors, header
 
 
@@ -100,13 +110,13 @@ def check_bytes(file: Path, tensors, header) -> None:
     """Raise ValueError if the checksum of a tensor is wrong."""
     for name, x in tensors.items():
         stored = np.memmap(file, np.uint8, "r", x.start, (math.prod(x.shape) * x.dtype.itemsize,))
-        if checksum(stored) != header["crc32"].get(name):
+        if checksum(stored) != header["crc32"][name]:
             raise ValueError(f"{file} is damaged (the checksum of its {name} is wrong): {REMEDY}")
 
 
 def check_noise(file: Path, manifest: dict, k: int, header) -> None:
     """Raise ValueError if this numpy version does not generate the noise of shard k."""
-    if describe(manifest, k)["noise"] != header["noise"]:
+    if describe(manifest, k)["noise"] != header.get("noise"):
         raise ValueError(
             f"numpy {np.__version__} does not generate the noise that {file} was made from ({manifest['made_by']}): "
             "install that numpy version, or make the pairs again"
@@ -135,12 +145,13 @@ class OdePairs:
         self.rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in usable])
 
     def check_presence(self):
-        """Raise ValueError, with the number of missing files, if any is missing."""
-        expected = [self.folder / NULL, *(shard_file(self.folder, k) for k in range(num_shards(self.manifest)))]
-        missing = [file.name for file in expected if not file.is_file()]
+        """Raise ValueError, with the names of some missing files, if any is missing."""
+        number, there = num_shards(self.manifest), {file.name for file in self.folder.iterdir() if file.is_file()}
+        expected = itertools.chain([NULL], (shard_file("", k).name for k in range(number)))  # perhaps billions
+        missing = [*itertools.islice((name for name in expected if name not in there), 3)]
         if missing and not (self.skip_bad and missing[0] != NULL):
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
-            raise ValueError(f"{self.folder} lacks {some} of {len(expected)} files: resume with the same --mode=pairs")
+            some = ", ".join(missing[:2]) + " and others" * (len(missing) > 2)
+            raise ValueError(f"{self.folder} lacks {some} of {number + 1} files: resume with the same --mode=pairs")
 
     def check(self, k: int) -> dict[str, files.Tensor] | None:
         """The tensors of shard k after all checks, or None if it is skipped."""

@@ -55,9 +55,17 @@ def evaluate_and_report(
 
 def suffix_for(workdir: Path, n: int) -> str:
     """What the names of a report of n images end in: nothing, unless the workdir has one of more images."""
-    path = workdir / "scores.json"
-    known = io.read_json(path, "delete it, and evaluate again").values() if path.is_file() else ()
-    return f"-{n}-images" if any(row.get("n", 0) > n for row in known) else ""
+    return f"-{n}-images" if any(row["n"] > n for row in read_scores(workdir).values()) else ""
+
+
+def read_scores(workdir: Path) -> dict[str, dict]:
+    """The rows of scores.json by name; {} if there is none. Raises ValueError if it is damaged."""
+    path, remedy = workdir / "scores.json", "delete it, and evaluate again"
+    rows = io.read_json(path, remedy) if path.is_file() else {}
+    for name, row in rows.items():
+        if not isinstance(row, dict) or type(row.get("n")) is not int or not isinstance(row.get("metrics"), dict):
+            raise ValueError(f"{path} has {name} = {row!r:.60}, which are no scores: {remedy}")
+    return rows
 
 
 def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, float]):

@@ -10,6 +10,7 @@ variance when the VAE is exported: --mode=export writes vae/, as diffusers lays 
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,25 @@ from cddistill.models.init import init_params_jax, weight_shapes
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
 from cddistill.net import Autoencoder
 from cddistill.perceptual import lpips
+from cddistill.typed import SOME, Count, Decay, Natural, NonNegative, Width, within
+
+Channels = Annotated[int, within(least=8, most=2**16, multiple=8)]  # norms have eight groups
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainAutoencoder(Scored):
     """Hyper-parameters of an autoencoder; the defaults are ours."""
 
-    channels: tuple[int, ...] = (24, 48, 96)  # of each resolution; each one after the first halves height and width
-    layers: int = 1  # resnets per resolution of the encoder; the decoder has one more
-    latent_channels: int = 4
+    channels: Annotated[tuple[Channels, ...], SOME] = (24, 48, 96)  # of each resolution; each one after
+    # the first halves height and width
+    layers: Annotated[int, within(least=1, most=100)] = 1  # resnets per resolution; the decoder has one more
+    latent_channels: Width = 4
     attention: bool = False  # in the middle
-    lpips_weight: float = 0.1
-    lpips_every: int = 1  # train steps between two evaluations of LPIPS, whose weight is multiplied by this number
-    lpips_crop: int = 0  # px: LPIPS of a random square crop of this size; 0 = of the whole image
-    kl_weight: float = 5e-4
-    ema_decay: float = 0.999  # per step, with `method.warmed_up`
+    lpips_weight: NonNegative = 0.1
+    lpips_every: Count = 1  # train steps between two evaluations of LPIPS, whose weight is multiplied by this number
+    lpips_crop: Natural = 0  # px: LPIPS of a random square crop of this size; 0 = of the whole image
+    kl_weight: NonNegative = 5e-4
+    ema_decay: Decay = 0.999  # per step, with `method.warmed_up`
 
     def init(self, key, frozen, batch):
         """The teacher's VAE, or a random one if it has none."""
@@ -45,6 +50,12 @@ class TrainAutoencoder(Scored):
             )
         if frozen["autoencoder"].params is not None:
             return {"vae": jax.tree.map(jnp.copy, frozen["autoencoder"])}
+        shape, factor = batch["x0"].shape[1:3], 2 ** (len(self.channels) - 1)
+        if any(side % factor for side in shape):
+            raise ValueError(
+                f"method.channels={self.channels} makes images of {shape} px smaller by a factor of {factor}, which "
+                "does not divide them: give fewer channels, or another data.size"
+            )
         module = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * len(self.channels),
             up_block_types=("UpDecoderBlock2D",) * len(self.channels),

@@ -12,27 +12,22 @@ in almost every detail, so each is an option; the defaults are the paper's, pres
 
 import dataclasses
 import functools
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from cddistill import health, losses, sampling
 from cddistill.diffusion import Prediction, guide, like
-from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform
+from cddistill.method import Generator, Requires, Turn, drop_text, normal, uniform
 from cddistill.models import adapter
+from cddistill.models.adapter import Conditioning
+from cddistill.models.guidance import GuidanceRange
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 from cddistill.perceptual import lpips
+from cddistill.typed import Decay, NonNegative, Positive, Share, within
 
-CHOICES = {
-    "adapter": ("none", *adapter.ADAPTERS),
-    "ode": ("adapted", "teacher"),
-    "noise": ("real", "predicted"),
-    "space": ("eps", "x0"),
-    "boundary": ("none", "lcm"),
-    "distance": tuple(losses.DISTANCES),
-    "signal": ("l2", "pixel_l2", "reencoded_l2", "lpips"),
-}
 RELEASED = {  # the released code's values where it differs from the paper
     "ode": "teacher", "noise": "predicted", "space": "x0", "boundary": "lcm", "shared_t": False, "delta_t": 20,
     "grid_size": 50,
@@ -44,33 +39,37 @@ class CoDi(Generator):
     """Hyper-parameters of CoDi; "ours" marks values that the paper does not give."""
 
     freeze_backbone: bool = False  # PE-CoDi: train the branch only (sec. 3.4)
-    adapter: str = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" (eq. 5 of the text); "concat";
-    # "none": class or text as the only condition (ours)
-    ode: str = "adapted"  # the net that predicts x^ of z_s: the student (paper) or the frozen "teacher" (released code)
-    noise: str = "real"  # of z_s: the "real" eps (PREv, eq. 7) or the "predicted" one (DDIM, the paper's appendix)
-    space: str = "eps"  # of the consistency term: noise (paper) or "x0" (released code)
-    boundary: str = "none"  # or "lcm": c_skip z + c_out x^ with f(z, 0) = z; for space="x0" only
+    adapter: Conditioning = "controlnet"  # zero convolutions (the figure, the code); "mu_blend" (eq. 5 of the text);
+    # "concat"; "none": class or text as the only condition (ours)
+    ode: Literal["adapted", "teacher"] = "adapted"  # the net that predicts x^ of z_s: the student (paper) or the
+    # frozen "teacher" (released code)
+    noise: Literal["real", "predicted"] = "real"  # of z_s: the "real" eps (PREv, eq. 7) or the "predicted" one
+    # (DDIM, the paper's appendix)
+    space: Literal["eps", "x0"] = "eps"  # of the consistency term: noise (paper) or "x0" (released code)
+    boundary: Literal["none", "lcm"] = "none"  # or "lcm": c_skip z + c_out x^ with f(z, 0) = z; for space="x0" only
     shared_t: bool = True  # one t for the whole batch (paper: better at 1-4 steps) or one per sample
-    delta_t: int = 1  # t - s, thousandths of the schedule (paper: "empirically 1"; released code: 20)
-    grid_size: int = 0  # number of timesteps of a grid for t, as in the released code (50); 0 = every t
-    distance: str = "l2"  # d_eps of the consistency term
-    signal: str = "l2"  # d_x: in latent space (paper's choice), on decoded pixels, re-encoded, or LPIPS on pixels
-    consistency_weight: float = 1.0  # of the first term of eq. 8 (paper: 1)
-    signal_weight: float = 1.0  # of the second (paper: 1); 0 = without it, as in diffusers PR 8313 (the authors')
-    snr_gamma: float = 0.0  # min-SNR weight of the consistency term; 0 = off (released code, off by default)
-    guidance_range: tuple[float, float] = (1.0, 1.0)  # of training: scale ~ U per step, both predictions; (1, 1) = off
+    delta_t: Annotated[int, within(least=1, below=1000)] = 1  # t - s, thousandths of the schedule (paper: "empirically
+    # 1"; released code: 20)
+    grid_size: Annotated[int, within(off=0, least=2, most=1000)] = 0  # number of timesteps of a grid for t, as in
+    # the released code (50); 0 = every t
+    distance: losses.Distance = "l2"  # d_eps of the consistency term
+    signal: Literal["l2", "pixel_l2", "reencoded_l2", "lpips"] = "l2"  # d_x: in latent space (paper's choice), on
+    # decoded pixels, re-encoded, or LPIPS on pixels
+    consistency_weight: NonNegative = 1.0  # of the first term of eq. 8 (paper: 1)
+    signal_weight: NonNegative = 1.0  # of the second (paper: 1); 0 = without it, as in diffusers PR 8313 (the authors')
+    snr_gamma: NonNegative = 0.0  # min-SNR weight of the consistency term; 0 = off (released code, off by default)
+    guidance_range: GuidanceRange = (1.0, 1.0)  # of training: scale ~ U per step, both predictions; (1, 1) = off
     guided_ode: bool = False  # with ode="teacher": z_s from the teacher guided at that scale too, as LCM does (ours;
     # published code leaves the teacher unguided); the student's own x^ is always the guided one
-    guidance: float = 1.0  # guidance scale of sampling; 1 = none
-    grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`; 1 = uniform (ours)
-    text_dropout: float = 0.0  # share of samples with the null text (ours)
-    ema_decay: float = 0.999  # per step, of the target and the final weights (released code; the paper gives none)
+    guidance: NonNegative = 1.0  # guidance scale of sampling; 1 = none
+    grid_power: Positive = 1.0  # of the sampling timesteps, see `sampling.timesteps`; 1 = uniform (ours)
+    text_dropout: Share = 0.0  # share of samples with the null text (ours)
+    ema_decay: Decay = 0.999  # per step, of the target and the final weights (released code; the paper gives none)
 
     mutable_on_resume = ("guidance", "grid_power")
     presets = {"paper": {}, "released": RELEASED}
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
         adapter.moves(self.adapter, self.freeze_backbone)
         if self.ode == "teacher" and self.space == "eps":
             raise ValueError(
@@ -81,8 +80,6 @@ class CoDi(Generator):
             raise ValueError("method.boundary='lcm' requires x0 = z at t = 0, not noise = z: use space='x0'")
         if self.guided_ode and (self.ode != "teacher" or self.guidance_range == (1.0, 1.0)):
             raise ValueError("method.guided_ode guides the frozen teacher: set ode='teacher' and a guidance_range")
-        if self.snr_gamma < 0.0:
-            raise ValueError(f"method.snr_gamma must be 0 (off) or positive, not {self.snr_gamma}")
 
     def init(self, key, frozen, batch):
         """A copy of the teacher, and a branch: a copy of its encoder with zero output, or a loaded ControlNet."""

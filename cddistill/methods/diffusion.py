@@ -14,32 +14,33 @@ import jax.numpy as jnp
 
 from cddistill import health, sampling
 from cddistill.diffusion import like
-from cddistill.method import Generator, Requires, Turn, check_choices, drop_text, normal, uniform, warmed_up
+from cddistill.method import Generator, Requires, Turn, drop_text, normal, uniform, warmed_up
 from cddistill.models import adapter
+from cddistill.models.adapter import Conditioning
 from cddistill.models.prompt import embed_ids
 from cddistill.models.schedulers import Sampling
+from cddistill.typed import Decay, NonNegative, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(Generator):
     """Hyper-parameters of diffusion training; the defaults are ours."""
 
-    text_dropout: float = 0.1  # share of samples with the null text, for classifier-free guidance
-    image_dropout: float = 0.0  # share of samples with a condition of zeros, for image_guidance (InstructPix2Pix: 0.1)
-    ema_decay: float = 0.999  # per step
+    text_dropout: Share = 0.1  # share of samples with the null text, for classifier-free guidance
+    image_dropout: Share = 0.0  # share of samples with a condition of zeros, for image_guidance (InstructPix2Pix: 0.1)
+    ema_decay: Decay = 0.999  # per step
     ema_warmup: bool = False  # for random weights: a smaller decay at first, see `method.warmed_up`
-    adapter: str = "none"  # how a condition enters: "none", "controlnet", "mu_blend" or "concat"
+    adapter: Conditioning = "none"  # how a condition enters: "controlnet", "mu_blend" or "concat"
     freeze_backbone: bool = False  # train only the branch, as ControlNet does
     train_text_encoder: bool = False  # of teachers with one text encoder; --mode=encode then writes token ids
-    sampler: str = "ddim"  # or "heun", "dpm_solver_pp"
-    guidance: float = 1.0  # guidance scale of sampling; 1 = none
-    image_guidance: float = 1.0  # of the conditioning image; 1 = none (InstructPix2Pix: 1.5, for editing)
-    grid_power: float = 1.0  # of the sampling timesteps, see `sampling.timesteps`
+    sampler: sampling.OdeSampler = "ddim"  # or "heun", "dpm_solver_pp"
+    guidance: NonNegative = 1.0  # guidance scale of sampling; 1 = none
+    image_guidance: NonNegative = 1.0  # of the conditioning image; 1 = none (InstructPix2Pix: 1.5, for editing)
+    grid_power: Positive = 1.0  # of the sampling timesteps, see `sampling.timesteps`
 
     mutable_on_resume = ("guidance", "image_guidance", "grid_power", "sampler")
 
     def __post_init__(self):
-        check_choices(self, {"adapter": ("none", *adapter.ADAPTERS), "sampler": ("ddim", "heun", "dpm_solver_pp")})
         if self.adapter == "none" and (self.image_guidance != 1.0 or self.image_dropout):
             raise ValueError("method.image_guidance and image_dropout are for a conditioning image: set method.adapter")
 

@@ -12,67 +12,54 @@ the paper's. Labels D1 ... here and in tests are those of docs/diffusion2gan.md.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from cddistill import health, losses, sampling
 from cddistill.diffusion import like
-from cddistill.method import Generator, Requires, Turn, check_choices, normal, per_sample, uniform
+from cddistill.method import Generator, Requires, Turn, normal, per_sample, uniform
 from cddistill.models import adapter
+from cddistill.models.adapter import Conditioning
 from cddistill.models.schedulers import Sampling
 from cddistill.models.unet_discriminator import make_discriminator
 from cddistill.net import Denoiser
 from cddistill.perceptual import ensemble, latent_lpips, lpips
-from cddistill.sampling import NUM_LEVELS, level_to_time
-
-CHOICES = {
-    "adapter": ("none", *adapter.ADAPTERS),
-    "regression": ("latent_lpips", "lpips", "teacher", "l2", "pseudo_huber"),
-    "augment": tuple(ensemble.POLICIES),
-    "r1": ("exact", "approximate", "none"),
-    "mix": ("image", "each"),
-}
+from cddistill.sampling import Level, level_to_time
+from cddistill.typed import Count, Decay, Natural, NonNegative, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion2GAN(Generator):
     """Hyper-parameters of Diffusion2GAN; the defaults are the paper's where it gives them, "ours" marks the others."""
 
-    adapter: str = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
-    time: int = 999  # the student's timestep (noise level); its input is always pure noise (DMD2's one-step SDXL: 399)
-    regression: str = "latent_lpips"  # or "lpips" of decoded images, "teacher": the teacher's features, "l2" ...
+    adapter: Conditioning = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
+    time: Level = 999  # the student's timestep (noise level); its input is always pure noise (DMD2's SDXL: 399)
+    regression: Literal["latent_lpips", "lpips", "teacher", "l2", "pseudo_huber"] = "latent_lpips"  # "lpips": of
+    # decoded images; "teacher": of the teacher's features
     metric: str = ""  # weights of latent_lpips: a file, or a pipeline that has its own, such as "pocket"
     family: str = ""  # autoencoder of those weights, if the file's name does not say: sd15, sd21, sdxl, sd3, flux
-    augment: str = "bgo"  # the ensemble's transforms: blit, geometric, cutout; "none" = the metric without transforms
-    l1_weight: float = 0.0  # of mean |x^ - x| in the distance (released metric: 1)
-    regression_weight: float = 1.0
-    gan_weight: float = 0.1  # ours; 0 = no discriminator
-    warmup: int = 0  # train steps with the regression loss only, before the GAN starts (ours)
+    augment: Literal[*ensemble.POLICIES] = "bgo"  # the ensemble's transforms: blit, geometric, cutout, or "none"
+    l1_weight: NonNegative = 0.0  # of mean |x^ - x| in the distance (released metric: 1)
+    regression_weight: NonNegative = 1.0
+    gan_weight: NonNegative = 0.1  # ours; 0 = no discriminator
+    warmup: Natural = 0  # train steps with the regression loss only, before the GAN starts (ours)
     disc_noise: bool = True  # the discriminator is conditioned on the noise
     disc_scales: bool = True  # it sees the image at several resolutions and has logits at several depths
-    disc_time: int = 0  # its timestep (noise level) (ours); its images are clean
-    r1: str = "exact"  # or "approximate", by added noise and without a second derivative; "none"
-    r1_weight: float = 1.0  # gamma (ours); "approximate": 100 (Lin et al. 2025)
-    r1_noise: float = 0.01  # standard deviation of the noise of "approximate" (Lin et al. 2025: 0.01)
-    r1_every: int = 16  # train steps between two penalties; each counts r1_every times
-    r1_stride: int = 8  # every r1_stride-th image is penalised (ours: the paper has one per device)
-    mix_share: float = 0.25  # share of negatives that are real images with a mismatched image, text or noise (ours)
-    mix: str = "image"  # mismatched part: the image; "each": the image, the text or the noise, at random
-    ema_decay: float = 0.999  # per step, of the student that is evaluated (ours); 0 = the student itself
+    disc_time: Level = 0  # its timestep (noise level) (ours); its images are clean
+    r1: Literal["exact", "approximate", "none"] = "exact"  # "approximate": by added noise, no second derivative
+    r1_weight: NonNegative = 1.0  # gamma (ours); "approximate": 100 (Lin et al. 2025)
+    r1_noise: Positive = 0.01  # standard deviation of the noise of "approximate" (Lin et al. 2025: 0.01)
+    r1_every: Count = 16  # train steps between two penalties; each counts r1_every times
+    r1_stride: Count = 8  # every r1_stride-th image is penalised (ours: the paper has one per device)
+    mix_share: Share = 0.25  # share of negatives that are real images with a mismatched image, text or noise (ours)
+    mix: Literal["image", "each"] = "image"  # mismatched part; "each": image, text or noise, at random
+    ema_decay: Decay = 0.999  # per step, of the student that is evaluated (ours); 0 = the student itself
 
     paths = ("metric",)
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
-        for name in ("time", "disc_time"):
-            if not 0 <= getattr(self, name) < NUM_LEVELS:
-                raise ValueError(f"method.{name} {getattr(self, name)} is not a noise level in 0 ... {NUM_LEVELS - 1}")
-        for name in ("r1_every", "r1_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"method.{name} must be at least 1, not {getattr(self, name)}")
-        if not 0.0 <= self.mix_share <= 1.0:
-            raise ValueError(f"method.mix_share {self.mix_share} is not a share in 0 ... 1")
         if not self.regression_weight and not self.gan_weight:
             raise ValueError("method.regression_weight and gan_weight are both 0: the student has no loss")
 

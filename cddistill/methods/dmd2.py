@@ -16,68 +16,54 @@ student's update, as in the released code. Labels E1 ... here and T1 ... in test
 import dataclasses
 import functools
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from cddistill import health, losses, sampling
 from cddistill.diffusion import guide, like
-from cddistill.method import Generator, Requires, Turn, check_choices, normal, step_noise, uniform
+from cddistill.method import Generator, Requires, Turn, normal, step_noise, uniform
 from cddistill.models import adapter, discriminator, lora
+from cddistill.models.adapter import Conditioning
+from cddistill.models.lora import LoraLayers
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Denoiser
 from cddistill.perceptual import lpips
-from cddistill.sampling import NUM_LEVELS, level_to_time
-
-CHOICES = {
-    "adapter": ("none", *adapter.ADAPTERS),
-    "gan_features": ("fake", "teacher"),
-    "weighting": ("dmd", "dmd1", "none"),
-    "dm_float32": ("none", "fake", "both"),
-    "regression": ("lpips", "l2"),
-    "student_lora": ("none", *lora.LAYERS),
-    "fake_lora": ("none", *lora.LAYERS),
-}
+from cddistill.sampling import Level, LevelRange, level_to_time
+from cddistill.typed import FALLING, SOME, Count, Decay, NonNegative, Positive, Width
 
 
 @dataclasses.dataclass(frozen=True)
 class DMD2(Generator):
     """Hyper-parameters of DMD2; the defaults are the paper's for ImageNet-64, "ours" marks additions."""
 
-    student_timesteps: tuple[int, ...] = (999,)  # noise levels; SDXL: (399,) in one step, (999, 749, 499, 249) in four
-    adapter: str = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
-    ratio: int = 5  # critic updates per student update (paper: 5; SD 1.5: 10)
-    real_guidance: float = 1.0  # guidance scale of the teacher's score; fake is not guided (SD 1.5: 1.75; SDXL: 8)
-    dm_weight: float = 1.0  # 0: only the GAN (ablation)
-    gan_weight: float = 3e-3  # w_g, in the student's loss (SD 1.5: 1e-3; SDXL: 5e-3); 0 = no GAN
-    critic_gan_weight: float = 1e-2  # w_c, in the critic's loss (released code: 1e-2)
-    gan_features: str = "fake"  # the net whose bottleneck disc reads; or the frozen "teacher" (reimplementations)
+    student_timesteps: Annotated[tuple[Level, ...], SOME, FALLING] = (999,)  # noise levels; SDXL: (399,) in one step,
+    # (999, 749, 499, 249) in four
+    adapter: Conditioning = "none"  # of a conditional teacher: "controlnet", "mu_blend" or "concat" (ours)
+    ratio: Count = 5  # critic updates per student update (paper: 5; SD 1.5: 10)
+    real_guidance: NonNegative = 1.0  # scale of the teacher's score; fake is not guided (SD 1.5: 1.75; SDXL: 8)
+    dm_weight: NonNegative = 1.0  # 0: only the GAN (ablation)
+    gan_weight: NonNegative = 3e-3  # w_g, in the student's loss (SD 1.5: 1e-3; SDXL: 5e-3); 0 = no GAN
+    critic_gan_weight: NonNegative = 1e-2  # w_c, in the critic's loss (released code: 1e-2)
+    gan_features: Literal["fake", "teacher"] = "fake"  # whose bottleneck disc reads; "teacher": reimplementations
     gan_noised: bool = True  # diffusion GAN; False: disc sees clean samples, at level 0
     backward_simulation: bool = True  # False: later steps start from noised real data (ablation)
-    weighting: str = "dmd"  # of g, as above; "dmd1" also has DMD's factor alpha_t, "none" has neither
-    dm_float32: str = "none"  # nets of g that compute in float32 whatever config.dtype is; "fake": released code for SD
-    dm_range: tuple[int, int] = (20, 980)  # noise levels of g, both ends included
-    fake_range: tuple[int, int] = (0, 999)  # noise levels of fake's training
-    gan_range: tuple[int, int] = (0, 999)  # noise levels of disc
-    regression_weight: float = 0.0  # on data.pairs: SDXL's warm-up (1, others 0), DMD's own loss (0.25; ablation)
-    regression: str = "lpips"  # on decoded pixels, or "l2" on x0
-    student_lora: str = "none"  # the student as a LoRA of the teacher's "attention" or "blocks" layers
-    fake_lora: str = "none"  # the same for fake (ours); then teacher, student and fake share the base weights
-    lora_rank: int = 64  # released code: 64
-    lora_alpha: float = 8.0  # released code: 8; the update is scaled by alpha / rank
-    ema_decay: float = 0.0  # per step, of the student that is evaluated (ours); 0 = the student itself, as published
+    weighting: Literal["dmd", "dmd1", "none"] = "dmd"  # of g, as above; "dmd1" also has DMD's factor alpha_t
+    dm_float32: Literal["none", "fake", "both"] = "none"  # nets of g that compute in float32 whatever config.dtype
+    # is; "fake": released code for SD
+    dm_range: LevelRange = (20, 980)  # noise levels of g, both ends included
+    fake_range: LevelRange = (0, 999)  # noise levels of fake's training
+    gan_range: LevelRange = (0, 999)  # noise levels of disc
+    regression_weight: NonNegative = 0.0  # on data.pairs: SDXL's warm-up (1, others 0), DMD's own loss (0.25; ablation)
+    regression: Literal["lpips", "l2"] = "lpips"  # on decoded pixels, or "l2" on x0
+    student_lora: LoraLayers = "none"  # the student as a LoRA of the teacher's "attention" or "blocks" layers
+    fake_lora: LoraLayers = "none"  # the same for fake (ours); then teacher, student and fake share the base weights
+    lora_rank: Width = 64  # released code: 64
+    lora_alpha: Positive = 8.0  # released code: 8; the update is scaled by alpha / rank
+    ema_decay: Decay = 0.0  # per step, of the student that is evaluated (ours); 0 = the student itself, as published
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
-        times = self.student_timesteps
-        if not times or list(times) != sorted({*times}, reverse=True) or not 0 <= times[-1] <= times[0] < NUM_LEVELS:
-            raise ValueError(f"method.student_timesteps {times} must decrease, within {NUM_LEVELS - 1} ... 0")
-        for name in ("dm_range", "fake_range", "gan_range"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high < NUM_LEVELS:
-                raise ValueError(f"method.{name} {(low, high)} must be a range (low, high) in 0 ... {NUM_LEVELS - 1}")
-        if self.ratio < 1:
-            raise ValueError(f"method.ratio must be at least 1, not {self.ratio}")
         if not self.dm_weight and not self.gan_weight and not self.regression_weight:
             raise ValueError("method.dm_weight, gan_weight and regression_weight are all 0: the student has no loss")
         if self.adapter != "none" and (self.regression_weight or {self.student_lora, self.fake_lora} != {"none"}):

@@ -13,43 +13,42 @@ is the second of two stages, with which CoDi's paper compares itself ("GD-II").
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from cddistill import losses, sampling
 from cddistill.diffusion import guide, like
-from cddistill.method import Generator, Requires, Turn, check_choices, normal, uniform
+from cddistill.method import Generator, Requires, Turn, normal, uniform
 from cddistill.models import adapter
-from cddistill.models.guidance import embed_guidance, with_scales
+from cddistill.models.adapter import Conditioning
+from cddistill.models.guidance import EmbeddingWidth, GuidanceRange, embed_guidance, with_scales
 from cddistill.models.schedulers import Sampling
+from cddistill.typed import Count, NonNegative, SamplingSteps, within
 
 
 @dataclasses.dataclass(frozen=True)
 class GuidedDistillation(Generator):
     """Hyper-parameters of guided progressive distillation; "ours" marks values that the papers do not give."""
 
-    first_steps: int = 64  # DDIM steps of the teacher of the first halving (ours; the papers start from 512 to 8192)
-    halvings: int = 4  # the last student takes first_steps / 2^halvings steps
-    halve_every: int = 50_000  # train steps of each stage (published code, CIFAR-10)
-    guidance_range: tuple[float, float] = (3.0, 15.0)  # scales of stage 0 (paper: w in [2, 14]); (1, 1) = no stage 0
-    guidance: float = 8.0  # guidance scale of sampling, an input of the student (ours)
-    embedding_width: int = 256  # of that input (ours: LCM's); 0 = none: the student learns the mean over the scales
-    adapter: str = "none"  # how the condition of a conditional teacher enters: "controlnet", "mu_blend", "concat"
+    first_steps: SamplingSteps = 64  # DDIM steps of the teacher of the first halving (ours; papers: 512 to 8192)
+    halvings: Annotated[int, within(least=1, most=20)] = 4  # the last student takes first_steps / 2^halvings steps
+    halve_every: Count = 50_000  # train steps of each stage (published code, CIFAR-10)
+    guidance_range: GuidanceRange = (3.0, 15.0)  # scales of stage 0 (paper: w in [2, 14]); (1, 1) = no stage 0
+    guidance: NonNegative = 8.0  # guidance scale of sampling, an input of the student (ours)
+    embedding_width: EmbeddingWidth = 256  # of that input (ours: LCM's); 0 = none: learn the mean over scales
+    adapter: Conditioning = "none"  # how a conditional teacher's condition enters: "controlnet", "mu_blend", "concat"
 
     mutable_on_resume = ("guidance",)
 
     def __post_init__(self):
-        check_choices(self, {"adapter": ("none", *adapter.ADAPTERS)})
-        low, high = self.guidance_range
-        if not 1 <= low <= high:
-            raise ValueError(f"method.guidance_range must be a range of scales from 1 on, not {(low, high)}")
-        if self.embedding_width and (self.adapter != "none" or high == 1.0):
+        if self.embedding_width and (self.adapter != "none" or self.guidance_range[1] == 1.0):
             raise ValueError("students with a condition or without guidance need method.embedding_width=0")
-        if min(self.halvings, self.halve_every) < 1 or self.first_steps < 1 or self.first_steps % 2**self.halvings:
+        if self.first_steps % 2**self.halvings:
             raise ValueError(
-                f"method.first_steps={self.first_steps} cannot be halved method.halvings={self.halvings} times, every "
-                f"method.halve_every={self.halve_every} steps: set multiples of 2^halvings, and at least 1"
+                f"method.first_steps={self.first_steps} cannot be halved method.halvings={self.halvings} times: set a "
+                "multiple of 2^halvings"
             )
 
     @property

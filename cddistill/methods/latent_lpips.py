@@ -11,17 +11,19 @@ answers are human judgements of the BAPPS patches; here pixel LPIPS gives them. 
 
 import dataclasses
 import functools
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cddistill import losses
-from cddistill.method import Requires, Scored, Turn, check_choices, per_sample
+from cddistill.method import Requires, Scored, Turn, per_sample
 from cddistill.net import Autoencoder, Net
 from cddistill.perceptual import latent_lpips, lpips
 from cddistill.perceptual.distort import distort
 from cddistill.perceptual.lpips import distance
+from cddistill.typed import Count, within
 
 MULTIPLES = (1, 2, 4, 8, 8)  # channels of the five VGG stages, in units of `width`
 STAGES = {  # the nets that are trained, and the score whose mean is the loss
@@ -36,19 +38,14 @@ EPS = 0.1  # added to the denominators of its ratios of distances
 class LatentMetric(Scored):
     """Hyper-parameters of a latent LPIPS; the defaults are those of the published ones."""
 
-    stage: str = "classify"  # then "judge", with init_from_run=<workdir of the first run>
+    stage: Literal[*STAGES] = "classify"  # then "judge", with init_from_run=<workdir of the first run>
     family: str = ""  # name of the autoencoder, stored in the exported file
-    width: int = 64  # channels of the first stage (the others: 2, 4, 8, 8 times as many); norms have width / 2 groups
-    pools: tuple[int, ...] = (3, 4)  # stages that end in a max-pool; for images instead of latents: (1, 2, 3, 4)
-    classes: int = 9  # labels are 0 ... classes - 1; equal to data.num_classes
+    width: Annotated[int, within(least=2, most=2**16, multiple=2)] = 64  # channels of the first stage (the others: 2,
+    # 4, 8, 8 times as many); norms have width / 2 groups
+    pools: tuple[Annotated[int, within(least=1, most=5)], ...] = (3, 4)  # stages that end in a max-pool; for images
+    # instead of latents: (1, 2, 3, 4)
+    classes: Count = 9  # labels are 0 ... classes - 1; equal to data.num_classes
     tune: bool = False  # "judge" trains the trunk too: LPIPS's "tune"; False is its "lin"
-
-    def __post_init__(self):
-        check_choices(self, {"stage": tuple(STAGES)})
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"method.width must be an even number, not {self.width}: norms have width / 2 groups")
-        if not {*self.pools} <= {1, 2, 3, 4, 5}:
-            raise ValueError(f"method.pools {self.pools} must be stages in 1 ... 5, such as (3, 4)")
 
     def init(self, key, frozen, batch):
         """A random trunk and a random classifier ("classify"), or equal heads and a random ranker ("judge")."""

@@ -10,51 +10,44 @@ the second of two stages, of which CoDi's paper compares itself with ("CM-II").
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from cddistill import health, losses, sampling
 from cddistill.diffusion import guide, like
-from cddistill.method import Generator, Requires, Turn, check_choices, normal, uniform
+from cddistill.method import Generator, Requires, Turn, normal, uniform
 from cddistill.models import adapter, lora
-from cddistill.models.guidance import embed_guidance, with_scales
+from cddistill.models.adapter import Conditioning
+from cddistill.models.guidance import EmbeddingWidth, GuidanceRange, embed_guidance, with_scales
+from cddistill.models.lora import LoraLayers
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted, Denoiser
-
-CHOICES = {
-    "adapter": ("none", *adapter.ADAPTERS),
-    "distance": tuple(losses.DISTANCES),
-    "student_lora": ("none", *lora.LAYERS),
-}
+from cddistill.typed import Decay, NonNegative, Positive, Width, within
 
 
 @dataclasses.dataclass(frozen=True)
 class LCM(Generator):
     """Hyper-parameters of LCM; "ours" marks values that the paper does not give."""
 
-    grid_size: int = 50  # DDIM steps of the teacher; a step skips 1000 / grid_size timesteps (paper: k = 20)
-    guidance_range: tuple[float, float] = (3.0, 15.0)  # of training, as scales (paper: w in [2, 14], scale = 1 + w)
-    guidance: float = 8.0  # guidance scale of sampling, an input of the student (paper)
-    embedding_width: int = 256  # of that input (released code); 0 = none, for LoRAs and for students with a branch
-    distance: str = "l2"
-    ema_decay: float = 0.95  # per step, of the target and the final weights (paper); 0 = the student itself
-    student_lora: str = "none"  # LCM-LoRA: the student as a LoRA of the teacher's "attention" or "blocks" layers
-    lora_rank: int = 64  # released code: 64
-    lora_alpha: float = 64.0  # released code: 64
-    adapter: str = "none"  # how the condition of a conditional teacher enters: "controlnet", "mu_blend", "concat"
+    grid_size: Annotated[int, within(least=2, most=1000)] = 50  # DDIM steps of the teacher; one skips 1000 / grid_size
+    # timesteps (paper: k = 20)
+    guidance_range: GuidanceRange = (3.0, 15.0)  # of training, as scales (paper: w in [2, 14], scale = 1 + w)
+    guidance: NonNegative = 8.0  # guidance scale of sampling, an input of the student (paper)
+    embedding_width: EmbeddingWidth = 256  # of that input (released code); 0 = none, for LoRAs and with a branch
+    distance: losses.Distance = "l2"
+    ema_decay: Decay = 0.95  # per step, of the target and the final weights (paper); 0 = the student itself
+    student_lora: LoraLayers = "none"  # LCM-LoRA: the student as a LoRA of the teacher's "attention" or "blocks" layers
+    lora_rank: Width = 64  # released code: 64
+    lora_alpha: Positive = 64.0  # released code: 64
+    adapter: Conditioning = "none"  # how a conditional teacher's condition enters: "controlnet", "mu_blend", "concat"
     freeze_backbone: bool = False  # train the branch only
 
     mutable_on_resume = ("guidance",)
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
         adapter.moves(self.adapter, self.freeze_backbone)
-        low, high = self.guidance_range
-        if not 1 <= low <= high:
-            raise ValueError(f"method.guidance_range must be a range of scales from 1 on, not {(low, high)}")
-        if self.grid_size < 2:
-            raise ValueError(f"method.grid_size must be at least 2, not {self.grid_size}")
         if self.embedding_width and (self.student_lora != "none" or self.adapter != "none"):
             raise ValueError("LoRAs and students with a condition take no guidance scale: set method.embedding_width=0")
         if self.student_lora != "none" and self.adapter != "none":

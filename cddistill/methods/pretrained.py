@@ -5,17 +5,18 @@ python -m cddistill.main --mode=evaluate --config=configs/pretrained.py --config
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax.numpy as jnp
 
 from cddistill import sampling
-from cddistill.method import Generator, Requires, check_choices
+from cddistill.method import Generator, Requires
 from cddistill.models import adapter
 from cddistill.models.guidance import with_scales
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
 from cddistill.pipeline import Pipeline
-from cddistill.sampling import ODE_SAMPLERS
+from cddistill.typed import FALLING, Natural, NonNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,12 @@ class Pretrained(Generator):
     """How a network that is not trained here is sampled."""
 
     scheduler: str = ""  # pipeline folder or Hub id with a scheduler/; "" = `sampler` on the teacher's own grid
-    sampler: str = "ddim"  # or "heun", "dpm_solver_pp"; used without a scheduler
-    timesteps: tuple[int, ...] = ()  # replace the scheduler's when sampling in that many steps: (399,) for DMD2's SDXL
-    guidance: float = 1.0  # classifier-free guidance scale; 1 = none
-    image_guidance: float = 1.0  # guidance scale of the conditioning image; 1 = none (InstructPix2Pix: 1.5)
-    embedded_guidance: float = 8.0  # guidance scale passed to networks that embed it, such as LCM's
-
-    def __post_init__(self):
-        check_choices(self, {"sampler": ODE_SAMPLERS})
+    sampler: sampling.OdeSampler = "ddim"  # or "heun", "dpm_solver_pp"; used without a scheduler
+    timesteps: Annotated[tuple[Natural, ...], FALLING] = ()  # replace the scheduler's when sampling in that many
+    # steps: (399,) for DMD2's SDXL
+    guidance: NonNegative = 1.0  # classifier-free guidance scale; 1 = none
+    image_guidance: NonNegative = 1.0  # guidance scale of the conditioning image; 1 = none (InstructPix2Pix: 1.5)
+    embedded_guidance: NonNegative = 8.0  # guidance scale passed to networks that embed it, such as LCM's
 
     def init(self, key, frozen, batch):
         return {}

@@ -8,7 +8,7 @@ The third changes the UNet itself:
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -117,6 +117,7 @@ class MuBlendModel(Branch):
 
 BRANCHES = {"controlnet": ControlNetModel, "mu_blend": MuBlendModel}
 ADAPTERS = (*BRANCHES, "concat")
+Conditioning = Literal["none", *ADAPTERS]  # of a student, as methods' options name it
 
 
 def moves(kind: str, freeze_backbone: bool) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Networks that take the guidance scale as an input (Meng et al. 2023, arXiv:2210.03142; LCM, Luo et al. 2023)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,6 +9,11 @@ from jaxtyping import Array, Float
 from cddistill.models.blocks import sinusoid
 from cddistill.models.unet import Apply, UNet2DConditionModel
 from cddistill.net import Denoiser
+from cddistill.typed import RISING, within
+
+GuidanceScale = Annotated[float, within(least=1)]
+GuidanceRange = Annotated[tuple[GuidanceScale, GuidanceScale], RISING]  # of training; (1, 1) = no guidance
+EmbeddingWidth = Annotated[int, within(off=0, least=4, most=2**16, multiple=2)]
 
 
 def guidance_embedding(scales: Float[Array, " b"], width: int) -> Float[Array, "b width"]:

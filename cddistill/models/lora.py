@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -37,6 +37,7 @@ BLOCKS = (  # every layer in the blocks, as in LCM-LoRA and DMD2
 )  # fmt: skip
 
 LAYERS = {"attention": ATTENTION, "blocks": BLOCKS}  # as methods' options name them
+LoraLayers = Literal["none", *LAYERS]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers expects
 PREFIXES = {  # of layer names in files: diffusers' first, then kohya's trainer's

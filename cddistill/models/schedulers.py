@@ -318,7 +318,7 @@ def check_timesteps(timesteps, total: int, where: str = "") -> tuple[int, ...]:
     """A student's timesteps as a tuple; ValueError unless they are strictly decreasing integers in [0, total - 1]."""
     own = [t for t in timesteps if isinstance(t, int) and 0 <= t < total] if isinstance(timesteps, list) else []
     if not own or own != timesteps or own != sorted({*own}, reverse=True):
-        raise ValueError(f"{where}timesteps {timesteps} are not strictly decreasing integers in [0, {total - 1}]")
+        raise ValueError(f"{where}timesteps {timesteps!s:.80} are not strictly decreasing integers in [0, {total - 1}]")
     return tuple(own)
 
 

@@ -79,7 +79,8 @@ class Command(NamedTuple):
         fingerprints = self.source | self.weights
         if not (folder / MANIFEST).is_file():
             return {"made": self.made, "fingerprints": fingerprints, "rows": 0, "total": total}
-        known = io.read_json(folder / MANIFEST, "encode again, to another --output")
+        kinds = {"rows": int, "total": int, "made": dict, "fingerprints": dict | None}
+        known = io.read_json(folder / MANIFEST, "encode again, to another --output", **kinds)
         if "fingerprints" not in known:
             raise ValueError(
                 f"{folder} is from a version of cddistill that kept no fingerprints of pictures and weights, so it may "

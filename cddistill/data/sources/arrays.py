@@ -4,14 +4,18 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
+from typing import Annotated
 
 import numpy as np
 
 from cddistill import io
+from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
+from cddistill.typed import Count, Limit
 
 AXES = {
     "x0": 4,
@@ -24,8 +28,11 @@ AXES = {
     "time_ids": 2,
 }
 INTEGERS = ("class_labels", "input_ids")
+MAX_ID = 2**24 - 1  # token ids are exact in float32
 ROWS_CHECKED = 2048  # of each array and split, evenly spaced: reading all rows of a large file takes too long
 POSSIBLE, LIKELY = (0.05, 3.0), (0.2, 2.0)  # standard deviation of what diffusion models generate; nominally 1
+
+SHAPE = Limit("height, width and channels, or ()", lambda x: len(x) in (0, 3))
 
 
 class Rows:
@@ -48,7 +55,8 @@ class Rows:
         """(lowest, highest, mean, standard deviation) of some rows. ValueError naming the first that is not finite."""
         low, high, total, squares, size = np.inf, -np.inf, 0.0, 0.0, 0
         for i in rows:
-            x = np.asarray(self[i], np.float64)
+            with np.errstate(over="ignore"):
+                x = self[i].astype(np.float32).astype(np.float64)  # as it is used; sums are exact
             if not np.isfinite(x).all():
                 raise ValueError(f"row {i} of {self.path} has values that are not finite (NaN or infinity): remove it")
             low, high = min(low, x.min()), max(high, x.max())
@@ -61,7 +69,7 @@ class Rows:
 class Arrays(Source):
     """Precomputed arrays in the folder data.path."""
 
-    x0_shape: tuple[int, ...] = ()  # height, width, channels; for text only (prompts without images, no x0.npy)
+    x0_shape: Annotated[tuple[Count, ...], SHAPE] = ()  # for text only (prompts without images, no x0.npy)
 
     precomputed = True
 
@@ -103,8 +111,7 @@ class ArrayItems:
         captions = [path for part in self.parts if (path := part / "captions.json").exists()]
         self.captions = list(itertools.chain(*map(read_captions, captions))) if captions else [""] * n
         self.null_label = np.int32(config.num_classes)
-        manifest = self.parts[0] / "manifest.json"
-        self.encoded = io.read_json(manifest, "encode again") if manifest.is_file() else None  # by --mode=encode
+        self.encoded = read_manifest(self.parts[0])  # by --mode=encode, or None
         self.check(config)
         self.null = {name: self.read_null(name) for name in NULL_FILES if name in self.arrays}
         rows = map(str, range(n))
@@ -136,12 +143,20 @@ class ArrayItems:
             raise ValueError(f"text_embeds.npy and time_ids.npy belong together; {self.root} has only one of them")
         for name, array in self.arrays.items():
             self.check_types(name, {x.dtype for x in array.arrays})
-        labels = self.arrays["class_labels"].arrays if "class_labels" in self.arrays else ()
-        if any(len(x) and (x.min() < 0 or x.max() > self.null_label) for x in labels):
+        self.check_integers()
+        rows = [(read_manifest(part) or {}).get("rows") for part in self.parts]
+        if self.encoded and sum(rows) != n:
+            raise ValueError(f"the manifest in {self.parts[0]} and others say {sum(rows)} rows, not {n}: encode again")
+
+    def check_integers(self):
+        """Raise ValueError for labels that are no classes, and for token ids that no vocabulary has."""
+        if outside(self.arrays.get("class_labels"), int(self.null_label)):
             raise ValueError(
                 f"class_labels.npy in {self.root} must be in 0 .. {self.null_label}, the null label: set "
                 "data.num_classes to the number of classes"
             )
+        if outside(self.arrays.get("input_ids"), MAX_ID):
+            raise ValueError(f"input_ids.npy in {self.root} must be in 0 .. {MAX_ID}: tokenize the captions again")
 
     def check_types(self, name, dtypes):
         """Raise ValueError for an array that holds another kind of numbers than it should; a note for float64."""
@@ -192,8 +207,10 @@ class ArrayItems:
         null = read_array(path)
         if null.shape != expected:
             raise ValueError(f"{path} is {null.shape}; expected {expected} as a row of {name}.npy")
-        if null.dtype.kind not in "iuf" or not np.isfinite(null).all():
-            raise ValueError(f"{path} has values that are not finite numbers: encode the empty prompt again")
+        kinds, highest = ("iu", MAX_ID) if name in INTEGERS else ("iuf", np.finfo(np.float32).max)
+        if null.dtype.kind not in kinds or not (np.abs(null) <= highest).all() or (name in INTEGERS and null.min() < 0):
+            what = "token ids" if name in INTEGERS else "finite numbers"
+            raise ValueError(f"{path} has values that are not {what}: encode the empty prompt again")
         return np.asarray(null, np.float32)
 
     def __len__(self):
@@ -208,7 +225,7 @@ class ArrayItems:
         if "x0" not in row:
             item |= {"x0": np.zeros(self.x0_shape, np.float32), "imageless": np.bool_(True)}
         if "input_ids" in row:
-            ids = lambda row: {"input_ids": row["input_ids"].astype(np.int32)}  # below 2^24, exact in float32
+            ids = lambda row: {"input_ids": row["input_ids"].astype(np.int32)}
             return item | {"text": ids(row), "null": ids(row | self.null)}
         if "text" in row:
             return item | {"text": embeddings(row), "null": embeddings(row | self.null)}
@@ -216,22 +233,44 @@ class ArrayItems:
 
 
 def read_array(path):
-    """An .npy file, mapped to memory. Raises ValueError naming a file that is damaged or holds no numbers."""
+    """An .npy file, mapped to memory. Raises ValueError naming a file that is damaged or holds no rows of numbers."""
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no array of numbers ({error}): write it again with np.save") from error
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many types for odd headers
+        why = "it holds Python objects, or something else" if "pickle" in str(error) else error
+        raise ValueError(f"{path} is damaged, or no array of numbers ({why}): write it again with np.save") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive (.npz), not one array: save the array in it with np.save")
+    if not array.ndim or 0 in array.shape[1:]:
+        raise ValueError(f"{path} is {array.shape}, and no array of rows: write it again with np.save")
+    return array
+
+
+def outside(rows: Rows | None, highest: int) -> bool:
+    """Whether some of these integers are negative or above the highest that is allowed. All of them are read."""
+    return rows is not None and any(len(x) and (x.min() < 0 or x.max() > highest) for x in rows.arrays)
+
+
+def read_manifest(folder, remedy: str = "encode again") -> dict | None:
+    """What --mode=encode recorded in a folder; None if there is nothing. ValueError, naming the file, for damage."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    known = io.read_json(path, remedy, rows=int, total=int, fingerprints=dict | None)
+    if not 0 <= known["rows"] <= known["total"]:
+        raise ValueError(f"{path} has rows = {known['rows']} of total = {known['total']}: {remedy}")
+    return known
 
 
 def read_captions(path):
     """The list of str in a captions.json. Raises ValueError naming a file that holds anything else."""
     try:
         captions = json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON in UTF-8 ({error}): expected a list of texts") from error
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{path} is not a list of texts, one for each row")
-    return captions
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"it is a {type(captions).__name__}, not a list of texts, one for each row")
+        return [check_text(caption) for caption in captions]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a list of texts, as JSON in UTF-8 ({error}): write it again") from error
 
 
 def embeddings(row):
@@ -244,16 +283,14 @@ def embeddings(row):
 
 def complete_parts(root):
     """The folders 00000-of-00002, 00001-of-00002 ... in root, or root itself. ValueError for incomplete parts."""
-    parts = sorted(p for p in root.glob("*-of-*") if p.is_dir())
+    parts = sorted(p for p in root.iterdir() if re.fullmatch(r"\d+-of-\d+", p.name) and p.is_dir())
     if not parts:
         return [root]
-    expected = int(parts[0].name.partition("-of-")[2])
-    if [p.name for p in parts] != [f"{i:05}-of-{expected:05}" for i in range(expected)]:
-        raise ValueError(f"{root} holds {len(parts)} of {expected} parts: encode or copy the missing ones")
+    expected = parts[0].name.partition("-of-")[2]
+    if [p.name for p in parts] != [f"{i:05}-of-{expected}" for i in range(len(parts))] or int(expected) != len(parts):
+        raise ValueError(f"{root} holds {len(parts)} of {int(expected)} parts: encode or copy the missing ones")
     for part in parts:
-        manifest = part / "manifest.json"
-        known = io.read_json(manifest, "encode again") if manifest.is_file() else {}
-        rows, total = known.get("rows", 0), known.get("total", "its")
-        if rows != total:
-            raise ValueError(f"{part} has {rows} of {total} rows: resume with the same --mode=encode")
+        known = read_manifest(part) or {"rows": 0, "total": "its"}
+        if known["rows"] != known["total"]:
+            raise ValueError(f"{part} has {known['rows']} of {known['total']} rows: resume with the same --mode=encode")
     return parts

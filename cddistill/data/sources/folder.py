@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import posixpath
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,15 +26,9 @@ CACHE_BYTES = 2**30  # of decoded images kept in memory
 class Folder(Source):
     """Images in the folder data.path and its sub-folders."""
 
-    split: str = "auto"  # by folders like train/ and val/, else by hash; "hash", "fill" or "all": see splits.RULES
-    crop: str = "resize"  # shorter side to data.size, centre cropped; or "random": crops of images at their own size
+    split: Literal[*RULES] = "auto"  # by folders like train/ and val/, else by hash; see splits.RULES
+    crop: Literal[*CROPS] = "resize"  # shorter side to data.size, centre cropped; "random": crops at their own size
     folder_labels: bool = False  # an image's label is the folder it lies in, as in cat/1.png
-
-    def __post_init__(self):
-        if self.split not in RULES:
-            raise ValueError(f"data.split must be one of {', '.join(RULES)}, not {self.split!r}")
-        if self.crop not in CROPS:
-            raise ValueError(f"data.crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
 
     def open(self, config, split):
         try:

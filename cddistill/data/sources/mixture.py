@@ -1,16 +1,18 @@
 """Several embedded sources as one data set."""
 
 import dataclasses
+from typing import Annotated
 
 from cddistill.data.contracts import Source
 from cddistill.data.splits import in_order
+from cddistill.typed import SOME
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Source):
     """The examples of several sources, concatenated and shuffled; each source has its default options."""
 
-    mixture: tuple[str, ...] = ("icons", "scenes")  # the labels of later ones follow those of earlier ones
+    mixture: Annotated[tuple[str, ...], SOME] = ("icons", "scenes")  # later ones' labels follow
 
     def open(self, config, split):
         from cddistill.data.sources import SOURCES  # which lists this class
@@ -18,8 +20,6 @@ class Mixture(Source):
         known = [name for name, cls in SOURCES.items() if not (cls.precomputed or cls is Mixture)]
         if unknown := [name for name in self.mixture if name not in known]:
             raise ValueError(f"data.mixture has {unknown[0]!r}: it may have {', '.join(known)}")
-        if not self.mixture:
-            raise ValueError("data.mixture is empty: name at least one source, as in ('icons', 'scenes')")
         return MixedImages({name: SOURCES[name]().open(config, split) for name in self.mixture})
 
     def fingerprint(self, opened):

@@ -1,6 +1,7 @@
 """Canny to image: the condition is the edges of the image (Canny 1986), as in ControlNet."""
 
 import dataclasses
+from typing import Annotated
 
 import jax.image
 import numpy as np
@@ -10,24 +11,23 @@ from skimage import feature
 from cddistill.data import images
 from cddistill.data.contracts import Task
 from cddistill.data.resample import to_float
+from cddistill.typed import RISING, NonNegative, within
 
 LUMA = np.float32([0.299, 0.587, 0.114])  # ITU-R 601
+Blur = Annotated[float, within(least=0, most=100)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Canny(Task):
     """Edges from scikit-image's Canny detector. Its settings are drawn uniformly from ranges, which are ours."""
 
-    canny_sigma: tuple[float, ...] = (0.5, 1.5)  # px, of the Gaussian blur
-    canny_low: tuple[float, ...] = (0.05, 0.15)  # lower threshold of the gradient of luma in [0, 1]
-    canny_high: tuple[float, ...] = (0.15, 0.35)  # upper threshold
+    canny_sigma: Annotated[tuple[Blur, Blur], RISING] = (0.5, 1.5)  # px, of the Gaussian blur
+    canny_low: Annotated[tuple[NonNegative, NonNegative], RISING] = (0.05, 0.15)  # threshold of luma's gradient
+    canny_high: Annotated[tuple[NonNegative, NonNegative], RISING] = (0.15, 0.35)  # upper threshold
 
     best_metric = None
 
     def __post_init__(self):
-        for name in ("canny_sigma", "canny_low", "canny_high"):
-            if len(ends := getattr(self, name)) != 2 or not 0 <= ends[0] <= ends[1]:
-                raise ValueError(f"data.{name} must be a range of two numbers from 0 on, not {ends}")
         if self.canny_low[1] > self.canny_high[0]:
             raise ValueError(f"data.canny_low {self.canny_low} must not exceed data.canny_high {self.canny_high}")
 

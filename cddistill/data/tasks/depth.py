@@ -1,6 +1,7 @@
 """Depth to image: the condition is the inverse depth, normalised for each image, near surfaces bright."""
 
 import dataclasses
+from typing import Literal
 
 import jax.image
 import numpy as np
@@ -8,21 +9,15 @@ import numpy as np
 from cddistill.data import captions, images
 from cddistill.data.contracts import Task
 
-FILES = ("inverse", "metres")
-
 
 @dataclasses.dataclass(frozen=True)
 class Depth(Task):
     """For data with a depth map. CoDi's paper takes estimated depth; its estimator is not named."""
 
-    depth_files: str = "inverse"  # what a person's depth maps hold: near is bright; or "metres": distances
+    depth_files: Literal["inverse", "metres"] = "inverse"  # of a person's maps: near is bright, or distances
 
     input_suffixes = captions.MAPS
     best_metric = None
-
-    def __post_init__(self):
-        if self.depth_files not in FILES:
-            raise ValueError(f"data.depth_files must be one of {', '.join(FILES)}, not {self.depth_files!r}")
 
     def condition(self, element, rng):
         if "depth_map" in element:

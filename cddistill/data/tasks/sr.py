@@ -1,6 +1,7 @@
 """Super-resolution: the condition is the image downsampled by `scale` and resized to its original size."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -8,23 +9,17 @@ from cddistill.data import images
 from cddistill.data.contracts import Task
 from cddistill.data.degrade import realesrgan, sharpen
 from cddistill.data.resample import resample, to_float, to_uint8
-
-DEGRADATIONS = ("bicubic", "realesrgan")
+from cddistill.typed import Count
 
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolution(Task):
     """The condition is the low-resolution image, upsampled by bicubic interpolation."""
 
-    scale: int = 4  # factor from the low to the high resolution
-    degradation: str = "bicubic"  # antialiased; or "realesrgan": two stages of blur, resizing, noise and JPEG
+    scale: Count = 4  # factor from the low to the high resolution
+    degradation: Literal["bicubic", "realesrgan"] = "bicubic"  # "realesrgan": two stages of blur,
+    # resizing, noise and JPEG
     sharpen: bool = False  # unsharp-mask the targets, as Real-ESRGAN does
-
-    def __post_init__(self):
-        if self.degradation not in DEGRADATIONS:
-            raise ValueError(f"data.degradation must be one of {', '.join(DEGRADATIONS)}, not {self.degradation!r}")
-        if self.scale < 1:
-            raise ValueError(f"data.scale must be at least 1, not {self.scale}")
 
     def check(self, size):
         if size % self.scale:
