@@ -381,16 +381,18 @@ def near(t, x0):
     return pytest.approx(float(SD.alpha_sigma(t)[0]) * x0, abs=2.0)
 
 
-def test_the_four_signal_distances():
-    """Fig. 2 of the paper, with an autoencoder that is not the identity: D(z) = 2z, E(x) = x / 4."""
+def test_the_signal_distances():
+    """Fig. 2 of the paper, and LatentLPIPS, with an autoencoder that is not the identity: D(z) = 2z, E(x) = x / 4."""
     n, a, b = world(linear), tiny.randn(0, 5, 3), tiny.randn(1, 5, 3)
     n.autoencoder = Autoencoder(None, lambda p, x: x / 4, lambda p, z: 2 * z)
     n.lpips = lambda x, y: jnp.abs(x - y).max(1)
+    n.latent_lpips = lambda x, y: jnp.abs(x - y).min(1)
     want = {
         "l2": ((a - b) ** 2).mean(1),
         "pixel_l2": 4 * ((a - b) ** 2).mean(1),
         "reencoded_l2": ((a / 2 - b) ** 2).mean(1),
         "lpips": 2 * jnp.abs(a - b).max(1),
+        "latent_lpips": jnp.abs(a - b).min(1),
     }
     for signal, value in want.items():
         np.testing.assert_allclose(CoDi(signal=signal).signal_distance(n, a, b), value, rtol=1e-5)

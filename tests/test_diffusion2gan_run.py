@@ -87,7 +87,7 @@ def test_bad_settings_are_refused_before_training(teacher, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"there is no manifest\.json"):
         train.train(settings(teacher, tmp_path / "none"), tmp_path)
     metric = {"regression": "latent_lpips", "family": "sd15"}
-    with pytest.raises(ValueError, match=r"needs method\.metric, a file"):
+    with pytest.raises(ValueError, match=r"needs method\.metric: a file"):
         train.train(settings(teacher, pairs, metric), tmp_path)
     with pytest.raises(ValueError, match=r"nowhere\.pth is missing: download"):
         train.train(settings(teacher, pairs, metric | {"metric": "nowhere.pth"}), tmp_path)

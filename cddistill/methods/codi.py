@@ -25,7 +25,7 @@ from cddistill.models.adapter import Conditioning
 from cddistill.models.guidance import GuidanceRange
 from cddistill.models.schedulers import Sampling
 from cddistill.net import Adapted
-from cddistill.perceptual import lpips
+from cddistill.perceptual import latent_lpips, lpips
 from cddistill.typed import Decay, NonNegative, Positive, Share, within
 
 RELEASED = {  # the released code's values where it differs from the paper
@@ -53,8 +53,9 @@ class CoDi(Generator):
     grid_size: Annotated[int, within(off=0, least=2, most=1000)] = 0  # number of timesteps of a grid for t, as in
     # the released code (50); 0 = every t
     distance: losses.Distance = "l2"  # d_eps of the consistency term
-    signal: Literal["l2", "pixel_l2", "reencoded_l2", "lpips"] = "l2"  # d_x: in latent space (paper's choice), on
-    # decoded pixels, re-encoded, or LPIPS on pixels
+    signal: Literal["l2", "pixel_l2", "reencoded_l2", "lpips", "latent_lpips"] = "l2"  # d_x: in latent space (paper's
+    # choice), on decoded pixels, re-encoded, LPIPS on pixels, or LatentLPIPS, which decodes nothing (ours)
+    metric: str = ""  # weights of latent_lpips: a file, or a pipeline that has its own, such as "pocket"
     consistency_weight: NonNegative = 1.0  # of the first term of eq. 8 (paper: 1)
     signal_weight: NonNegative = 1.0  # of the second (paper: 1); 0 = without it, as in diffusers PR 8313 (the authors')
     snr_gamma: NonNegative = 0.0  # min-SNR weight of the consistency term; 0 = off (released code, off by default)
@@ -67,6 +68,7 @@ class CoDi(Generator):
     ema_decay: Decay = 0.999  # per step, of the target and the final weights (released code; the paper gives none)
 
     mutable_on_resume = ("guidance", "grid_power")
+    paths = ("metric",)
     presets = {"paper": {}, "released": RELEASED}
 
     def __post_init__(self):
@@ -88,8 +90,11 @@ class CoDi(Generator):
         return adapter.student_nets(frozen, key, self.adapter, batch, self.freeze_backbone)
 
     def requires(self):
-        nets = {"lpips": functools.partial(lpips.load, "vgg")} if self.signal == "lpips" else {}
-        return Requires(nets, condition=adapter.condition_space(self.adapter))
+        nets = {
+            "lpips": {"lpips": functools.partial(lpips.load, "vgg")},
+            "latent_lpips": {"latent_lpips": functools.partial(latent_lpips.required, "method.signal", self.metric)},
+        }
+        return Requires(nets.get(self.signal, {}), condition=adapter.condition_space(self.adapter))
 
     def exports(self):
         return adapter.exports(self.adapter, self.freeze_backbone)
@@ -174,9 +179,11 @@ class CoDi(Generator):
         return x0 if self.boundary == "none" else sampling.boundary(x0, z, like(t.astype(jnp.float32), x0))
 
     def signal_distance(self, n, x0_hat, x0):
-        """The second term of eq. 8, one number per sample: the four choices of the paper's figure 2."""
+        """The second term of eq. 8, one number per sample: the four choices of the paper's figure 2, and ours."""
         if self.signal == "l2":
             return losses.mse(x0_hat, x0)
+        if self.signal == "latent_lpips":
+            return n.latent_lpips(x0_hat, x0)
         decode = n.autoencoder.decode
         if self.signal == "pixel_l2":
             return losses.mse(decode(x0_hat), decode(x0))

@@ -99,17 +99,10 @@ class Diffusion2GAN(Generator):
         if self.regression == "lpips":
             nets["lpips"] = functools.partial(lpips.load, "vgg")
         if self.regression == "latent_lpips":
-            nets["latent_lpips"] = self.load_latent_lpips
-        return Requires(nets, images=False, pairs=True, condition=adapter.condition_space(self.adapter))
-
-    def load_latent_lpips(self):
-        """n.latent_lpips. Raises ValueError if method.metric is empty."""
-        if not self.metric:
-            raise ValueError(
-                "method.regression='latent_lpips' needs method.metric, a file of weights such as "
-                "sd15_latest_vgg16_tuned.pth; without one use 'teacher', or 'lpips' for pixels"
+            nets["latent_lpips"] = functools.partial(
+                latent_lpips.required, "method.regression", self.metric, self.family
             )
-        return latent_lpips.load(self.metric, self.family)
+        return Requires(nets, images=False, pairs=True, condition=adapter.condition_space(self.adapter))
 
     def exports(self):
         return dict(zip(("unet", "controlnet"), self.parts(), strict=False))

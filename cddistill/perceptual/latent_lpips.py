@@ -138,6 +138,16 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     )
 
 
+def required(option: str, metric: str, family: str = "") -> Net:
+    """`load` for an option of a method. Raises ValueError, naming the option, if no weights are given."""
+    if not metric:
+        raise ValueError(
+            f"{option}='latent_lpips' needs method.metric: a file of weights such as sd15_latest_vgg16_tuned.pth, or a "
+            f"pipeline that has its own, such as pocket; {option}='lpips' needs none"
+        )
+    return load(metric, family)
+
+
 def save(net: Net, path) -> Path:
     """Write a net to a safetensors file with its family and layout, under the published names; returns the path."""
     state = {f"lin{k}.model.1.weight": np.reshape(w, (1, -1, 1, 1)) for k, w in enumerate(net.params["heads"])}
