@@ -5,6 +5,7 @@
     python benchmarks/compare.py d2g --workdir=runs/compare --steps=500 --seeds=3       Diffusion2GAN, class-conditional
     python benchmarks/compare.py pocket_inpaint --workdir=runs/compare --steps=4000 --seeds=3       CoDi, LCM and the
         undistilled network by task on the pocket pipeline: also pocket_edit, pocket_depth, pocket_canny, pocket_sr
+    python benchmarks/compare.py pocket_ablations --workdir=runs/compare --steps=4000 --seeds=3     CoDi, inpainting
 
 Each run is `python -m cddistill.main` with the printed flags; finished runs are not repeated. --jobs runs that many at
 once, each on its share of the cores. The table has means over seeds and standard errors over seeds (not over images).
@@ -35,6 +36,7 @@ class Study(NamedTuple):
     exported: str = ""  # a variant whose run is exported to {exported}, which flags of later variants may name
 
 
+INPAINT = "--config=configs/ccd_inpaint.py"
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
 ONE, FOUR = "--config=configs/dmd2_emoji.py", "--config=configs/dmd2_emoji.py:four"
 NO_GAN = "--config.method.gan_weight=0."
@@ -43,6 +45,15 @@ PLAIN = "--config.method.augment=none"
 NO_R1, NO_MIX = "--config.method.r1=none", "--config.method.mix_share=0."
 ONE_SCALE, NO_NOISE = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
 CHOSEN, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling timesteps
+ABLATIONS = {  # of CoDi; the paper's
+    "CoDi, DDIM instead of PREv": ["--config.method.noise=predicted"],
+    "CoDi without noise consistency": ["--config.method.consistency_weight=0.0"],
+    "CoDi, frozen teacher's z_s (x0 space)": [
+        "--config.method.ode=teacher", "--config.method.space=x0", "--config.method.noise=predicted",
+    ],
+    "CoDi, own z_s (x0 space)": ["--config.method.space=x0"],
+    "CoDi, one t for the batch": ["--config.method.shared_t=True"],
+}  # fmt: skip
 TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
 
 
@@ -81,18 +92,20 @@ STUDIES = {
     "pocket_depth": of_task("depth"),
     "pocket_canny": of_task("canny", "Edge F1"),
     "pocket_sr": of_task("sr", "PSNR", reference="bicubic", pe="pocket_pe"),
+    "pocket_ablations": Study(
+        variants={name: [INPAINT, *flags] for name, flags in ({"CoDi": []} | ABLATIONS).items()},
+        variant_evals={},
+        default_evals={"": ["--config.sample_steps=(1,2,4)"]},
+        common=["--config.baseline="],
+        shared_rows=("grey hole",),
+        columns=("KID-EffLite0@64", "LPIPS-VGG", "LPIPS-VGG in the hole"),
+    ),
     "sr": Study(
         variants={
             "fine-tuned, not distilled": [FINETUNE],
             "CoDi": [SR],
             "PE-CoDi": [f"{SR}:pe"],
-            "CoDi, DDIM instead of PREv": [SR, "--config.method.noise=predicted"],
-            "CoDi without noise consistency": [SR, "--config.method.consistency_weight=0.0"],
-            "CoDi, frozen teacher's z_s (x0 space)": [
-                SR, "--config.method.ode=teacher", "--config.method.space=x0", "--config.method.noise=predicted",
-            ],
-            "CoDi, own z_s (x0 space)": [SR, "--config.method.space=x0"],
-            "CoDi, one t for the batch": [SR, "--config.method.shared_t=True"],
+            **{name: [SR, *flags] for name, flags in ABLATIONS.items()},
         },
         variant_evals={
             "fine-tuned, not distilled": {"": [CHOSEN, "--config.sample_steps=(4,8)"],
