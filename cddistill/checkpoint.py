@@ -1,4 +1,4 @@
-"""Checkpoints of the training state, the config recorded in a workdir, and graceful shutdown on SIGTERM."""
+"""Checkpoints of the training state, and what a run was started with: the config and an example in its workdir."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Collection
 from io import BytesIO
@@ -18,16 +17,17 @@ import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import data, io, sharding
+from cddistill import data, io, sharding, storage
 from cddistill.config import defaults, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
 from cddistill.methods import METHODS
 from cddistill.step import TrainState
+
+STATE = "default"  # the sub-folder of a checkpoint with the arrays of the state
 
 
 class CheckpointMismatch(ValueError):
@@ -44,7 +44,10 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 3, best_metric: str | None = None, best_mode: str = "min", read_only=False):
         if keep < 1 or best_mode not in ("min", "max"):
             raise ValueError(f"keep={keep} must be at least 1, and best_mode={best_mode!r} 'min' or 'max'")
-        self.folder = epath.Path(folder).expanduser().resolve()
+        self.folder = Path(os.path.abspath(Path(folder).expanduser()))
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.place = storage.Place(self.folder)
         self.best_metric, self.read_only = best_metric, read_only
         policy = [keepers.LatestN(keep)]
         rank = None
@@ -60,12 +63,12 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handler = ocp.PyTreeCheckpointHandler()  # named, so that metadata can be read before anything is saved
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
+        handlers = {STATE: ocp.PyTreeCheckpointHandler(), storage.ITEM: storage.SumsHandler()}
+        self.manager = ocp.CheckpointManager(self.place.path, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
-        return max(ocp.utils.checkpoint_steps(self.folder), default=None)
+        return max(ocp.utils.checkpoint_steps(self.place.path), default=None)
 
     def best_step(self) -> int | None:
         """The step with the best `best_metric`, None if no checkpoint has one; without a metric the newest step."""
@@ -102,7 +105,8 @@ class Checkpoints:
             raise ValueError(f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}")
         with self.writing():
             if step not in self.manager.all_steps():
-                self.manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
+                items = {STATE: ocp.args.PyTreeSave(state), storage.ITEM: storage.Sums(by_name(state))}
+                self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Wait until every save is on disk. Raises OSError if one failed."""
@@ -113,6 +117,7 @@ class Checkpoints:
         """Wait, then release orbax's threads."""
         with self.writing():
             self.manager.close()
+        self.place.close()
 
     @contextlib.contextmanager
     def writing(self):
@@ -137,7 +142,7 @@ class Checkpoints:
 
     def nets(self) -> set[str]:
         """Names of the nets in the newest checkpoint."""
-        description = self.manager.item_metadata(self.latest_step())
+        description = self.manager.item_metadata(self.latest_step())[STATE]
         return {name.split(".")[1] for name in by_name(description.tree) if name.startswith("nets.")}
 
     def restore_weights(self, abstract: TrainState, names: Collection[str] | None = None, step: int | None = None):
@@ -156,7 +161,7 @@ class Checkpoints:
 
         Raises CheckpointMismatch, or any exception of orbax or tensorstore for damaged files.
         """
-        description = self.manager.item_metadata(step)
+        description = self.manager.item_metadata(step)[STATE]
         if description is None:
             raise OSError("its description is missing")
         saved = by_name(description.tree)
@@ -168,7 +173,7 @@ class Checkpoints:
         fields = {k: v for k, v in vars(abstract).items() if jax.tree.leaves(v)}  # orbax refuses empty parts
         shardings = ocp.checkpoint_utils.construct_restore_args(fields)
         args = ocp.args.PyTreeRestore(fields, shardings, partial_restore=True)
-        return abstract.replace(**self.manager.restore(step, args=args))
+        return abstract.replace(**self.manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE])
 
     def newest(self, step: int | None, read: Callable[[int], TrainState]) -> TrainState:
         """read(s) for the newest step s that can be read, or for `step`; see `restore` for the errors."""
@@ -179,21 +184,37 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}{others}")
         reasons = {}
         for s in there if step is None else [step]:
-            try:
-                state = read(s)
-            except CheckpointMismatch:
-                raise
-            except Exception as error:  # damaged files make orbax and tensorstore raise many types
-                reasons[s] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(s), reasons[s])
-            else:
-                self.set_aside(reasons)
+            state, reasons[s] = self.verified(s, read)
+            if state is not None:
+                del reasons[s]
+                self.set_aside(reasons, s)
                 return state
+            logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(s), reasons[s])
+        if step is not None:
+            others = f"choose another --checkpoint of {[s for s in there if s != step]}"
+            raise OSError(errno.EIO, f"checkpoint {self.folder / str(step)} cannot be read ({reasons[step]}): {others}")
         raise OSError(errno.EIO, f"no checkpoint in {self.folder} can be read ({reasons}); move it away to start again")
 
-    def set_aside(self, steps: Collection[int]) -> None:
-        """Rename unreadable checkpoints, so that training can save these steps again."""
-        if self.read_only or not steps:
+    def verified(self, step: int, read: Callable[[int], TrainState]) -> tuple[TrainState | None, str]:
+        """(read(step), "") if its checksums are right, else (None, why not): the same on all hosts."""
+        state, expected, found, reason = None, None, {}, ""
+        try:
+            state = read(step)
+            expected = storage.read_sums(self.folder / str(step) / storage.ITEM)
+            found = storage.sums(by_name(state)) if expected is not None else {}
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # damaged files make orbax and tensorstore raise many types
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = storage.agreed(reason) or storage.difference(expected or {}, found)
+        return (None, reason) if reason else (state, "")
+
+    def set_aside(self, steps: Collection[int], good: int) -> None:
+        """Rename unreadable checkpoints, so that training can save these steps again; `good` is read instead."""
+        if not steps:
+            return
+        if self.read_only:
+            logging.warning("reading %s instead", self.folder / str(good))
             return
         if sharding.is_host0():
             for step in steps:
@@ -352,31 +373,3 @@ def data_or_example(workdir, config: DataConfig) -> DataConfig:
         return config
     kept = KeptExample(str(file.resolve()), file.stat().st_mtime_ns)
     return dataclasses.replace(config, source=kept, path="")
-
-
-class Preemption:
-    """`with Preemption() as stop:` turns SIGTERM and Ctrl-C into a request to save a checkpoint and exit.
-
-    A second signal has its usual effect, which ends the process. With several hosts jax.distributed handles SIGTERM,
-    and makes all hosts agree on the last step.
-    """
-
-    def __enter__(self):
-        single = jax.process_count() == 1
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT) if single}
-        return self
-
-    def ask(self, number, frame) -> None:
-        """The handler of the first signal; it restores the handlers that were there before."""
-        self.asked = True
-        logging.warning("%s: saving a checkpoint, then exiting", signal.Signals(number).name)
-        self.__exit__()
-
-    def requested(self, step: int) -> bool:
-        """Whether this step is the last one; every host must call this at every step."""
-        return self.asked or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, generate, io, log, sharding
+from cddistill import checkpoint, config, data, generate, io, log, sharding, signals
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.evals import compare, preview
@@ -37,7 +37,7 @@ def train(settings, workdir: Path) -> None:
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
-    with checkpoint.Preemption() as stop:
+    with signals.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
     if int(state.step) < run.steps:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ from cddistill import config, data
 from cddistill.checkpoint import (
     CheckpointMismatch,
     Checkpoints,
-    Preemption,
     changed,
     check_config,
     data_or_example,
@@ -37,6 +37,7 @@ from cddistill.data import DataConfig
 from cddistill.log import JsonlWriter
 from cddistill.models.fingerprint import host_sum, leaf_sum
 from cddistill.net import Net
+from cddistill.signals import Preemption
 from cddistill.step import TrainState, init_state
 
 
@@ -268,6 +269,62 @@ def test_unreadable_checkpoint_is_renamed_and_the_previous_one_restored(opened, 
     assert list(again.folder.glob("3.unreadable-*"))
     saved(again, 3)
     assert_same(opened().restore(abstract(initial())), run(3))
+
+
+def flipped(file, moment):
+    """Flip one random bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[moment.randrange(len(data))] ^= 1 << moment.randrange(8)
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_never_restores_other_weights(opened, caplog):
+    """The state is incompressible, so that nothing but the checksums notices most of these."""
+    checkpoints, moment = opened(), random.Random(0)
+    for step in (1, 2):
+        checkpoints.save(step, noise(step))
+    checkpoints.wait()
+    folder, wrong = checkpoints.folder / "2", 0
+    kept = shutil.copytree(folder, folder.parent.parent / "kept")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    large = max(files, key=lambda p: p.stat().st_size)
+    reader = opened(read_only=True)
+    for file in [large] * 10 + files:
+        flipped(file, moment)
+        restored = reader.restore(abstract(noise(1)))
+        same = np.array_equal(restored.opt["x"], noise(2).opt["x"])
+        assert_same(restored, noise(2 if same else 1))
+        wrong += "checksum of opt.x is wrong" in caplog.text
+        caplog.clear()
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    assert wrong >= 5  # of the ten in the largest file; some hit other arrays
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(opened):
+    checkpoints = saved(opened(), 1, 2)
+    tamper(checkpoints.folder / "2", "step")
+    said = r"2 cannot be read \(it is damaged: the checksum of step is wrong\): choose another --checkpoint of \[1\]"
+    with pytest.raises(OSError, match=said):
+        checkpoints.restore_weights(abstract(initial()), step=2)
+    assert steps_on_disk(checkpoints) == [1, 2]
+
+
+def tamper(folder, name):
+    """Change a recorded checksum."""
+    path = folder / "checksums" / "00000.json"
+    content = json.loads(path.read_text())
+    content["sums"][name] = f"{int(content['sums'][name], 16) ^ 1:016x}"
+    path.write_text(json.dumps(content))
+
+
+def test_a_checkpoint_without_checksums_is_restored_and_one_with_a_part_of_them_is_not(opened):
+    checkpoints = saved(opened(), 1, 2, 3)
+    shutil.rmtree(checkpoints.folder / "2" / "checksums")  # as those of older versions
+    assert_same(checkpoints.restore(abstract(initial()), step=2), run(2))
+    path = checkpoints.folder / "3" / "checksums" / "00000.json"
+    path.write_text(path.read_text().replace('"hosts": 1', '"hosts": 2'))
+    with pytest.raises(OSError, match="it has checksums of 1 hosts, not of all"):
+        checkpoints.restore(abstract(initial()), step=3)
 
 
 def test_no_readable_checkpoint_is_an_error_and_renames_nothing(opened):
@@ -503,3 +560,52 @@ def test_signal_handlers_are_restored():
     with Preemption():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+HOSTS = """
+import sys, jax, numpy as np, logging
+sys.path.insert(0, sys.argv[2])
+from cddistill import sharding
+sharding.initialize()
+from test_checkpoint import Checkpoints, abstract, assert_same, initial, noise, tamper
+assert (jax.process_count(), jax.device_count()) == (2, 4)
+wanted = abstract(noise(1), devices=4)
+checkpoints = Checkpoints(sys.argv[1], keep=3)
+for step in (1, 2, 3):
+    layout = jax.tree.map(lambda x: x.sharding, wanted)
+    state = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i]),
+                         noise(step), layout)
+    checkpoints.save(step, state)
+checkpoints.wait()
+restored = checkpoints.restore(wanted)
+assert len(restored.opt["x"].addressable_shards) == 2
+if sharding.is_host0():
+    tamper(checkpoints.folder / "3", "opt.x")
+    (checkpoints.folder / "2" / "checksums" / "00001.json").write_text("{")
+jax.experimental.multihost_utils.sync_global_devices("tampered")
+again = Checkpoints(sys.argv[1], keep=3).restore(wanted)
+for shard in again.opt["x"].addressable_shards:
+    assert (np.asarray(shard.data) == np.asarray(noise(1).opt["x"])[shard.index]).all()
+checkpoints.close()
+print("SAME", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_agree_on_which_checkpoint_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
+    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    args = [sys.executable, "-c", HOSTS, str(tmp_path), os.path.dirname(__file__)]
+    hosts = [
+        subprocess.Popen(args, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(2)
+    ]
+    try:
+        out = [host.communicate(timeout=300)[0] for host in hosts]
+    finally:
+        [host.kill() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], out
+    assert all("SAME" in said and "continuing from" in said for said in out), out
