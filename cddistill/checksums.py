@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 DIGESTS = "digests.json"  # {path relative to its folder: CRC-32}
+SHIPPED = (".safetensors", ".json", ".txt", ".webp", ".csv")  # files of the package whose damage would go unnoticed
 MIXERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -86,23 +87,28 @@ def total(sums: Iterable[int]) -> int:
 # ---- files that come with the package
 
 
-def check_shipped(folder: Path, below: str = "") -> None:
-    """Compare the files of a folder (whose names start with `below`) with its digests.json, if it has one.
+@functools.cache
+def check_shipped(folder: Path, start: str = "") -> None:
+    """Compare the files of a folder whose names start with `start` with its digests.json, if it has one.
 
     Raises ValueError naming the first that is damaged or missing.
     """
     index = folder / DIGESTS
     if not index.is_file():
         return
-    for name, expected in json.loads(index.read_text("utf-8")).items():
+    try:
+        digests = dict(json.loads(index.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{index} is part of this package and damaged ({error}): reinstall cddistill") from error
+    for name, expected in digests.items():
         file = folder / name
-        if name.startswith(below) and not (file.is_file() and crc32_file(file) == expected):
+        if name.startswith(start) and not (file.is_file() and crc32_file(file) == expected):
             what = "damaged (its checksum is wrong)" if file.is_file() else "missing"
-            raise ValueError(f"{file} is {what}; it is part of this package: reinstall cddistill")
+            raise ValueError(f"{file} is part of this package and {what}: reinstall cddistill")
 
 
 def write_shipped(folder: Path) -> None:
-    """Write the digests.json of a folder, for `check_shipped`; to be called by hand when the files change."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DIGESTS)
+    """Write the digests.json of a folder, for `check_shipped`: to be called by hand when its files change."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SHIPPED and p.name != DIGESTS)
     found = {p.relative_to(folder).as_posix(): crc32_file(p) for p in files}
     (folder / DIGESTS).write_text(json.dumps(found, indent=2) + "\n", "utf-8")

@@ -1,5 +1,7 @@
 """Checksums: each bit counts, however an array is divided; files of the package are compared when they are used."""
 
+import json
+import shutil
 import zlib
 
 import jax
@@ -10,7 +12,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import cddistill as package
 from cddistill import checksums
+from cddistill.data.sources.emoji import ASSETS as sheets
+from cddistill.models import folders
 
 DTYPES = ("f4", "f2", ml_dtypes.bfloat16, "f8", "i4", "i8", "u1", "?", "c8", "c16")
 
@@ -56,3 +61,37 @@ def test_arrays_and_rows_have_the_crc_of_their_bytes(tmp_path):
     crc = f"{zlib.crc32(x.tobytes()):08x}"
     assert checksums.crc32(x) == checksums.crc32_file(tmp_path / "x") == crc
     assert checksums.crc32_rows(x).tolist() == [zlib.crc32(row.tobytes()) for row in x]
+
+
+def test_every_file_of_the_package_has_its_checksum():
+    for folder in (sheets, *sorted(p for p in folders.ASSETS.iterdir() if p.is_dir())):
+        listed = json.loads((folder / checksums.DIGESTS).read_text())
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in checksums.SHIPPED}
+        assert {*listed, checksums.DIGESTS} == there, folder
+        checksums.check_shipped(folder)
+
+
+def test_a_flipped_bit_in_shipped_weights_is_named(tmp_path, monkeypatch):
+    shutil.copytree(folders.ASSETS / "emoji", tmp_path / "emoji")
+    monkeypatch.setattr(folders, "ASSETS", tmp_path)
+    weights = tmp_path / "emoji" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for name in ("emoji", tmp_path / "emoji", weights.parent):
+        with pytest.raises(
+            ValueError, match=r"safetensors is part of this package and damaged .*: reinstall cddistill$"
+        ):
+            package.load(str(name))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"x.csv": "00000000"}', "x.csv is part of this package and damaged"), ('{"y.csv": ""}', "y.csv .* missing"),
+     ("{", "digests.json is part of this package and damaged"), ("[1]", "digests.json .* damaged")],
+)  # fmt: skip
+def test_damage_of_shipped_data_is_named(tmp_path, content, said):
+    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "digests.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{said}.*reinstall cddistill"):
+        checksums.check_shipped(tmp_path)
+    checksums.check_shipped(tmp_path.parent)  # none: a folder of one's own

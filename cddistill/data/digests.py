@@ -27,6 +27,11 @@ def of_values(values: Iterable) -> str:
     return f"{n} value{'s' * (n != 1)} ({digest.hexdigest()[:16]})"
 
 
+def rows_file(path: Path) -> Path:
+    """Where the CRC-32 of each row of an array lies, uint32 [n]: x0.crc32.npy for x0.npy."""
+    return path.with_suffix(".crc32.npy")
+
+
 def changes(old: dict, new: dict) -> list[str]:
     """The entries that differ, in words: "pictures: 12 files (0f...) there, 13 files (1e...) now"."""
     differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]

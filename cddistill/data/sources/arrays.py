@@ -8,8 +8,9 @@ import logging
 import numpy as np
 
 from cddistill import io
+from cddistill.checksums import crc32_file, crc32_rows
 from cddistill.data.contracts import NULL_FILES, Source
-from cddistill.data.digests import of_files, of_values
+from cddistill.data.digests import of_files, of_values, rows_file
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 
@@ -23,18 +24,22 @@ AXES = {
     "text_embeds": 2,
     "time_ids": 2,
 }
+AGAIN = "encode again with the same --mode=encode"
 INTEGERS = ("class_labels", "input_ids")
 ROWS_CHECKED = 2048  # of each array and split, evenly spaced: reading all rows of a large file takes too long
 POSSIBLE, LIKELY = (0.05, 3.0), (0.2, 2.0)  # standard deviation of what diffusion models generate; nominally 1
 
 
 class Rows:
-    """Memory-mapped arrays, concatenated along the first axis. Only the rows that are indexed are read."""
+    """Memory-mapped arrays, concatenated along the first axis. Only the rows that are indexed are read.
 
-    def __init__(self, arrays, path):
+    sums has the checksums of the rows of each array, or None; a row that is read is compared with its own.
+    """
+
+    def __init__(self, arrays, path, sums):
         if len(shapes := {a.shape[1:] for a in arrays}) != 1:
             raise ValueError(f"the parts of {path} have rows of different shapes: {sorted(shapes)}")
-        self.path, self.arrays, self.ends = path, arrays, np.cumsum([len(a) for a in arrays])
+        self.path, self.arrays, self.sums, self.ends = path, arrays, sums, np.cumsum([len(a) for a in arrays])
         self.shape, self.ndim = (int(self.ends[-1]), *arrays[0].shape[1:]), arrays[0].ndim
 
     def __len__(self):
@@ -42,7 +47,12 @@ class Rows:
 
     def __getitem__(self, i):
         part = int(np.searchsorted(self.ends, i, "right"))
-        return self.arrays[part][i - (self.ends[part] - len(self.arrays[part]))]
+        at = i - (self.ends[part] - len(self.arrays[part]))
+        row, sums = self.arrays[part][at], self.sums[part]
+        if sums is not None and crc32_rows(self.arrays[part][at : at + 1])[0] != sums[at]:
+            file = self.arrays[part].filename
+            raise ValueError(f"row {at} of {file} is damaged (its checksum is wrong): delete its folder and {AGAIN}")
+        return row
 
     def statistics(self, rows) -> tuple[float, float, float, float]:
         """(lowest, highest, mean, standard deviation) of some rows. ValueError naming the first that is not finite."""
@@ -93,6 +103,7 @@ class ArrayItems:
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)
+        check_small(self.parts)
         self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
         if "x0" not in self.arrays and not (x0_shape and self.arrays):
             raise ValueError(
@@ -116,7 +127,8 @@ class ArrayItems:
         """The rows of one file, concatenated over all parts. Raises ValueError if a part lacks it."""
         if missing := [part for part in self.parts if not (part / file).exists()]:
             raise ValueError(f"{missing[0]} lacks {file}, which the other parts of {self.root} have")
-        return Rows([read_array(part / file) for part in self.parts], self.root / file)
+        paths = [part / file for part in self.parts]
+        return Rows([*map(read_array, paths)], self.root / file, [*map(read_sums, paths)])
 
     def check(self, config):
         """Raise ValueError if arrays have wrong shapes or values, or if one is missing."""
@@ -221,6 +233,22 @@ def read_array(path):
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged, or no array of numbers ({error}): write it again with np.save") from error
+
+
+def read_sums(path):
+    """The checksums of an array's rows; None if there are none, as of arrays that --mode=encode has not written."""
+    file = rows_file(path)
+    return read_array(file) if file.is_file() else None
+
+
+def check_small(parts):
+    """Raise ValueError naming a file in one of these folders that differs from the checksum in its manifest."""
+    for part in parts:
+        manifest = part / "manifest.json"
+        known = io.read_json(manifest, "encode again") if manifest.is_file() else {}
+        for name, expected in known.get("crc32", {}).items():
+            if not (part / name).is_file() or crc32_file(part / name) != expected:
+                raise ValueError(f"{part / name} is damaged (its checksum is wrong): delete its folder and {AGAIN}")
 
 
 def read_captions(path):
