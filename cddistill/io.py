@@ -2,15 +2,21 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
+
+
+def own() -> str:
+    """A part of a file's name that no other process uses, on this host or another, nor this one a second time."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def write_atomic(path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, never finds half of it; text is UTF-8. Makes the folder it lies in."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{own()}.tmp")
     try:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(draft, path)
@@ -50,8 +56,8 @@ def ensure_writable(folder, flag: str = "--workdir") -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable.{own()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"folder {folder} cannot be written ({error.strerror}); choose another with {flag}") from error

@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, typed
+from cddistill import io, lock, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -318,9 +318,11 @@ def sentence(error: BaseException) -> str:
 
 
 def fail(error: BaseException):
-    """Print the error as one sentence and exit with status 2 (1 is for crashes)."""
+    """Print the error as one sentence and exit with status 2, or 1 for what may be tried again as it is."""
     print(f"cddistill: {sentence(error)}", file=sys.stderr, flush=True)
-    os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
+    os._exit(
+        1 if isinstance(error, lock.InUse) else 2
+    )  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 
 def guarded(settings):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, generate, io, log, sharding, signals
+from cddistill import checkpoint, config, data, generate, io, lock, log, sharding, signals
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.evals import compare, preview
@@ -24,12 +24,20 @@ def train(settings, workdir: Path) -> None:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
     Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
-    FloatingPointError for a loss that is not finite, OSError when the disk is full.
+    FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when another process
+    trains in the workdir.
     """
     began, experiment, plain = time.monotonic(), config.resolve(settings), config.plain(settings)
-    run = experiment.run
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
+    io.ensure_writable(workdir)
+    with lock.held(workdir, index=jax.process_index()):
+        train_alone(experiment, plain, workdir, began)
+
+
+def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> None:
+    """As `train`, in a workdir that no other process writes."""
+    run = experiment.run
     parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
@@ -52,7 +60,6 @@ def train(settings, workdir: Path) -> None:
 
 def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
     """Build the run, and record its config and inputs, once it is known that they are those of the workdir."""
-    io.ensure_writable(workdir)
     resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
     if resumes:  # before the first checkpoint, another config may still be tried
         old = io.read_json(workdir / INPUTS) if (workdir / INPUTS).is_file() else {}
