@@ -104,6 +104,8 @@ class Checkpoints:
         if metrics is not None and self.best_metric and self.best_metric not in metrics:
             raise ValueError(f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}")
         with self.writing():
+            if not self.folder.is_dir():
+                raise FileNotFoundError
             if step not in self.manager.all_steps():
                 items = {STATE: ocp.args.PyTreeSave(state), storage.ITEM: storage.Sums(by_name(state))}
                 self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
@@ -126,7 +128,9 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk is an OSError here, and a ValueError from tensorstore's thread
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            number, reason = (errno.ENOSPC, "the disk is full") if full else (errno.EIO, str(error))
+            number, reason = (errno.ENOSPC, "the disk is full") if full else (errno.EIO, one_line(error))
+            if isinstance(error, FileNotFoundError):
+                number, reason = errno.ENOENT, "the folder, or a part of it, has been removed"
             message = f"cannot write a checkpoint to {self.folder}: {reason}; the last good one is {self.last_good()}"
             raise OSError(number, message) from error
 
@@ -205,7 +209,7 @@ class Checkpoints:
         except CheckpointMismatch:
             raise
         except Exception as error:  # damaged files make orbax and tensorstore raise many types
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = one_line(error)
         reason = storage.agreed(reason) or storage.difference(expected or {}, found)
         return (None, reason) if reason else (state, "")
 
@@ -222,6 +226,11 @@ class Checkpoints:
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
         logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())
+
+
+def one_line(error: Exception) -> str:
+    """The start of an error of orbax or tensorstore."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def by_name(tree) -> dict[str, Any]:

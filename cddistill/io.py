@@ -1,10 +1,22 @@
 """Files: atomic writes, JSON, and whether a folder can be written."""
 
+import contextlib
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Give an OSError that has no file's name, such as that of a full disk, this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def own() -> str:
@@ -16,12 +28,14 @@ def write_atomic(path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, never finds half of it; text is UTF-8. Makes the folder it lies in."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{own()}.tmp")
+    draft = path.with_name(f".{own()}.tmp" if len(os.fsencode(path.name)) > 200 else f".{path.name}.{own()}.tmp")
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(draft, path)
+        with naming(path):
+            draft.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+            os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def read_json(path, remedy: str = "download it again") -> dict:

@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from cddistill import io
+
 BEAT = 10.0  # s between the signs of life of an owner
 SILENT = 60.0  # s without one, after which an owner on another machine counts as gone
 
@@ -61,8 +63,12 @@ def create(path: Path, text: bytes) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "wb") as file:
-        file.write(text)
+    try:
+        with io.naming(path), os.fdopen(handle, "wb") as file:
+            file.write(text)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: graceful shutdown while training, a quiet end elsewhere."""
+"""Graceful shutdown of training on SIGTERM and Ctrl-C; outside of the loop `main` ends quietly on Ctrl-C."""
 
 import logging
 import signal

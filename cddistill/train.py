@@ -45,7 +45,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
-    with signals.Preemption() as stop:
+    with signals.Preemption() as stop, naming_checkpoint(checkpoints):
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
     if int(state.step) < run.steps:
@@ -56,6 +56,19 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     if sharding.is_host0():
         written = [name for name in WRITTEN if (workdir / name).exists()]
         print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
+
+
+@contextlib.contextmanager
+def naming_checkpoint(checkpoints):
+    """An OSError while training, such as a full disk, says what to resume from."""
+    try:
+        yield
+    except OSError as error:
+        good = checkpoints.last_good()
+        if error.errno is None or good in str(error):
+            raise
+        said = f"{error.strerror}; the last good checkpoint is {good}"
+        raise OSError(error.errno, said, *[error.filename] * bool(error.filename)) from error
 
 
 def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:

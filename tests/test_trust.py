@@ -1,0 +1,99 @@
+"""What may happen to a run from outside: names of any kind, full disks, folders that vanish, Ctrl-C."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cddistill import checkpoint, commands, config, lock, main, train
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def settings(teacher, **changes):
+    """A fine-tuning of 8 px emoji."""
+    c = config.defaults("diffusion")
+    c.update(teacher=str(teacher), steps=2, batch_size=8, log_every=1, checkpoint_every=1, eval_every=2, eval_images=8)
+    c.update({"report": False} | changes)
+    c.data.update(size=8)
+    return c
+
+
+def steps_of(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+NAMES = ["a[b]", "[!x]*?{y}", "back\\slash", "a b\n'\"%41#&$HOME", "-größe", os.fsdecode(b"caf\xe9"), "x:/~y"]
+NAMES += ["n" * 255]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_found_in_a_folder_of_any_name(tmp_path, name):
+    import test_checkpoint as state  # the state and its steps
+
+    folder = tmp_path / name / "checkpoints"
+    for steps in ((1, 2), (3,)):
+        checkpoints = checkpoint.Checkpoints(folder, keep=2)
+        state.saved(checkpoints, *steps)
+        checkpoints.close()
+    reader = checkpoint.Checkpoints(folder, read_only=True)
+    assert reader.last_good() == str(folder / "3")
+    state.assert_same(reader.restore(state.abstract(state.initial())), state.run(3))
+    reader.close()
+    assert state.steps_on_disk(reader) == [2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_resumed_evaluated_and_exported_in_a_folder_of_any_name(teacher, tmp_path):
+    workdir = tmp_path / (NAMES[0] + NAMES[1] + NAMES[2] + NAMES[3])
+    train.train(settings(teacher, steps=1), workdir)
+    train.train(settings(teacher), workdir)
+    assert {*steps_of(workdir)} == {1, 2}
+    commands.evaluate_run(settings(teacher), workdir)
+    assert (workdir / "report.html").is_file()
+    commands.export_run(settings(teacher), workdir, str(workdir / "out[1]"))
+    assert (workdir / "out[1]" / "unet" / "config.json").is_file()
+
+
+# ---- Ctrl-C
+
+WAITING = "import time\nprint('ready', flush=True)\ntime.sleep(600)\n"
+
+
+@pytest.mark.parametrize("where", ["ml_collections.py", "config.py"])
+def test_ctrl_c_ends_quietly_while_modules_or_the_config_are_loaded(tmp_path, where):
+    (tmp_path / where).write_text(WAITING)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    args = [sys.executable, "-m", "cddistill.main", f"--config={tmp_path}/config.py"]
+    child = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate() == ("", "")
+    assert child.returncode == 130
+
+
+def test_ctrl_c_ends_quietly_anywhere_else_and_tidies_up(monkeypatch, capfd, tmp_path):
+    before, ended = signal.getsignal(signal.SIGINT), []
+
+    def run(*args, **kwargs):
+        with lock.held(tmp_path):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not reached")
+
+    monkeypatch.setattr(main.app, "run", run)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        main.run()
+        assert ended == [130]
+        os.kill(os.getpid(), signal.SIGINT)  # while the interpreter shuts down
+        assert ended == [130, 130]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
