@@ -17,6 +17,7 @@ import logging
 import pathlib
 import re
 import shutil
+import threading
 import traceback
 
 from absl import app, flags
@@ -352,8 +353,12 @@ def guarded(settings):
 
 
 def interrupted(number, frame):
-    """The handler of Ctrl-C outside of the training loop; a second one ends the process at once."""
+    """The handler of Ctrl-C outside of the training loop: two seconds to tidy up; a second one ends it at once."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.unraisablehook = lambda _: None
+    end = threading.Timer(2.0, os._exit, [130])  # where the exception is lost, in a callback of the garbage collector
+    end.daemon = True
+    end.start()
     raise KeyboardInterrupt
 
 

@@ -6,6 +6,8 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,7 +81,7 @@ def test_ctrl_c_ends_quietly_while_modules_or_the_config_are_loaded(tmp_path, wh
 
 
 def test_ctrl_c_ends_quietly_anywhere_else_and_tidies_up(monkeypatch, capfd, tmp_path):
-    before, ended = signal.getsignal(signal.SIGINT), []
+    before, ended, timers = signal.getsignal(signal.SIGINT), [], []
 
     def run(*args, **kwargs):
         with lock.held(tmp_path):
@@ -88,9 +90,12 @@ def test_ctrl_c_ends_quietly_anywhere_else_and_tidies_up(monkeypatch, capfd, tmp
 
     monkeypatch.setattr(main.app, "run", run)
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(threading, "Timer", lambda *args: timers.append(args) or SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     try:
         main.run()
         assert ended == [130]
+        assert timers == [(2.0, os._exit, [130])]  # if the exception is lost
         os.kill(os.getpid(), signal.SIGINT)  # while the interpreter shuts down
         assert ended == [130, 130]
     finally:
