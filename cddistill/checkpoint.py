@@ -68,7 +68,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
-        return max(ocp.utils.checkpoint_steps(self.place.path), default=None)
+        return latest_step(self.folder)
 
     def best_step(self) -> int | None:
         """The step with the best `best_metric`, None if no checkpoint has one; without a metric the newest step."""
@@ -91,9 +91,8 @@ class Checkpoints:
         return int(which)
 
     def last_good(self) -> str:
-        """The path of the newest complete checkpoint, or "none yet", for messages."""
-        step = self.latest_step()
-        return "none yet" if step is None else str(self.folder / str(step))
+        """As the function of this name."""
+        return last_good(self.folder)
 
     def save(self, step: int, state: TrainState, *, metrics: dict[str, float] | None = None) -> None:
         """Start to write the state, which may be donated as soon as this returns. An existing step is not overwritten.
@@ -193,10 +192,10 @@ class Checkpoints:
                 del reasons[s]
                 self.set_aside(reasons, s)
                 return state
-            logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(s), reasons[s])
-        if step is not None:
-            others = f"choose another --checkpoint of {[s for s in there if s != step]}"
-            raise OSError(errno.EIO, f"checkpoint {self.folder / str(step)} cannot be read ({reasons[step]}): {others}")
+            said = f"checkpoint {self.folder / str(s)} cannot be read ({reasons[s]})"
+            if s == step:
+                raise OSError(errno.EIO, f"{said}: choose another --checkpoint of {[s for s in there if s != step]}")
+            logging.warning("%s", said)
         raise OSError(errno.EIO, f"no checkpoint in {self.folder} can be read ({reasons}); move it away to start again")
 
     def verified(self, step: int, read: Callable[[int], TrainState]) -> tuple[TrainState | None, str]:
@@ -226,6 +225,18 @@ class Checkpoints:
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
         logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint in a folder, which is named after it; None if there is none."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def last_good(folder: Path) -> str:
+    """The path of the newest complete checkpoint in a folder, or "none yet", for messages."""
+    step = latest_step(folder)
+    return "none yet" if step is None else str(folder / str(step))
 
 
 def one_line(error: Exception) -> str:

@@ -83,7 +83,7 @@ def difference(expected: dict[str, int], found: dict[str, int]) -> str:
         whole = [checksums.total((high << 32) + low for high, low in hosts) for hosts in zip(*halves, strict=True)]
         found = dict(zip(found, whole, strict=True))
     wrong = [name for name, value in found.items() if expected.get(name) != value]
-    others = f" and those of {len(wrong) - 1} other arrays" * bool(wrong[1:])
+    others = f", and {len(wrong) - 1} more," * bool(wrong[1:])
     return f"it is damaged: the checksum of {wrong[0]}{others} is wrong" if wrong else ""
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import time
@@ -17,6 +18,7 @@ from cddistill.models.fingerprint import fingerprint
 from cddistill.step import active
 
 INPUTS = "inputs.json"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
@@ -31,7 +33,7 @@ def train(settings, workdir: Path) -> None:
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
     io.ensure_writable(workdir)
-    with lock.held(workdir, index=jax.process_index()):
+    with naming_checkpoint(workdir), lock.held(workdir, index=jax.process_index()):
         train_alone(experiment, plain, workdir, began)
 
 
@@ -45,7 +47,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
-    with signals.Preemption() as stop, naming_checkpoint(checkpoints):
+    with signals.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
     if int(state.step) < run.steps:
@@ -59,13 +61,13 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
 
 
 @contextlib.contextmanager
-def naming_checkpoint(checkpoints):
-    """An OSError while training, such as a full disk, says what to resume from."""
+def naming_checkpoint(workdir: Path):
+    """An error of the disk, such as a full one, says what to resume from."""
     try:
         yield
     except OSError as error:
-        good = checkpoints.last_good()
-        if error.errno is None or good in str(error):
+        good = checkpoint.last_good(workdir / "checkpoints")
+        if error.errno not in DISK or good in str(error):
             raise
         said = f"{error.strerror}; the last good checkpoint is {good}"
         raise OSError(error.errno, said, *[error.filename] * bool(error.filename)) from error
