@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -47,11 +46,12 @@ class Checkpoints:
         self.folder = Path(os.path.abspath(Path(folder).expanduser()))
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
+            storage.set_aside_metrics(self.folder, best_metric)
         self.place = storage.Place(self.folder)
-        self.best_metric, self.read_only = best_metric, read_only
+        self.best_metric, self.best_mode, self.read_only = best_metric, best_mode, read_only
         policy = [keepers.LatestN(keep)]
         rank = None
-        if best_metric is not None:
+        if best_metric is not None and not read_only:  # else orbax need not read them
             rank = lambda metrics: metrics[best_metric]
             last = best_mode == "min"  # orbax sorts by the metric and keeps the last, so "min" sorts in reverse
             policy.append(keepers.BestN(get_metric_fn=rank, reverse=last, n=1, keep_checkpoints_without_metrics=False))
@@ -62,6 +62,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            lightweight_initialize=read_only,  # reads no metrics
         )
         handlers = {STATE: ocp.PyTreeCheckpointHandler(), storage.ITEM: storage.SumsHandler()}
         self.manager = ocp.CheckpointManager(self.place.path, options=options, item_handlers=handlers)
@@ -72,7 +73,11 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the best `best_metric`, None if no checkpoint has one; without a metric the newest step."""
-        return self.manager.best_step()
+        if self.best_metric is None:
+            return self.latest_step()
+        sign = 1 if self.best_mode == "max" else -1
+        found = {s: storage.metric(self.folder / str(s), self.best_metric) for s in self.manager.all_steps()}
+        return max((s for s in found if found[s] is not None), key=lambda s: (sign * found[s], s), default=None)
 
     def resolve(self, which: str) -> int | None:
         """The step that --checkpoint means: "best", a number, or "latest", which is None (the newest readable one).
@@ -144,9 +149,15 @@ class Checkpoints:
         return self.newest(step, lambda s: self.read(s, abstract))
 
     def nets(self) -> set[str]:
-        """Names of the nets in the newest checkpoint."""
-        description = self.manager.item_metadata(self.latest_step())[STATE]
-        return {name.split(".")[1] for name in by_name(description.tree) if name.startswith("nets.")}
+        """Names of the nets in the newest checkpoint with a description; none if there is no such checkpoint."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                names = by_name(self.manager.item_metadata(step)[STATE].tree)
+            except Exception as error:  # as in `verified`
+                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), one_line(error))
+            else:
+                return {name.split(".")[1] for name in names if name.startswith("nets.")}
+        return set()
 
     def restore_weights(self, abstract: TrainState, names: Collection[str] | None = None, step: int | None = None):
         """As `restore`, but only the nets called `names` (None: all) and their averages, with opt = {}.
@@ -319,26 +330,6 @@ def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) ->
     ]
     if differences:
         raise ValueError(f"{workdir} holds another run ({'; '.join(differences)}): undo it, or use another workdir")
-
-
-def fingerprint_path(path: str) -> str:
-    """16 hexadecimal digits for a file, or a folder with all below it but what is hidden; other texts are themselves.
-
-    From the names and sizes of the files, and the first 4 kB of the first 1,000 of them: data sets are large.
-    """
-    root = Path(path)
-    if not path or not root.exists():
-        return path
-    inside = lambda p: p.relative_to(root).as_posix()
-    files = [root] if root.is_file() else sorted((p for p in root.rglob("*") if p.is_file()), key=inside)
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    digest = hashlib.sha256()
-    for i, file in enumerate(files):
-        digest.update(os.fsencode(f"{inside(file)} {file.stat().st_size}\n"))
-        if i < 1000:
-            with file.open("rb") as opened:
-                digest.update(opened.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def write_example(workdir, example: dict[str, Any]) -> None:

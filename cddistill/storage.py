@@ -1,6 +1,8 @@
 """What orbax lacks: a checksum of each array beside the arrays, and folders of any name."""
 
 import json
+import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +15,7 @@ from jax.experimental import multihost_utils
 from cddistill import checksums
 
 ITEM = "checksums"  # the sub-folder of a checkpoint: a file of each host, {"hosts": 1, "sums": {"step": "0f..."}}
+METRICS = "metrics/metrics"  # a JSON object
 UNUSUAL = re.compile(r"[][*?\\\udc80-\udcff]")  # the last are bytes that are not UTF-8
 
 
@@ -85,6 +88,29 @@ def difference(expected: dict[str, int], found: dict[str, int]) -> str:
     wrong = [name for name, value in found.items() if expected.get(name) != value]
     others = f", and {len(wrong) - 1} more," * bool(wrong[1:])
     return f"it is damaged: the checksum of {wrong[0]}{others} is wrong" if wrong else ""
+
+
+# ---- metrics, as orbax keeps them
+
+
+def metric(folder: Path, name: str) -> float | None:
+    """A metric of the checkpoint in a folder; None if it has none that is a finite number."""
+    try:
+        value = json.loads((folder / METRICS).read_text("utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def set_aside_metrics(folder: Path, name: str | None) -> None:
+    """Rename the files of metrics by which a checkpoint cannot be ranked: orbax would not start."""
+    if name is not None and jax.process_index() == 0:
+        for path in folder.glob(f"*/{METRICS}"):
+            if metric(path.parents[1], name) is None:
+                logging.warning("%s is damaged: this checkpoint is not ranked", path)
+                path.rename(path.with_name("metrics.unreadable"))
+    if name is not None and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("metrics are renamed")
 
 
 class Place:

@@ -13,6 +13,7 @@ import jax
 from cddistill import checkpoint, config, data, generate, io, lock, log, sharding, signals
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
+from cddistill.data import digests
 from cddistill.evals import compare, preview
 from cddistill.models.fingerprint import fingerprint
 from cddistill.step import active
@@ -181,7 +182,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
     """Raises ValueError if one of the paths `keys` in the config changed, and something else lies there than before.
 
     The networks that a run starts from must have the same weights (`input_weights`), its data the same files
-    (`checkpoint.fingerprint_path`). A baseline may be any, and a run that has started reads init_from_run no more. Runs
+    (`digests.of_path`). A baseline may be any, and a run that has started reads init_from_run no more. Runs
     that have recorded nothing pass: training then lets no path change.
     """
     moved = {k: v for k, v in checkpoint.changed(workdir, plain).items() if k in keys - {"baseline", "init_from_run"}}
@@ -189,7 +190,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
         return
     known = io.read_json(workdir / INPUTS)
     data_keys = [key for key in moved if key in known["data"]]
-    wrong = [key for key in data_keys if checkpoint.fingerprint_path(moved[key][1]) != known["data"][key]]
+    wrong = [key for key in data_keys if digests.of_path(moved[key][1]) != known["data"][key]]
     if networks := [key for key in moved if key not in data_keys]:
         now = input_weights(parts)  # without what only training loads
         same = now == {role: known["weights"].get(role) for role in now}
@@ -222,7 +223,7 @@ def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
     found = {
         "paths": {key: os.path.realpath(value) for key, value in values.items() if value and os.path.exists(value)},
         "weights": old.get("weights") or input_weights(parts),
-        "data": old.get("data") or {k: checkpoint.fingerprint_path(values[k]) for k in ("data.path", "data.pairs")},
+        "data": old.get("data") or {k: digests.of_path(values[k]) for k in ("data.path", "data.pairs")},
     }
     if sharding.is_host0():
         io.write_json(workdir / INPUTS, found)

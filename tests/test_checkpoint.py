@@ -29,11 +29,10 @@ from cddistill.checkpoint import (
     changed,
     check_config,
     data_or_example,
-    fingerprint_path,
     write_config,
     write_example,
 )
-from cddistill.data import DataConfig
+from cddistill.data import DataConfig, digests
 from cddistill.log import JsonlWriter
 from cddistill.models.fingerprint import host_sum, leaf_sum
 from cddistill.net import Net
@@ -179,6 +178,23 @@ def test_best_mode_max_keeps_the_largest_metric(opened):
     checkpoints.wait()
     assert steps_on_disk(checkpoints) == [2, 3]
     assert checkpoints.best_step() == 2
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"null", b'{"kid": "x"}', b'{"kid": null}', b'{"fid": 1}'])
+def test_a_checkpoint_whose_metrics_are_damaged_is_not_ranked(opened, content, caplog):
+    checkpoints = opened(keep=2, best_metric="kid")
+    for step in (1, 2, 3):
+        checkpoints.save(step, run(step), metrics={"kid": 3.0 - step})
+    checkpoints.wait()
+    (checkpoints.folder / "3" / "metrics" / "metrics").write_bytes(content)
+    reader = opened(best_metric="kid", read_only=True)
+    assert reader.best_step() == 2
+    assert int(reader.restore(abstract(initial())).step) in (2, 3)  # orbax reads no checkpoint with metrics like "{"
+    again = opened(keep=1, best_metric="kid")
+    assert "3/metrics/metrics is damaged: this checkpoint is not ranked" in caplog.text
+    again.save(4, run(4))
+    again.wait()
+    assert (again.best_step(), steps_on_disk(again)) == (2, [2, 4])
 
 
 def test_missing_checkpoints_are_reported(opened):
@@ -396,6 +412,16 @@ def noise(step):
     return initial().replace(opt={"x": jax.random.normal(jax.random.key(step), (60_000,))})
 
 
+def test_a_folder_that_was_removed_is_named_by_the_next_save(opened):
+    checkpoints = saved(opened(), 1)
+    shutil.rmtree(checkpoints.folder)
+    with pytest.raises(
+        OSError, match=r"cannot write a checkpoint to .*checkpoints: the folder, or a part of it, has be"
+    ):
+        checkpoints.save(2, run(2))
+    assert not checkpoints.folder.exists()
+
+
 def test_full_disk_is_reported_and_keeps_earlier_checkpoints(small_disk):
     checkpoints = Checkpoints(small_disk / "run")
     sentence = "cannot write a checkpoint to .*run: the disk is full; the last good one is"
@@ -485,7 +511,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_pat
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "a" / "x.npy").write_bytes(bytes(5000))
     (tmp_path / "a" / "sub" / "y.txt").write_text("words")
-    of = lambda name: fingerprint_path(str(tmp_path / name))
+    of = lambda name: digests.of_path(str(tmp_path / name))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / ".hidden").write_text("")
     assert of("a") == of("b")
@@ -497,7 +523,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_pat
     (tmp_path / "b" / "sub" / "y.txt").rename(tmp_path / "b" / "y.txt")  # name
     found.append(of("b"))
     assert len({*found, of("a/x.npy")}) == 5
-    assert (fingerprint_path("cifar10"), fingerprint_path("")) == ("cifar10", "")
+    assert (digests.of_path("cifar10"), digests.of_path("")) == ("cifar10", "")
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7, 2), (300, 301), (0, 4)])
