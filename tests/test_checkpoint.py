@@ -395,18 +395,6 @@ def test_kill_9_loses_at_most_the_save_in_progress(tmp_path, opened):
     assert logged == list(range(2, step + 1))  # no step twice, missing or after the restored one
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def noise(step):
     """A state with 60,000 incompressible numbers."""
     return initial().replace(opt={"x": jax.random.normal(jax.random.key(step), (60_000,))})

@@ -1,5 +1,6 @@
 """What may happen to a run from outside: names of any kind, full disks, folders that vanish, Ctrl-C."""
 
+import errno
 import json
 import os
 import pathlib
@@ -10,8 +11,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import test_checkpoint as state
 
-from cddistill import checkpoint, commands, config, lock, main, train
+from cddistill import checkpoint, commands, config, io, lock, log, main, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -37,8 +39,6 @@ NAMES += ["n" * 255]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_found_in_a_folder_of_any_name(tmp_path, name):
-    import test_checkpoint as state  # the state and its steps
-
     folder = tmp_path / name / "checkpoints"
     for steps in ((1, 2), (3,)):
         checkpoints = checkpoint.Checkpoints(folder, keep=2)
@@ -61,6 +61,62 @@ def test_a_run_is_trained_resumed_evaluated_and_exported_in_a_folder_of_any_name
     assert (workdir / "report.html").is_file()
     commands.export_run(settings(teacher), workdir, str(workdir / "out[1]"))
     assert (workdir / "out[1]" / "unet" / "config.json").is_file()
+
+
+# ---- full disks
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_named_with_the_file_and_the_last_good_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp").mkdir()
+    writer = log.JsonlWriter(tmp_path)
+    writer.file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(OSError, match="the last good checkpoint is") as raised, train.naming_checkpoint(tmp_path):
+        writer.write_scalars(1, {"student/loss": 1.0})
+    good = f"the last good checkpoint is {tmp_path}/checkpoints/7"
+    assert main.sentence(raised.value).startswith(f"/dev/full: No space left on device; {good}; free some space, or ")
+
+
+def test_other_errors_than_the_disks_stay_as_they_are(tmp_path):
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "x.png"), lock.InUse("in use")):
+        with pytest.raises(OSError, match=r"No such file|in use") as raised, train.naming_checkpoint(tmp_path):
+            raise error
+        assert raised.value is error
+
+
+def test_a_failed_write_names_the_file_and_leaves_no_draft(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        io.write_json(tmp_path / "config.json", {})
+    assert raised.value.filename == str(tmp_path / "config.json")
+    monkeypatch.setattr(lock, "content", full)
+    with pytest.raises(OSError, match="No space"), lock.held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_ends_in_one_line_without_tracebacks(teacher, small_disk):
+    (small_disk.parent / "config.py").write_text(f"""
+from cddistill.config import defaults
+def get_config():
+    c = defaults("diffusion")
+    c.update(teacher={str(teacher)!r}, steps=2000, batch_size=8, checkpoint_every=20, eval_every=10_000, report=False)
+    c.data.update(size=8)
+    return c
+""")
+    args = [sys.executable, "-m", "cddistill.main", "--config=../config.py", f"--workdir={small_disk}/run"]
+    done = subprocess.run(
+        args, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=small_disk
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"cannot write a checkpoint to {small_disk}/run/checkpoints: the disk is full; the last good" in line
+    assert not (small_disk / "run" / ".lock").exists()
 
 
 # ---- Ctrl-C
