@@ -108,6 +108,18 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_lock(tmp_path, qu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stale_lock_that_another_has_replaced_is_left_alone(tmp_path, quick):
+    path = tmp_path / ".lock"
+    leave(tmp_path, born="1")
+    stale = lock.read(path)[1]
+    text = leave(tmp_path, pid=5)
+    assert not lock.replace(path, b"mine", stale)
+    assert path.read_text() == text
+    (tmp_path / ".lock.takeover").write_text("")  # of a process that was killed while it did the same
+    assert lock.replace(path, b"mine", lock.read(path)[1])
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(".lock", "mine")]
+
+
 def test_of_several_that_find_a_stale_lock_one_takes_it(tmp_path):
     leave(tmp_path, born="1")
     inside, refused, gate = [], [], threading.Barrier(8)
