@@ -1,13 +1,11 @@
-"""Checkpoints of the training state, the config recorded in a workdir, and graceful shutdown on SIGTERM."""
+"""Checkpoints of the training state, and what a run was started with: the config and an example in its workdir."""
 
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Collection
 from io import BytesIO
@@ -18,16 +16,17 @@ import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import data, io, sharding
+from cddistill import data, io, sharding, storage
 from cddistill.config import defaults, method_of, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
 from cddistill.methods import METHODS
 from cddistill.step import TrainState
+
+STATE = "default"  # the sub-folder of a checkpoint with the arrays of the state
 
 
 class CheckpointMismatch(ValueError):
@@ -44,11 +43,15 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 3, best_metric: str | None = None, best_mode: str = "min", read_only=False):
         if keep < 1 or best_mode not in ("min", "max"):
             raise ValueError(f"keep={keep} must be at least 1, and best_mode={best_mode!r} 'min' or 'max'")
-        self.folder = epath.Path(folder).expanduser().resolve()
-        self.best_metric, self.read_only = best_metric, read_only
+        self.folder = Path(os.path.abspath(Path(folder).expanduser()))
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.set_aside_metrics(self.folder, best_metric)
+        self.place = storage.Place(self.folder)
+        self.best_metric, self.best_mode, self.read_only = best_metric, best_mode, read_only
         policy = [keepers.LatestN(keep)]
         rank = None
-        if best_metric is not None:
+        if best_metric is not None and not read_only:  # else orbax need not read them
             rank = lambda metrics: metrics[best_metric]
             last = best_mode == "min"  # orbax sorts by the metric and keeps the last, so "min" sorts in reverse
             policy.append(keepers.BestN(get_metric_fn=rank, reverse=last, n=1, keep_checkpoints_without_metrics=False))
@@ -59,17 +62,22 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            lightweight_initialize=read_only,  # reads no metrics
         )
-        handler = ocp.PyTreeCheckpointHandler()  # named, so that metadata can be read before anything is saved
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
+        handlers = {STATE: ocp.PyTreeCheckpointHandler(), storage.ITEM: storage.SumsHandler()}
+        self.manager = ocp.CheckpointManager(self.place.path, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
-        return max(ocp.utils.checkpoint_steps(self.folder), default=None)
+        return latest_step(self.folder)
 
     def best_step(self) -> int | None:
         """The step with the best `best_metric`, None if no checkpoint has one; without a metric the newest step."""
-        return self.manager.best_step()
+        if self.best_metric is None:
+            return self.latest_step()
+        sign = 1 if self.best_mode == "max" else -1
+        found = {s: storage.metric(self.folder / str(s), self.best_metric) for s in self.manager.all_steps()}
+        return max((s for s in found if found[s] is not None), key=lambda s: (sign * found[s], s), default=None)
 
     def resolve(self, which: str) -> int | None:
         """The step that --checkpoint means: "best", a number, or "latest", which is None (the newest readable one).
@@ -88,9 +96,8 @@ class Checkpoints:
         return int(which)
 
     def last_good(self) -> str:
-        """The path of the newest complete checkpoint, or "none yet", for messages."""
-        step = self.latest_step()
-        return "none yet" if step is None else str(self.folder / str(step))
+        """As the function of this name."""
+        return last_good(self.folder)
 
     def save(self, step: int, state: TrainState, *, metrics: dict[str, float] | None = None) -> None:
         """Start to write the state, which may be donated as soon as this returns. An existing step is not overwritten.
@@ -101,8 +108,11 @@ class Checkpoints:
         if metrics is not None and self.best_metric and self.best_metric not in metrics:
             raise ValueError(f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}")
         with self.writing():
+            if not self.folder.is_dir():
+                raise FileNotFoundError
             if step not in self.manager.all_steps():
-                self.manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
+                items = {STATE: ocp.args.PyTreeSave(state), storage.ITEM: storage.Sums(by_name(state))}
+                self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Wait until every save is on disk. Raises OSError if one failed."""
@@ -113,6 +123,7 @@ class Checkpoints:
         """Wait, then release orbax's threads."""
         with self.writing():
             self.manager.close()
+        self.place.close()
 
     @contextlib.contextmanager
     def writing(self):
@@ -121,7 +132,9 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk is an OSError here, and a ValueError from tensorstore's thread
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            number, reason = (errno.ENOSPC, "the disk is full") if full else (errno.EIO, str(error))
+            number, reason = (errno.ENOSPC, "the disk is full") if full else (errno.EIO, one_line(error))
+            if isinstance(error, FileNotFoundError):
+                number, reason = errno.ENOENT, "the folder, or a part of it, has been removed"
             message = f"cannot write a checkpoint to {self.folder}: {reason}; the last good one is {self.last_good()}"
             raise OSError(number, message) from error
 
@@ -136,9 +149,15 @@ class Checkpoints:
         return self.newest(step, lambda s: self.read(s, abstract))
 
     def nets(self) -> set[str]:
-        """Names of the nets in the newest checkpoint."""
-        description = self.manager.item_metadata(self.latest_step())
-        return {name.split(".")[1] for name in by_name(description.tree) if name.startswith("nets.")}
+        """Names of the nets in the newest checkpoint with a description; none if there is no such checkpoint."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                names = by_name(self.manager.item_metadata(step)[STATE].tree)
+            except Exception as error:  # as in `verified`
+                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), one_line(error))
+            else:
+                return {name.split(".")[1] for name in names if name.startswith("nets.")}
+        return set()
 
     def restore_weights(self, abstract: TrainState, names: Collection[str] | None = None, step: int | None = None):
         """As `restore`, but only the nets called `names` (None: all) and their averages, with opt = {}.
@@ -156,7 +175,7 @@ class Checkpoints:
 
         Raises CheckpointMismatch, or any exception of orbax or tensorstore for damaged files.
         """
-        description = self.manager.item_metadata(step)
+        description = self.manager.item_metadata(step)[STATE]
         if description is None:
             raise OSError("its description is missing")
         saved = by_name(description.tree)
@@ -168,7 +187,7 @@ class Checkpoints:
         fields = {k: v for k, v in vars(abstract).items() if jax.tree.leaves(v)}  # orbax refuses empty parts
         shardings = ocp.checkpoint_utils.construct_restore_args(fields)
         args = ocp.args.PyTreeRestore(fields, shardings, partial_restore=True)
-        return abstract.replace(**self.manager.restore(step, args=args))
+        return abstract.replace(**self.manager.restore(step, args=ocp.args.Composite(**{STATE: args}))[STATE])
 
     def newest(self, step: int | None, read: Callable[[int], TrainState]) -> TrainState:
         """read(s) for the newest step s that can be read, or for `step`; see `restore` for the errors."""
@@ -179,21 +198,37 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}{others}")
         reasons = {}
         for s in there if step is None else [step]:
-            try:
-                state = read(s)
-            except CheckpointMismatch:
-                raise
-            except Exception as error:  # damaged files make orbax and tensorstore raise many types
-                reasons[s] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(s), reasons[s])
-            else:
-                self.set_aside(reasons)
+            state, reasons[s] = self.verified(s, read)
+            if state is not None:
+                del reasons[s]
+                self.set_aside(reasons, s)
                 return state
+            said = f"checkpoint {self.folder / str(s)} cannot be read ({reasons[s]})"
+            if s == step:
+                raise OSError(errno.EIO, f"{said}: choose another --checkpoint of {[s for s in there if s != step]}")
+            logging.warning("%s", said)
         raise OSError(errno.EIO, f"no checkpoint in {self.folder} can be read ({reasons}); move it away to start again")
 
-    def set_aside(self, steps: Collection[int]) -> None:
-        """Rename unreadable checkpoints, so that training can save these steps again."""
-        if self.read_only or not steps:
+    def verified(self, step: int, read: Callable[[int], TrainState]) -> tuple[TrainState | None, str]:
+        """(read(step), "") if its checksums are right, else (None, why not): the same on all hosts."""
+        state, expected, found, reason = None, None, {}, ""
+        try:
+            state = read(step)
+            expected = storage.read_sums(self.folder / str(step) / storage.ITEM)
+            found = storage.sums(by_name(state)) if expected is not None else {}
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # damaged files make orbax and tensorstore raise many types
+            reason = one_line(error)
+        reason = storage.agreed(reason) or storage.difference(expected or {}, found)
+        return (None, reason) if reason else (state, "")
+
+    def set_aside(self, steps: Collection[int], good: int) -> None:
+        """Rename unreadable checkpoints, so that training can save these steps again; `good` is read instead."""
+        if not steps:
+            return
+        if self.read_only:
+            logging.warning("reading %s instead", self.folder / str(good))
             return
         if sharding.is_host0():
             for step in steps:
@@ -201,6 +236,23 @@ class Checkpoints:
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
         logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint in a folder, which is named after it; None if there is none."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def last_good(folder: Path) -> str:
+    """The path of the newest complete checkpoint in a folder, or "none yet", for messages."""
+    step = latest_step(folder)
+    return "none yet" if step is None else str(folder / str(step))
+
+
+def one_line(error: Exception) -> str:
+    """The start of an error of orbax or tensorstore."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def by_name(tree) -> dict[str, Any]:
@@ -281,26 +333,6 @@ def check_config(workdir, config: dict[str, Any], free: Collection[str] = ()) ->
         raise ValueError(f"{workdir} holds another run ({'; '.join(differences)}): undo it, or use another workdir")
 
 
-def fingerprint_path(path: str) -> str:
-    """16 hexadecimal digits for a file, or a folder with all below it but what is hidden; other texts are themselves.
-
-    From the names and sizes of the files, and the first 4 kB of the first 1,000 of them: data sets are large.
-    """
-    root = Path(path)
-    if not path or not root.exists():
-        return path
-    inside = lambda p: p.relative_to(root).as_posix()
-    files = [root] if root.is_file() else sorted((p for p in root.rglob("*") if p.is_file()), key=inside)
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    digest = hashlib.sha256()
-    for i, file in enumerate(files):
-        digest.update(os.fsencode(f"{inside(file)} {file.stat().st_size}\n"))
-        if i < 1000:
-            with file.open("rb") as opened:
-                digest.update(opened.read(4096))
-    return digest.hexdigest()[:16]
-
-
 def write_example(workdir, example: dict[str, Any]) -> None:
     """Keep one example, arrays [1, ...] by name, as workdir/example.npz: see `data_or_example`. Only host 0 writes."""
     if sharding.is_host0():
@@ -357,31 +389,3 @@ def data_or_example(workdir, config: DataConfig) -> DataConfig:
         return config
     kept = KeptExample(str(file.resolve()), file.stat().st_mtime_ns)
     return dataclasses.replace(config, source=kept, path="")
-
-
-class Preemption:
-    """`with Preemption() as stop:` turns SIGTERM and Ctrl-C into a request to save a checkpoint and exit.
-
-    A second signal has its usual effect, which ends the process. With several hosts jax.distributed handles SIGTERM,
-    and makes all hosts agree on the last step.
-    """
-
-    def __enter__(self):
-        single = jax.process_count() == 1
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT) if single}
-        return self
-
-    def ask(self, number, frame) -> None:
-        """The handler of the first signal; it restores the handlers that were there before."""
-        self.asked = True
-        logging.warning("%s: saving a checkpoint, then exiting", signal.Signals(number).name)
-        self.__exit__()
-
-    def requested(self, step: int) -> bool:
-        """Whether this step is the last one; every host must call this at every step."""
-        return self.asked or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cddistill import checkpoint, config, data, export, generate, io
+from cddistill import checkpoint, config, data, export, generate, io, lock
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
@@ -56,7 +56,7 @@ def export_run(settings, workdir: Path, output: str, which: str = "latest") -> N
     """Write a checkpoint in a form for other programs: see `export.export`."""
     target = Path(output)
     file = target.suffix in export.FILES
-    if not file and target.is_dir() and any(target.iterdir()):
+    if not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     generates = isinstance(config.resolve(settings).method, Generator)
     parts, state = finished(settings, workdir, which, None if generates else "train")
@@ -78,11 +78,12 @@ def make_pairs(settings, output: Path) -> None:
 
 
 def prepare(write: Callable, settings, output: Path) -> None:
-    """write(experiment, output, config), once the output is known to be writable."""
+    """write(experiment, output, config), once the output is known to be writable, and no other process writes it."""
     experiment = config.resolve(settings)
     io.ensure_writable(output, "--output")
-    cache_programs()
-    write(experiment, output, config.plain(settings))
+    with lock.held(output, "--output", jax.process_index()):
+        cache_programs()
+        write(experiment, output, config.plain(settings))
 
 
 # ---- sampling

@@ -1,21 +1,41 @@
 """Files: atomic writes, JSON, and whether a folder can be written."""
 
+import contextlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Give an OSError that has no file's name, such as that of a full disk, this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def own() -> str:
+    """A part of a file's name that no other process uses, on this host or another, nor this one a second time."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def write_atomic(path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, never finds half of it; text is UTF-8. Makes the folder it lies in."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{own()}.tmp" if len(os.fsencode(path.name)) > 200 else f".{path.name}.{own()}.tmp")
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(draft, path)
+        with naming(path):
+            draft.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+            os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def read_json(path, remedy: str = "download it again", **kinds) -> dict:
@@ -57,8 +77,8 @@ def ensure_writable(folder, flag: str = "--workdir") -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable.{own()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"folder {folder} cannot be written ({error.strerror}); choose another with {flag}") from error

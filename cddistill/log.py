@@ -48,11 +48,13 @@ class JsonlWriter(MetricWriter):
 
     def write_scalars(self, step, scalars):
         values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}  # JSON has no NaN
-        self.file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **values}) + "\n")
-        self.file.flush()
+        with io.naming(self.file.name):
+            self.file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **values}) + "\n")
+            self.file.flush()
 
     def close(self):
-        self.file.close()
+        with io.naming(self.file.name):
+            self.file.close()
 
 
 class TensorBoardWriter(MetricWriter):

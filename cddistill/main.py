@@ -3,22 +3,28 @@
 python -m cddistill.main --config=configs/ccd_sr.py [--mode=MODE] [--workdir=DIR] [--config.FIELD=VALUE ...]
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "cddistill":  # before slow imports; `run` takes over
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import difflib
 import errno
 import inspect
 import logging
-import os
 import pathlib
 import re
 import shutil
-import sys
+import threading
 import traceback
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, typed
+from cddistill import io, lock, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -60,8 +66,7 @@ OVERRIDE = re.compile(r"--?(no)?config\.(.+)", re.DOTALL)
 
 def main(settings):
     """Run the mode; heavy imports happen here, so that a wrong flag is reported at once."""
-    logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax's
+    quieten()
     from cddistill import api, commands, config, sharding, train
 
     experiment = config.resolve(settings)
@@ -86,6 +91,17 @@ def main(settings):
     source = INPUT.value and os.path.expanduser(INPUT.value)
     wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
     return api.sample_run(settings, workdir, output, which, *wanted)
+
+
+def quieten() -> None:
+    """One sentence for an error: orbax and asyncio log tracebacks of errors that are also raised here."""
+    logging.getLogger().setLevel(logging.WARNING)  # absl starts it at INFO
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")  # names of folders may be any bytes
+    if not os.environ.get("CDDISTILL_TRACEBACK"):
+        for name in ("absl", "asyncio"):  # orbax logs by absl
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None  # of tasks that orbax leaves behind when a file is damaged
 
 
 def default_workdir() -> pathlib.Path:
@@ -328,8 +344,9 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, shutil.Error):  # (from, to, why) of every file
         _, place, why = error.args[0][0]
         return f"{place} cannot be written ({why}): free some space, or choose another place"
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        return f"{': '.join(filter(None, (error.filename, error.strerror)))}; {REMEDIES[error.errno]}"
+    if isinstance(error, OSError) and error.strerror and error.errno is not None:
+        parts = map(os.fsdecode, filter(None, (error.filename, error.strerror)))
+        return "; ".join(filter(None, (" ".join(": ".join(parts).split()), REMEDIES.get(error.errno))))
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = " ".join(" ".join(lines).split())
     shipped = any(f"{pathlib.Path(cddistill.__file__).parent / part / 'assets'}{os.sep}" in said for part in OF_ASSETS)
@@ -337,11 +354,12 @@ def sentence(error: BaseException) -> str:
 
 
 def fail(error: BaseException):
-    """Print the error as one sentence, after its notes, and exit with status 2 (1 is for crashes)."""
+    """Print the error as one sentence, after its notes, and exit with status 2, or 1 for what may be tried again."""
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
     print(f"cddistill: {sentence(error)}", file=sys.stderr, flush=True)
-    os._exit(2)  # also from threads and under jax.distributed, where a lone exit would wait for the others
+    status = 1 if isinstance(error, lock.InUse) else 2
+    os._exit(status)  # also from threads and under jax.distributed, where a lone exit would wait for the others
 
 
 def guarded(settings):
@@ -354,9 +372,26 @@ def guarded(settings):
         fail(error)
 
 
+def interrupted(number, frame):
+    """The handler of Ctrl-C outside of the training loop: two seconds to tidy up; a second one ends it at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.unraisablehook = lambda _: None
+    end = threading.Timer(2.0, os._exit, [130])  # where the exception is lost, in a callback of the garbage collector
+    end.daemon = True
+    end.start()
+    raise KeyboardInterrupt
+
+
 def run():
-    """Entry point of the console script `cddistill`."""
-    app.run(guarded, flags_parser=parse)
+    """Entry point of the console script `cddistill`. Ctrl-C ends it quietly with status 130."""
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)
+    finally:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # also while the interpreter shuts down
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import time
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, generate, io, log, sharding
+from cddistill import checkpoint, config, data, generate, io, lock, log, sharding, signals
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
+from cddistill.data import digests
 from cddistill.evals import compare, preview
 from cddistill.models.fingerprint import fingerprint
 from cddistill.step import active
 
 INPUTS = "inputs.json"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
@@ -24,12 +27,20 @@ def train(settings, workdir: Path) -> None:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
     Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
-    FloatingPointError for a loss that is not finite, OSError when the disk is full.
+    FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when another process
+    trains in the workdir.
     """
     began, experiment, plain = time.monotonic(), config.resolve(settings), config.plain(settings)
-    run = experiment.run
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
+    io.ensure_writable(workdir)
+    with naming_checkpoint(workdir), lock.held(workdir, index=jax.process_index()):
+        train_alone(experiment, plain, workdir, began)
+
+
+def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> None:
+    """As `train`, in a workdir that no other process writes."""
+    run = experiment.run
     parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
@@ -37,7 +48,7 @@ def train(settings, workdir: Path) -> None:
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
-    with checkpoint.Preemption() as stop:
+    with signals.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
     checkpoints.close()
     if int(state.step) < run.steps:
@@ -50,9 +61,21 @@ def train(settings, workdir: Path) -> None:
         print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
 
 
+@contextlib.contextmanager
+def naming_checkpoint(workdir: Path):
+    """An error of the disk, such as a full one, says what to resume from."""
+    try:
+        yield
+    except OSError as error:
+        good = checkpoint.last_good(workdir / "checkpoints")
+        if error.errno not in DISK or good in str(error):
+            raise
+        said = f"{error.strerror}; the last good checkpoint is {good}"
+        raise OSError(error.errno, said, *[error.filename] * bool(error.filename)) from error
+
+
 def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
     """Build the run, and record its config and inputs, once it is known that they are those of the workdir."""
-    io.ensure_writable(workdir)
     resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
     if resumes:  # before the first checkpoint, another config may still be tried
         old = read_inputs(workdir) if (workdir / INPUTS).is_file() else {}
@@ -159,7 +182,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
     """Raises ValueError if one of the paths `keys` in the config changed, and something else lies there than before.
 
     The networks that a run starts from must have the same weights (`input_weights`), its data the same files
-    (`checkpoint.fingerprint_path`). A baseline may be any, and a run that has started reads init_from_run no more. Runs
+    (`digests.of_path`). A baseline may be any, and a run that has started reads init_from_run no more. Runs
     that have recorded nothing pass: training then lets no path change.
     """
     moved = {k: v for k, v in checkpoint.changed(workdir, plain).items() if k in keys - {"baseline", "init_from_run"}}
@@ -167,7 +190,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
         return
     known = read_inputs(workdir)
     data_keys = [key for key in moved if key in known["data"]]
-    wrong = [key for key in data_keys if checkpoint.fingerprint_path(moved[key][1]) != known["data"][key]]
+    wrong = [key for key in data_keys if digests.of_path(moved[key][1]) != known["data"][key]]
     if networks := [key for key in moved if key not in data_keys]:
         now = input_weights(parts)  # without what only training loads
         same = now == {role: known["weights"].get(role) for role in now}
@@ -209,7 +232,7 @@ def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
     found = {
         "paths": {key: os.path.realpath(value) for key, value in values.items() if value and os.path.exists(value)},
         "weights": old.get("weights") or input_weights(parts),
-        "data": old.get("data") or {k: checkpoint.fingerprint_path(values[k]) for k in ("data.path", "data.pairs")},
+        "data": old.get("data") or {k: digests.of_path(values[k]) for k in ("data.path", "data.pairs")},
     }
     if sharding.is_host0():
         io.write_json(workdir / INPUTS, found)

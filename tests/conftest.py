@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 
 FLAGS = " --xla_force_host_platform_device_count=8"
@@ -47,6 +48,18 @@ def teacher(tmp_path_factory):
     import tiny  # not above: it imports the package, which jaxtyping wants to be the first to do
 
     return tiny.save_teacher(tmp_path_factory.mktemp("teacher"))[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextlib.contextmanager

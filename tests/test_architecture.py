@@ -4,8 +4,8 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"diffusion", "sharding", "io", "typed", "health"},
-    {"net"},
+    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals"},
+    {"net", "storage", "lock"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},

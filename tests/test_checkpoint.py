@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,17 @@ from cddistill import config, data
 from cddistill.checkpoint import (
     CheckpointMismatch,
     Checkpoints,
-    Preemption,
     changed,
     check_config,
     data_or_example,
-    fingerprint_path,
     write_config,
     write_example,
 )
-from cddistill.data import DataConfig
+from cddistill.data import DataConfig, digests
 from cddistill.log import JsonlWriter
 from cddistill.models.fingerprint import host_sum, leaf_sum
 from cddistill.net import Net
+from cddistill.signals import Preemption
 from cddistill.step import TrainState, init_state
 
 
@@ -180,6 +180,23 @@ def test_best_mode_max_keeps_the_largest_metric(opened):
     assert checkpoints.best_step() == 2
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"null", b'{"kid": "x"}', b'{"kid": null}', b'{"fid": 1}'])
+def test_a_checkpoint_whose_metrics_are_damaged_is_not_ranked(opened, content, caplog):
+    checkpoints = opened(keep=2, best_metric="kid")
+    for step in (1, 2, 3):
+        checkpoints.save(step, run(step), metrics={"kid": 3.0 - step})
+    checkpoints.wait()
+    (checkpoints.folder / "3" / "metrics" / "metrics").write_bytes(content)
+    reader = opened(best_metric="kid", read_only=True)
+    assert reader.best_step() == 2
+    assert int(reader.restore(abstract(initial())).step) in (2, 3)  # orbax reads no checkpoint with metrics like "{"
+    again = opened(keep=1, best_metric="kid")
+    assert "3/metrics/metrics is damaged: this checkpoint is not ranked" in caplog.text
+    again.save(4, run(4))
+    again.wait()
+    assert (again.best_step(), steps_on_disk(again)) == (2, [2, 4])
+
+
 def test_missing_checkpoints_are_reported(opened):
     checkpoints = opened()
     assert checkpoints.latest_step() is None
@@ -270,6 +287,62 @@ def test_unreadable_checkpoint_is_renamed_and_the_previous_one_restored(opened, 
     assert_same(opened().restore(abstract(initial())), run(3))
 
 
+def flipped(file, moment):
+    """Flip one random bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[moment.randrange(len(data))] ^= 1 << moment.randrange(8)
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_never_restores_other_weights(opened, caplog):
+    """The state is incompressible, so that nothing but the checksums notices most of these."""
+    checkpoints, moment = opened(), random.Random(0)
+    for step in (1, 2):
+        checkpoints.save(step, noise(step))
+    checkpoints.wait()
+    folder, wrong = checkpoints.folder / "2", 0
+    kept = shutil.copytree(folder, folder.parent.parent / "kept")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    large = max(files, key=lambda p: p.stat().st_size)
+    reader = opened(read_only=True)
+    for file in [large] * 10 + files:
+        flipped(file, moment)
+        restored = reader.restore(abstract(noise(1)))
+        same = np.array_equal(restored.opt["x"], noise(2).opt["x"])
+        assert_same(restored, noise(2 if same else 1))
+        wrong += "checksum of opt.x is wrong" in caplog.text
+        caplog.clear()
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    assert wrong >= 5  # of the ten in the largest file; some hit other arrays
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(opened):
+    checkpoints = saved(opened(), 1, 2)
+    tamper(checkpoints.folder / "2", "step")
+    said = r"2 cannot be read \(it is damaged: the checksum of step is wrong\): choose another --checkpoint of \[1\]"
+    with pytest.raises(OSError, match=said):
+        checkpoints.restore_weights(abstract(initial()), step=2)
+    assert steps_on_disk(checkpoints) == [1, 2]
+
+
+def tamper(folder, name):
+    """Change a recorded checksum."""
+    path = folder / "checksums" / "00000.json"
+    content = json.loads(path.read_text())
+    content["sums"][name] = f"{int(content['sums'][name], 16) ^ 1:016x}"
+    path.write_text(json.dumps(content))
+
+
+def test_a_checkpoint_without_checksums_is_restored_and_one_with_a_part_of_them_is_not(opened):
+    checkpoints = saved(opened(), 1, 2, 3)
+    shutil.rmtree(checkpoints.folder / "2" / "checksums")  # as those of older versions
+    assert_same(checkpoints.restore(abstract(initial()), step=2), run(2))
+    path = checkpoints.folder / "3" / "checksums" / "00000.json"
+    path.write_text(path.read_text().replace('"hosts": 1', '"hosts": 2'))
+    with pytest.raises(OSError, match="it has checksums of 1 hosts, not of all"):
+        checkpoints.restore(abstract(initial()), step=3)
+
+
 def test_no_readable_checkpoint_is_an_error_and_renames_nothing(opened):
     checkpoints = saved(opened(), 1)
     headless(checkpoints.folder / "1")
@@ -322,21 +395,19 @@ def test_kill_9_loses_at_most_the_save_in_progress(tmp_path, opened):
     assert logged == list(range(2, step + 1))  # no step twice, missing or after the restored one
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def noise(step):
     """A state with 60,000 incompressible numbers."""
     return initial().replace(opt={"x": jax.random.normal(jax.random.key(step), (60_000,))})
+
+
+def test_a_folder_that_was_removed_is_named_by_the_next_save(opened):
+    checkpoints = saved(opened(), 1)
+    shutil.rmtree(checkpoints.folder)
+    with pytest.raises(
+        OSError, match=r"cannot write a checkpoint to .*checkpoints: the folder, or a part of it, has be"
+    ):
+        checkpoints.save(2, run(2))
+    assert not checkpoints.folder.exists()
 
 
 def test_full_disk_is_reported_and_keeps_earlier_checkpoints(small_disk):
@@ -428,7 +499,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_pat
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "a" / "x.npy").write_bytes(bytes(5000))
     (tmp_path / "a" / "sub" / "y.txt").write_text("words")
-    of = lambda name: fingerprint_path(str(tmp_path / name))
+    of = lambda name: digests.of_path(str(tmp_path / name))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / ".hidden").write_text("")
     assert of("a") == of("b")
@@ -440,7 +511,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_its_copy_and_of_no_other(tmp_pat
     (tmp_path / "b" / "sub" / "y.txt").rename(tmp_path / "b" / "y.txt")  # name
     found.append(of("b"))
     assert len({*found, of("a/x.npy")}) == 5
-    assert (fingerprint_path("cifar10"), fingerprint_path("")) == ("cifar10", "")
+    assert (digests.of_path("cifar10"), digests.of_path("")) == ("cifar10", "")
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7, 2), (300, 301), (0, 4)])
@@ -503,3 +574,52 @@ def test_signal_handlers_are_restored():
     with Preemption():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+HOSTS = """
+import sys, jax, numpy as np, logging
+sys.path.insert(0, sys.argv[2])
+from cddistill import sharding
+sharding.initialize()
+from test_checkpoint import Checkpoints, abstract, assert_same, initial, noise, tamper
+assert (jax.process_count(), jax.device_count()) == (2, 4)
+wanted = abstract(noise(1), devices=4)
+checkpoints = Checkpoints(sys.argv[1], keep=3)
+for step in (1, 2, 3):
+    layout = jax.tree.map(lambda x: x.sharding, wanted)
+    state = jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: np.asarray(x)[i]),
+                         noise(step), layout)
+    checkpoints.save(step, state)
+checkpoints.wait()
+restored = checkpoints.restore(wanted)
+assert len(restored.opt["x"].addressable_shards) == 2
+if sharding.is_host0():
+    tamper(checkpoints.folder / "3", "opt.x")
+    (checkpoints.folder / "2" / "checksums" / "00001.json").write_text("{")
+jax.experimental.multihost_utils.sync_global_devices("tampered")
+again = Checkpoints(sys.argv[1], keep=3).restore(wanted)
+for shard in again.opt["x"].addressable_shards:
+    assert (np.asarray(shard.data) == np.asarray(noise(1).opt["x"])[shard.index]).all()
+checkpoints.close()
+print("SAME", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_agree_on_which_checkpoint_is_damaged(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
+    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
+    args = [sys.executable, "-c", HOSTS, str(tmp_path), os.path.dirname(__file__)]
+    hosts = [
+        subprocess.Popen(args, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(2)
+    ]
+    try:
+        out = [host.communicate(timeout=300)[0] for host in hosts]
+    finally:
+        [host.kill() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], out
+    assert all("SAME" in said and "continuing from" in said for said in out), out

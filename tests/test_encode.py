@@ -11,7 +11,7 @@ import test_latent
 import tiny
 from PIL import Image
 
-from cddistill import build, commands, config, data, io, models, pipeline
+from cddistill import build, checksums, commands, config, data, io, models, pipeline
 from cddistill.data import configure, digests
 from cddistill.data.sources.folder import scan
 from cddistill.diffusion import DDPM
@@ -279,6 +279,41 @@ def test_the_row_that_is_too_large_is_named():
     sizes = encode.stored("added_cond_kwargs.time_ids", x, np.float16, [""])
     assert sizes.dtype == np.float32
     assert encode.stored("input_ids", np.array([[70000]]), np.float16, [""]).max() == 70000
+
+
+# --- damage
+
+
+def flip(path):
+    """Flip a bit in the last byte."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_damaged_row_is_named_before_the_first_step(out):
+    flip(part(out) / "x0.npy")
+    with pytest.raises(ValueError, match=r"row 1 of .*/train/.*/x0\.npy is damaged .*: delete its folder and enc"):
+        data.load(configure(source="arrays", path=str(out)))
+    data.load(configure(source="arrays", path=str(out)), "test")
+
+
+def test_damaged_captions_are_named(out):
+    path = part(out) / "captions.json"
+    path.write_text(path.read_text().replace("number 1", "number 2"))
+    with pytest.raises(ValueError, match=r"captions\.json is damaged \(its checksum is wrong\)"):
+        data.load(configure(source="arrays", path=str(out)))
+
+
+def test_rows_of_an_older_version_get_checksums_when_they_are_continued(teacher, pictures, out):
+    folder = part(out)
+    (folder / "x0.crc32.npy").unlink()
+    manifest = io.read_json(folder / "manifest.json")
+    io.write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "crc32"} | {"rows": 1})
+    reload(pictures)
+    commands.encode_data(settings(teacher, pictures, batch_size=1), out)
+    sums = np.load(folder / "x0.crc32.npy")
+    assert [f"{x:08x}" for x in sums] == [checksums.crc32(row) for row in x0(out)]
+    assert "captions.json" in io.read_json(folder / "manifest.json")["crc32"]
 
 
 # --- fingerprints

@@ -1,5 +1,6 @@
 """Files: atomic writes, JSON errors in one sentence, dotted names, and folders that cannot be written."""
 
+import concurrent.futures
 import os
 
 import pytest
@@ -62,6 +63,20 @@ def test_flatten_joins_names_and_keeps_values():
 def test_ensure_writable_creates_an_empty_folder(tmp_path):
     io.ensure_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_several_processes_may_look_whether_a_folder_is_writable_at_once(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(io.ensure_writable, [tmp_path] * 400)] == [None] * 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drafts_of_two_processes_of_the_same_number_differ(tmp_path, monkeypatch):
+    """On two hosts, that is."""
+    drafts = []
+    monkeypatch.setattr(os, "replace", lambda draft, path: drafts.append(draft))
+    [io.write_atomic(tmp_path / "file", "x") for _ in range(2)]
+    assert len({*drafts}) == 2
 
 
 def test_the_error_for_an_unwritable_folder_names_its_flag(tmp_path):

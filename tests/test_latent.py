@@ -152,7 +152,9 @@ def test_encoding_resumes_where_it_stopped(encoded, teacher, tmp_path):
         data.load(configure(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")
     commands.encode_data(pixels, tmp_path / "out")
     for file in sorted((whole / "train" / "00000-of-00001").glob("*.npy")):
-        np.testing.assert_allclose(np.load(part / file.name), np.load(file), rtol=2e-3, atol=2e-3)
+        if not file.name.endswith(".crc32.npy"):  # other batches round otherwise
+            np.testing.assert_allclose(np.load(part / file.name), np.load(file), rtol=2e-3, atol=2e-3)
+    data.load(configure(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")  # compares checksums
     pixels.seed = 1
     with pytest.raises(ValueError, match="made by another command"):
         commands.encode_data(pixels, tmp_path / "out")

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from cddistill import io
+from cddistill.checksums import crc32
 from cddistill.models import files
 
 MANIFEST, NULL, FORMAT = "manifest.json", "null.safetensors", 1
@@ -30,11 +31,6 @@ def noise(seed: int, row: int, shape) -> np.ndarray:
     Philox increments its counter from the low word, so rows differ in a high word: their noise never overlaps.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=row << 128)).standard_normal(shape, np.float32)
-
-
-def checksum(x: np.ndarray) -> str:
-    """CRC-32 of an array's bytes, in hexadecimal."""
-    return f"{zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1)):08x}"
 
 
 def shard_file(folder, k: int) -> Path:
@@ -76,7 +72,7 @@ def identity(manifest: dict) -> str:
 def describe(manifest: dict, k: int) -> dict:
     """Metadata in the header of shard k. The checksum of the first row's noise stands for all rows."""
     rows = shard_rows(manifest, k)
-    first = checksum(noise(manifest["seed"], rows.start, manifest["x0"]))
+    first = crc32(noise(manifest["seed"], rows.start, manifest["x0"]))
     return {"manifest": identity(manifest), "first": rows.start, "rows": len(rows), "noise": first}
 
 
@@ -110,7 +106,7 @@ def check_bytes(file: Path, tensors, header) -> None:
     """Raise ValueError if the checksum of a tensor is wrong."""
     for name, x in tensors.items():
         stored = np.memmap(file, np.uint8, "r", x.start, (math.prod(x.shape) * x.dtype.itemsize,))
-        if checksum(stored) != header["crc32"][name]:
+        if crc32(stored) != header["crc32"][name]:
             raise ValueError(f"{file} is damaged (the checksum of its {name} is wrong): {REMEDY}")
 
 

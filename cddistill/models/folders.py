@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from cddistill import io
+from cddistill import checksums, io
 from cddistill.models import files, index
 from cddistill.models.families import DENOISERS, FAMILIES, supported
 
@@ -57,6 +57,8 @@ def find(name, part: str) -> Path:
     given = embedded.get(str(name), Path(name).expanduser())
     path = given.resolve() if ".." in given.parts else given.absolute()
     if str(name) and path.exists():
+        if ASSETS in path.parents:
+            checksums.check_shipped(ASSETS / path.relative_to(ASSETS).parts[0])
         return path.parent if path.is_file() and path.name in JSON_FILES else single_file.folder_of(followed(path))
     if given.is_symlink():
         raise ValueError(f"{given} is a link to {given.readlink()}, which does not exist")

@@ -9,13 +9,14 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from rich.progress import Progress
 
-from cddistill import data, encoders, io, pipeline, sharding
+from cddistill import checksums, data, encoders, io, pipeline, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests
 from cddistill.data.contracts import NULL_FILES
@@ -126,10 +127,15 @@ def share(folder: pathlib.Path, rows: int) -> tuple[pathlib.Path, range]:
 
 
 def write_null(folder: pathlib.Path, null: dict, dtype) -> None:
-    """Write the text of the empty prompt, one row."""
+    """Write the text of the empty prompt, one row, and record the checksums of all small files in the manifest."""
     for name, x in text_arrays(null).items():
         if name in NULL_FILES:
-            np.save(folder / NULL_FILES[name], stored(name, np.asarray(x), dtype, ["the empty prompt"])[0])
+            file = BytesIO()
+            np.save(file, stored(name, np.asarray(x), dtype, ["the empty prompt"])[0])
+            io.write_atomic(folder / NULL_FILES[name], file.getvalue())
+    small = [path for name in ("captions.json", *NULL_FILES.values()) if (path := folder / name).is_file()]
+    found = {path.name: checksums.crc32_file(path) for path in small}
+    io.write_json(folder / MANIFEST, io.read_json(folder / MANIFEST, "encode again") | {"crc32": found})
 
 
 def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode, dtype) -> None:
@@ -157,12 +163,23 @@ def write_part(folder: pathlib.Path, command: Command, items, numbers: range, ba
             for name, x in encode(padded, np.arange(start, start + batch_size) + numbers.start).items():
                 x = stored(name, x[: len(rows)], dtype, labels)
                 if name not in files:
-                    files[name] = rows_file(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype)
-                files[name][start:stop] = x
-                files[name].flush()
+                    files[name] = open_rows(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype, start)
+                for file, values in zip(files[name], (x, checksums.crc32_rows(x)), strict=True):
+                    file[start:stop] = values
+                    file.flush()
             if stop == total:
                 io.write_atomic(folder / "captions.json", json.dumps(captions))
             io.write_json(folder / MANIFEST, known | {"rows": stop})
+
+
+def open_rows(path: pathlib.Path, shape, dtype, done: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, their checksums) as memory-mapped files; an older version has written no checksums of the first `done`."""
+    sums, rows = digests.rows_file(path), rows_file(path, shape, dtype)
+    known = sums.is_file()
+    found = rows_file(sums, shape[:1], np.dtype(np.uint32))
+    if not known:
+        found[:done] = checksums.crc32_rows(rows[:done])
+    return rows, found
 
 
 def rows_file(path: pathlib.Path, shape, dtype):

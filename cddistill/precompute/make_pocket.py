@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
-from cddistill import data, io, models
+from cddistill import checksums, data, io, models
 from cddistill.diffusion import DDPM
 from cddistill.models.clip import CLIPTextModel
 from cddistill.models.init import init_params_numpy, weight_shapes
@@ -96,6 +96,7 @@ def make(vae: Path, output: Path) -> None:
     models.save(output, "unet", unet.params, unet.module.to_config(), dtype=np.float32)
     write_scheduler(output, schedule, "v")
     io.write_json(output / "model_index.json", INDEX)
+    checksums.write_shipped(output)
     print(f"{output}: {unet}; a text encoder of {count(params)}")
 
 

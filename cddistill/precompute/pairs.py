@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import cddistill
 from cddistill import data, encoders, generate, io, pipeline, sharding
 from cddistill.checks import check_heun, check_shapes, check_table, describe_schedule
+from cddistill.checksums import crc32
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
@@ -201,7 +202,7 @@ def make_shard(folder: pathlib.Path, manifest: dict, k: int, row, generate_x0, s
 def save(file: pathlib.Path, arrays: dict, header: dict) -> None:
     """Write a safetensors file atomically, with the checksum of each array. Its bytes are reproducible."""
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    header = header | {"crc32": {name: ode_pairs.checksum(x) for name, x in arrays.items()}}
+    header = header | {"crc32": {name: crc32(x) for name, x in arrays.items()}}
     io.write_atomic(file, safetensors.numpy.save(arrays, {"pairs": json.dumps(header, sort_keys=True)}))
 
 

@@ -10,9 +10,10 @@ from typing import Annotated
 import numpy as np
 
 from cddistill import io
+from cddistill.checksums import crc32_file, crc32_rows
 from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
-from cddistill.data.digests import of_files, of_values
+from cddistill.data.digests import of_files, of_values, rows_file
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 from cddistill.typed import Count, Limit
@@ -27,6 +28,7 @@ AXES = {
     "text_embeds": 2,
     "time_ids": 2,
 }
+AGAIN = "encode again with the same --mode=encode"
 INTEGERS = ("class_labels", "input_ids")
 MAX_ID = 2**24 - 1  # token ids are exact in float32
 ROWS_CHECKED = 2048  # of each array and split, evenly spaced: reading all rows of a large file takes too long
@@ -36,12 +38,15 @@ SHAPE = Limit("height, width and channels, or ()", lambda x: len(x) in (0, 3))
 
 
 class Rows:
-    """Memory-mapped arrays, concatenated along the first axis. Only the rows that are indexed are read."""
+    """Memory-mapped arrays, concatenated along the first axis. Only the rows that are indexed are read.
 
-    def __init__(self, arrays, path):
+    sums has the checksums of the rows of each array, or None; a row that is read is compared with its own.
+    """
+
+    def __init__(self, arrays, path, sums):
         if len(shapes := {a.shape[1:] for a in arrays}) != 1:
             raise ValueError(f"the parts of {path} have rows of different shapes: {sorted(shapes)}")
-        self.path, self.arrays, self.ends = path, arrays, np.cumsum([len(a) for a in arrays])
+        self.path, self.arrays, self.sums, self.ends = path, arrays, sums, np.cumsum([len(a) for a in arrays])
         self.shape, self.ndim = (int(self.ends[-1]), *arrays[0].shape[1:]), arrays[0].ndim
 
     def __len__(self):
@@ -49,7 +54,12 @@ class Rows:
 
     def __getitem__(self, i):
         part = int(np.searchsorted(self.ends, i, "right"))
-        return self.arrays[part][i - (self.ends[part] - len(self.arrays[part]))]
+        at = i - (self.ends[part] - len(self.arrays[part]))
+        row, sums = self.arrays[part][at], self.sums[part]
+        if sums is not None and crc32_rows(self.arrays[part][at : at + 1])[0] != sums[at]:
+            file = self.arrays[part].filename
+            raise ValueError(f"row {at} of {file} is damaged (its checksum is wrong): delete its folder and {AGAIN}")
+        return row
 
     def statistics(self, rows) -> tuple[float, float, float, float]:
         """(lowest, highest, mean, standard deviation) of some rows. ValueError naming the first that is not finite."""
@@ -101,6 +111,7 @@ class ArrayItems:
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)
+        check_small(self.parts)
         self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
         if "x0" not in self.arrays and not (x0_shape and self.arrays):
             raise ValueError(
@@ -123,7 +134,8 @@ class ArrayItems:
         """The rows of one file, concatenated over all parts. Raises ValueError if a part lacks it."""
         if missing := [part for part in self.parts if not (part / file).exists()]:
             raise ValueError(f"{missing[0]} lacks {file}, which the other parts of {self.root} have")
-        return Rows([read_array(part / file) for part in self.parts], self.root / file)
+        paths = [part / file for part in self.parts]
+        return Rows([*map(read_array, paths)], self.root / file, [*map(read_sums, paths)])
 
     def check(self, config):
         """Raise ValueError if arrays have wrong shapes or values, or if one is missing."""
@@ -256,10 +268,24 @@ def read_manifest(folder, remedy: str = "encode again") -> dict | None:
     path = folder / "manifest.json"
     if not path.is_file():
         return None
-    known = io.read_json(path, remedy, rows=int, total=int, fingerprints=dict | None)
+    known = io.read_json(path, remedy, rows=int, total=int, fingerprints=dict | None, crc32=dict | None)
     if not 0 <= known["rows"] <= known["total"]:
         raise ValueError(f"{path} has rows = {known['rows']} of total = {known['total']}: {remedy}")
     return known
+
+
+def read_sums(path):
+    """The checksums of an array's rows; None if there are none, as of arrays that --mode=encode has not written."""
+    file = rows_file(path)
+    return read_array(file) if file.is_file() else None
+
+
+def check_small(parts):
+    """Raise ValueError naming a file in one of these folders that differs from the checksum in its manifest."""
+    for part in parts:
+        for name, expected in ((read_manifest(part) or {}).get("crc32") or {}).items():
+            if not (part / name).is_file() or crc32_file(part / name) != expected:
+                raise ValueError(f"{part / name} is damaged (its checksum is wrong): delete its folder and {AGAIN}")
 
 
 def read_captions(path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cddistill import checksums
 from cddistill.data.contracts import Source
 from cddistill.data.digests import of_files
 from cddistill.data.images import resize
@@ -57,6 +58,7 @@ class EmojiImages:
 @functools.cache
 def pack():
     """All variants of all emoji, {base: [(uint8 [32,32,3], label, caption), ...]}."""
+    checksums.check_shipped(ASSETS, "emoji")
     with (ASSETS / "emoji.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = {group: i for i, group in enumerate(sorted({row["group"] for row in rows}))}

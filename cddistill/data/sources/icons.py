@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import functools
 
+from cddistill import checksums
 from cddistill.data.contracts import Source
 from cddistill.data.digests import of_files
 from cddistill.data.images import resize
@@ -90,6 +91,7 @@ def caption(record) -> str:
 def pack():
     """({style: rows of icons.csv in the order of its sheet}, {group: label})."""
     path = ASSETS / "icons.csv"
+    checksums.check_shipped(ASSETS, "icons.csv")
     try:
         rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
@@ -102,6 +104,7 @@ def pack():
 def pictures(style):
     """All drawings of a style, uint8 [n, 64, 64, 3]."""
     path, expected = ASSETS / f"icons_{style}.webp", len(pack()[0][style])
+    checksums.check_shipped(ASSETS, path.name)
     images = tiles(path, SIZE)
     if len(images) < expected:
         raise ValueError(f"{path} has {len(images)} images instead of {expected}: reinstall cddistill")

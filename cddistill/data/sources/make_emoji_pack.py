@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 
+from cddistill import checksums
 from cddistill.data.sheets import sheet
 from cddistill.data.sources.emoji import ASSETS, TONES
 
@@ -25,6 +26,7 @@ def make(npz, out):
     sheet(np.stack(tones), len(TONES)).save(out / "emoji_tones.webp", **lossless)
     with (out / "emoji.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["base", "group", "caption", "tones"], *rows])
+    checksums.write_shipped(out)
 
 
 if __name__ == "__main__":

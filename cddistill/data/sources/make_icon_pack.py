@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cddistill import checksums
 from cddistill.data.sheets import sheet
 from cddistill.data.sources.emoji import ASSETS, TONES
 from cddistill.data.sources.icons import SIZE, STYLES
@@ -127,6 +128,7 @@ def make(folder, out):
                 table.append([style, name, "+".join(tones), concept, group_of.get(concept, "Symbols")])
     with (out / "icons.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(table)
+    checksums.write_shipped(out)
     print(*(f"{style} {len([*rows])}" for style, rows in itertools.groupby(table[1:], lambda row: row[0])), sep=", ")
 
 

@@ -1,6 +1,7 @@
 """Inpainting: the condition is the image with its hole filled grey, and the hole's mask as the fourth channel."""
 
 import dataclasses
+import glob
 from typing import Literal
 
 import jax.image
@@ -112,7 +113,9 @@ def image_and_mask(path) -> tuple[Image.Image, Image.Image]:
     path is a file or a PIL image. Raises ValueError if there is no mask, or one of another size.
     """
     image = images.read(path)
-    if not isinstance(path, Image.Image) and (files := sorted(path.parent.glob(f"{path.stem}{MASK_SUFFIX}.*"))):
+    if not isinstance(path, Image.Image) and (
+        files := sorted(path.parent.glob(f"{glob.escape(path.stem)}{MASK_SUFFIX}.*"))
+    ):
         mask = images.read(files[0]).convert("L")
         if mask.size != image.size:
             sizes = "{} x {} px, and its image {} x {}".format(*mask.size, *image.size)
