@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float
 
+from cddistill import checksums
 from cddistill.models import files, folders
 from cddistill.models.blocks import GroupNorm
 from cddistill.models.convert import abbreviate
@@ -120,6 +121,8 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     anything but the expected weights.
     """
     embedded, given = folders.ASSETS / path, Path(path).expanduser()
+    if embedded.is_dir():
+        checksums.check_shipped(embedded)
     file = next((folder / FILE for folder in (embedded, given) if folder.is_dir()), given)
     if not file.is_file():
         published = f"download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
