@@ -145,14 +145,9 @@ def read(path: Path) -> Weights:
 def shards_of(index: Path) -> dict[str, str]:
     """{tensor: name of the file beside the index} of an index of shards; ValueError for anything else."""
     places = io.read_json(index, weight_map=dict)["weight_map"]
-    if wrong := [name for name in places.values() if not is_plain_name(name)]:
+    if wrong := [name for name in places.values() if not io.is_plain_name(name)]:
         raise ValueError(f"{index} names the shard {brief(wrong[0])}, which is no file beside it: download it again")
     return places
-
-
-def is_plain_name(name) -> bool:
-    """Whether this is the name of a file or folder itself, not a path to elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\\", "\0"}
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
