@@ -248,7 +248,7 @@ def two_files(folder):
         (without_shard, r"part1\.safetensors is missing, but the index lists it"),
         (wrong_index(lambda x: x["weight_map"].update(a="part0.safetensors")), r"part0\.safetensors lacks a, but "),
         (wrong_index(lambda x: x.pop("weight_map")), r"index\.json has weight_map = None, where dict is expected"),
-        (wrong_index(lambda x: x["weight_map"].update(a=[])), r"index\.json names the shard \[\], which is no file beside"),
+        (wrong_index(lambda x: x["weight_map"].update(a=[])), r"index\.json names the shard \[\], which is no file"),
         (cut(write_shards), r"index\.json is not valid JSON"),
         (cut(write_msgpack), r"flax_model\.msgpack is truncated or not a Flax msgpack file"),
         (cut(write_msgpack, 50), r"flax_model\.msgpack is truncated"),

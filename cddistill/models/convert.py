@@ -32,6 +32,7 @@ from cddistill.models.tiny_vae import AutoencoderTiny
 from cddistill.models.unet import Apply
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
 from cddistill.net import Autoencoder, Denoiser, Net
+from cddistill.typed import brief
 
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
 CONTROLNETS = (ControlNetModel, MuBlendModel)  # classes of a student's branch
@@ -88,6 +89,7 @@ def load(
         raise ValueError(unexpected(root, path, config["_class_name"], subfolder, expect))
     try:
         module = build(config, dtype=dtype, remat=remat, flash=flash)
+        weight_shapes(module)  # options that do not fit together; kept for `read_params`
     except ValueError as error:
         raise ValueError(f"{config_file(path)}: {error}") from error
     if form := path.is_dir() and folders.foreign_format(sorted(path.iterdir())):
@@ -162,7 +164,7 @@ def build(config: dict, **run_options):
     """
     name = folders.class_name(config) or "UNet2DConditionModel"
     if name not in CLASSES:
-        raise ValueError(f"_class_name {name!r} is not supported, only {', '.join(CLASSES)} are")
+        raise ValueError(f"_class_name {brief(name)} is not supported, only {', '.join(CLASSES)} are")
     cls = CLASSES[name]
     return cls.from_config(config, **{k: v for k, v in run_options.items() if k in cls.__dataclass_fields__})
 
