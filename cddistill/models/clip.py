@@ -6,7 +6,7 @@ float32, `dtype` is the layers' compute type, and norms, softmax and outputs are
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from cddistill.models.attention import attention
 from cddistill.models.configured import Configured, Entries, Epsilon, Layers
-from cddistill.typed import Natural, Width, brief
+from cddistill.typed import Width, brief, within
 
 
 def quick_gelu(x):
@@ -166,7 +166,7 @@ class CLIPTextModel(Configured):
     max_position_embeddings: Entries = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
-    eos_token_id: Natural = 49407
+    eos_token_id: Annotated[int, within(least=0, most=2**24)] = 49407
 
     @classmethod
     def from_config(cls, config: dict, **run_options):

@@ -94,7 +94,8 @@ def load(
         raise ValueError(f"{config_file(path)}: {error}") from error
     if form := path.is_dir() and folders.foreign_format(sorted(path.iterdir())):
         raise ValueError(form)
-    return as_net(module, read_params(path, module, place), root)
+    process = read_schedule(module, root) if isinstance(module, DENOISERS) else ()  # before weights are read
+    return as_net(module, read_params(path, module, place), process)
 
 
 def open_config(folder, subfolder: str) -> tuple[Path, Path, dict]:
@@ -117,10 +118,10 @@ def unexpected(root: Path, path: Path, name: str, subfolder: str, expect) -> str
     return f"{path} holds {held}, not {wanted}: {remedy}"
 
 
-def as_net(module, params, root: Path):
-    """Module and parameters as a Denoiser, Autoencoder or Net; root is the pipeline's folder, with the scheduler."""
+def as_net(module, params, process: tuple):
+    """Module and parameters as a Denoiser, Autoencoder or Net; process is a denoiser's (schedule, what it predicts)."""
     if isinstance(module, DENOISERS):
-        return Denoiser(params, Apply(module), *read_schedule(module, root))
+        return Denoiser(params, Apply(module), *process)
     if isinstance(module, AUTOENCODERS):
         return Autoencoder(params, Encode(module), Decode(module))
     return Net(params, clip.Apply(module) if isinstance(module, TEXT_ENCODERS) else Apply(module))

@@ -18,9 +18,9 @@ import numpy as np
 
 from cddistill.diffusion import like
 from cddistill.models.blocks import conv, sinusoid
-from cddistill.models.configured import LEVELS, Blocks, Configured, Multiple, Size, check_layers
+from cddistill.models.configured import LEVELS, Blocks, Configured, Multiple, Scale, Size, check_layers
 from cddistill.models.edm_blocks import ROOT_HALF, Decoder, Encoder, Level, Style
-from cddistill.typed import Limit, Positive, Width, within
+from cddistill.typed import Limit, Width, within
 
 Labels = Annotated[int, within(least=0, most=2**24)]
 Channels = Annotated[int, within(least=4, most=2**14, multiple=2)]
@@ -69,7 +69,7 @@ class KarrasUNet(Configured):
     num_blocks: Blocks = 3  # per level; the decoder has one more
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     precond: str = "edm"
-    sigma_data: Positive = 0.5
+    sigma_data: Scale = 0.5
 
     def check(self):
         """Raise ValueError for options that contradict each other."""

@@ -45,7 +45,7 @@ PATTERNS = [  # patterns for downloads, preferred first: a file or its shards, t
 SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: {tag: bytes of length}
 MOST_HEADER = 2**24  # bytes, of a safetensors file; Stable Diffusion XL's has 300,000
-MOST_ENTRIES, MOST_DEPTH, MOST_NAME = 10**5, 50, 200  # of a msgpack file: objects, levels, bytes
+MOST_ENTRIES, MOST_DEPTH, MOST_NAME = 20_000, 50, 200  # of a msgpack file: objects, levels, bytes
 
 
 @dataclasses.dataclass(frozen=True)

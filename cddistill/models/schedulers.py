@@ -253,7 +253,7 @@ def read_sampling(path: Path) -> Sampling:
             key: config[key] for key in ("original_inference_steps", "timestep_scaling")
         },
     }[name]  # fmt: skip
-    own = own and check_timesteps(own, config["num_train_timesteps"], f"{path}: ")
+    own = None if own is None else check_timesteps(own, config["num_train_timesteps"], f"{path}: ")
     common = {"spacing": spacing, "steps_offset": config["steps_offset"], "timesteps": own}
     return Sampling(**(common | settings))
 

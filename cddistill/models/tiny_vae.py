@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.configured import Blocks, Configured, Widths, check_layers
+from cddistill.models.configured import Blocks, Configured, Scale, Shift, Widths, check_layers
 from cddistill.models.vae import check_images, check_latents
-from cddistill.typed import Positive, Width
+from cddistill.typed import Width
 
 # Options of diffusers without a field below: their supported values.
 SUPPORTED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
@@ -89,10 +89,10 @@ class AutoencoderTiny(Configured):
     num_encoder_blocks: tuple[Blocks, ...] = (1, 3, 3, 3)
     num_decoder_blocks: tuple[Blocks, ...] = (3, 3, 3, 1)
     latent_channels: Width = 4
-    scaling_factor: Positive = 1.0
-    shift_factor: float = 0.0
-    latent_magnitude: Positive = 3  # with latent_shift the range of latents stored as bytes;
-    latent_shift: float = 0.5  # only written to configs
+    scaling_factor: Scale = 1.0
+    shift_factor: Shift = 0.0
+    latent_magnitude: Scale = 3  # with latent_shift the range of latents stored as bytes;
+    latent_shift: Shift = 0.5  # only written to configs
     force_upcast: bool = False  # only written to configs
 
     def check(self):

@@ -42,6 +42,7 @@ IGNORED = {  # what trainers save beside a network: nothing is imported or kept 
 MOST_OPCODES, MOST_BYTES, MOST_DIRECTORY = 500_000, 2**25, 2**23
 MOST_AXES, MOST_ELEMENTS = 16, 2**50  # of a tensor
 MOST_ARGUMENTS, MOST_NAME = 32, 1000  # of a call; characters of a key
+MOST_MARKS, MOST_PAIRS = 1000, 50_000
 
 
 class Refused(ValueError):
@@ -112,7 +113,10 @@ class TensorsOnly:
             elif name in FIXED:
                 self.stack.append(FIXED[name]())
             elif name in TUPLES:
-                self.stack[-TUPLES[name] :] = [tuple(self.last(TUPLES[name]))]
+                parts = self.stack[-TUPLES[name] :]
+                if len(parts) < TUPLES[name]:
+                    raise Damaged("an empty stack")
+                self.stack[-len(parts) :] = [tuple(parts)]
             elif name == "STOP":
                 self.opcodes = count
                 return self.stack.pop()
@@ -134,6 +138,8 @@ class TensorsOnly:
         return items
 
     def on_MARK(self, _):
+        if len(self.below) == MOST_MARKS:
+            raise Damaged(f"more than {MOST_MARKS} levels")
         self.below.append(self.stack)
         self.stack = []
 
@@ -228,11 +234,11 @@ class TensorsOnly:
 
     def ordered(self, pairs=()):
         """An OrderedDict, which Python 2 pickled with its [key, value] pairs."""
+        self.pairs += len(pairs)
+        if self.pairs > MOST_PAIRS:
+            raise Damaged(f"more than {MOST_PAIRS} pairs")
         if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
             raise Damaged("pairs that are none")
-        self.pairs += len(pairs)
-        if self.pairs > MOST_OPCODES:
-            raise Damaged(f"more than {MOST_OPCODES} pairs")
         return set_items(collections.OrderedDict(), [x for pair in pairs for x in pair])
 
 
@@ -271,17 +277,11 @@ def set_items(target, items: list):
     if not isinstance(target, dict) or len(items) % 2:
         raise Damaged("items for what is no dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not is_key(key):
-            raise Damaged(f"a key of type {type(key).__name__}, or a long one")
+        text = isinstance(key, str | bytes) and len(key) <= MOST_NAME
+        if not (text or key is None or isinstance(key, Name) or (type(key) in (int, bool) and abs(key) < 2**31)):
+            raise Damaged(f"a key of type {type(key).__name__}, or a long one")  # others may take forever to hash
         target[key] = value
     return target
-
-
-def is_key(x) -> bool:
-    """Whether a value may be the key of a dict: others may have equal hashes, or take forever to hash."""
-    if isinstance(x, str | bytes):
-        return len(x) <= MOST_NAME
-    return x is None or isinstance(x, Name) or (type(x) in (int, bool) and abs(x) < 2**31)
 
 
 def tensor(storage, start, shape, strides, *_) -> View:

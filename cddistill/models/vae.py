@@ -19,8 +19,8 @@ import numpy as np
 
 from cddistill.models.attention import SpatialAttention
 from cddistill.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv
-from cddistill.models.configured import Configured, Layers, Sizes, Widths, check_groups, check_layers
-from cddistill.typed import Positive, Width
+from cddistill.models.configured import Configured, Layers, Scale, Shift, Sizes, Widths, check_groups, check_layers
+from cddistill.typed import Width
 
 EPS = 1e-6  # of every norm
 SUPPORTED = {"act_fn": ("silu", "swish")}  # options of diffusers without a field below: their supported values
@@ -124,10 +124,10 @@ class AutoencoderKL(Configured):
     latent_channels: Width = 4
     norm_num_groups: Width = 32
     sample_size: Sizes = 32  # only written to configs
-    scaling_factor: Positive = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None  # per channel, instead of shift_factor (Playground 2.5)
-    latents_std: tuple[Positive, ...] | None = None
+    scaling_factor: Scale = 0.18215
+    shift_factor: Shift | None = None
+    latents_mean: tuple[Shift, ...] | None = None  # per channel, instead of shift_factor (Playground 2.5)
+    latents_std: tuple[Scale, ...] | None = None
     force_upcast: bool = True  # SDXL's overflows in float16; only written to configs
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
