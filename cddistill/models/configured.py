@@ -15,7 +15,7 @@ from cddistill.typed import HELD, Limit, Width, brief, within
 NOTES = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
          "dtype", "torch_dtype", "transformers_version"}  # fmt: skip
 
-Layers = Annotated[int, within(least=1, most=100)]  # of a block, or blocks of a layer
+Layers = Annotated[int, within(least=1, most=100)]
 Blocks = Annotated[int, within(least=0, most=100)]  # of a level, beside those that change its size
 LEVELS = Limit("1 to 10 values", lambda x: 1 <= len(x) <= 10)  # each halves height and width
 Widths = Annotated[tuple[Width, ...], LEVELS]  # channels per level

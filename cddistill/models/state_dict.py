@@ -8,7 +8,6 @@ MOST_NESTED = 10  # levels of dicts around a state dict, or of wrappers around a
 MOST_TENSORS = 50_000
 MOST_NAMED = 3  # state dicts in an error
 WRAPPER = re.compile(r"module|model|net|network|params|state_dict|(\w+_)?ema(_\w+)?")  # first part of every name
-EMA = re.compile(r"(\w+_)?ema(_\w+)?\.")  # an average beside the network itself
 INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # anywhere in a name
 # Tensors that are no weights: counters of averages, and the noise schedule that samplers register as buffers.
 BUFFERS = re.compile(
@@ -88,6 +87,12 @@ def is_plain(x, known: set) -> bool:
     return True
 
 
+def is_average(name: str) -> bool:
+    """Whether a name is of an average beside the network itself, such as "model_ema.conv.weight"."""
+    first, dot, _ = name.partition(".")
+    return bool(dot) and "ema" in first.split("_")
+
+
 def bare_names(tensors: dict, file, level: int = 0) -> dict:
     """The tensors under the names of the network itself, without the buffers that are no weights.
 
@@ -104,7 +109,7 @@ def bare_names(tensors: dict, file, level: int = 0) -> dict:
     first = {name.partition(".")[0] for name in bare}
     if len(first) == 1 and WRAPPER.fullmatch(*first) and all("." in name for name in bare):
         return bare_names({name.partition(".")[2]: x for name, x in bare.items()}, file, level + 1)
-    if average := next(filter(EMA.match, bare), None):
+    if average := next(filter(is_average, bare), None):
         raise ValueError(
             f"{file} holds a network and its average ({average}): save the one that you want as a state dict of its own"
         )

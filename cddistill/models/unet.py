@@ -26,7 +26,7 @@ from cddistill.models.blocks import (
     conv,
     sinusoid,
 )
-from cddistill.models.configured import Configured, Entries, Epsilon, Kernel, Layers, Sizes, Widths
+from cddistill.models.configured import Blocks, Configured, Entries, Epsilon, Kernel, Sizes, Widths
 from cddistill.models.unet_options import (
     DECODER_LISTS,
     DOWN_BLOCKS,
@@ -78,13 +78,13 @@ class Encoder(Configured):
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     only_cross_attention: bool | tuple[bool, ...] = False
     block_out_channels: Widths = (320, 640, 1280, 1280)
-    layers_per_block: Layers | tuple[Layers, ...] = 2
+    layers_per_block: Blocks | tuple[Blocks, ...] = 2
     downsample_padding: int = 1
     act_fn: str = "silu"
     norm_num_groups: Width = 32
     norm_eps: Epsilon = 1e-5  # of resnets and output; transformer blocks have 1e-6
     cross_attention_dim: Width | tuple[Width, ...] = 1280
-    transformer_layers_per_block: Layers | tuple[Layers | tuple[Layers, ...], ...] = (
+    transformer_layers_per_block: Blocks | tuple[Blocks | tuple[Blocks, ...], ...] = (
         1  # per block, or per layer of each block
     )
     attention_head_dim: Width | tuple[Width, ...] = (
@@ -257,7 +257,7 @@ class UNet2DConditionModel(Encoder):
 
     out_channels: Width = 4
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    reverse_transformer_layers_per_block: tuple[Layers | tuple[Layers, ...], ...] | None = None  # coarsest first
+    reverse_transformer_layers_per_block: tuple[Blocks | tuple[Blocks, ...], ...] | None = None  # coarsest first
     center_input_sample: bool = False
     conv_out_kernel: Kernel = 3
     sample_size: Sizes | None = None  # only written to configs

@@ -19,7 +19,7 @@ import numpy as np
 
 from cddistill.models.attention import SpatialAttention
 from cddistill.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv
-from cddistill.models.configured import Configured, Layers, Scale, Shift, Sizes, Widths, check_groups, check_layers
+from cddistill.models.configured import Blocks, Configured, Scale, Shift, Sizes, Widths, check_groups, check_layers
 from cddistill.typed import Width
 
 EPS = 1e-6  # of every norm
@@ -120,7 +120,7 @@ class AutoencoderKL(Configured):
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     block_out_channels: Widths = (64,)
-    layers_per_block: Layers = 1
+    layers_per_block: Blocks = 1
     latent_channels: Width = 4
     norm_num_groups: Width = 32
     sample_size: Sizes = 32  # only written to configs
