@@ -13,7 +13,18 @@ import msgpack
 import pytest
 import safetensors.numpy
 
-from cddistill.models import convert, files, index, parts, peft, schedulers, torch_pickle
+from cddistill.models import (
+    convert,
+    files,
+    index,
+    ldm,
+    parts,
+    peft,
+    schedulers,
+    state_dict,
+    tokenizer,
+    torch_pickle,
+)
 
 NAN, INF = float("nan"), float("inf")
 SECONDS = 2
@@ -252,6 +263,43 @@ def test_hostile_metadata_of_a_lora_is_refused(tmp_path, text):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     safetensors.numpy.save_file({}, file, metadata={"lora_adapter_metadata": text})
     refused(peft.header, file, "unet.", names=file.name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "names"),
+    [
+        ("vocab.json", DEEP, "vocab.json"),
+        ("vocab.json", '{"a": "b"}', "holds no tokenizer"),
+        ("vocab.json", '{"a": -1}', "holds no tokenizer"),
+        ("merges.txt", "a b c", "merges.txt"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json"),
+        ("tokenizer_config.json", '{"pad_token": 3}', "pad_token 3"),
+        ("tokenizer_config.json", '{"pad_token": {"content": []}}', "pad_token []"),
+        ("tokenizer_config.json", '{"model_max_length": NaN}', "model_max_length nan"),
+        ("tokenizer_config.json", '{"model_max_length": "77"}', "model_max_length '77'"),
+        ("tokenizer_config.json", '{"model_max_length": -1}', "model_max_length -1"),
+        ("tokenizer.json", DEEP, "holds no tokenizer"),
+        ("tokenizer.json", "{}", "holds no tokenizer"),
+    ],
+)
+def test_a_hostile_tokenizer_is_refused(tmp_path, file, content, names):
+    if file != "tokenizer.json":
+        (tmp_path / "vocab.json").write_text(json.dumps({tokenizer.START: 0, tokenizer.END: 1}))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / file).write_text(content)
+    assert str(tmp_path) in refused(tokenizer.load, tmp_path, names=names)
+
+
+def test_names_of_many_tensors_are_read_in_time():
+    """Names on which a regular expression would go back and forth."""
+    start = time.process_time()
+    for name in ("_ema_" * 100, "lora_A" * 100, "input_blocks.1." * 60):
+        state_dict.bare_names({f"{name}.{i}": 0 for i in range(1000)}, "model.pt")
+    deep = {f"input_blocks.{i}.0.out_layers.3.weight": (32,) for i in range(20_000)}
+    assert len(ldm.blocks(deep, "input_blocks", 1, "0.op")[0]) < 50
+    assert time.process_time() - start < SECONDS
+    with pytest.raises(ValueError, match="ten resnets in a block"):
+        ldm.unet_names(["down_blocks.0.resnets.10.conv1"])
 
 
 # ---- configs
