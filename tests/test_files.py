@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from golden import make_files as golden
 
-from cddistill.models import files
+from cddistill.models import files, torch_pickle
 
 GOLDEN = Path(golden.__file__).parent
 ARRAYS = {
@@ -132,7 +132,7 @@ def bare(file, pickled):
 
 
 def before_1_6(file, pickled):
-    file.write_bytes(b"".join(pickle.dumps(x, 2) for x in (files.TORCH_MAGIC, 1001, {})) + pickled + pickle.dumps([]))
+    file.write_bytes(b"".join(pickle.dumps(x, 2) for x in (torch_pickle.MAGIC, 1001, {})) + pickled + pickle.dumps([]))
 
 
 def zipped(file, pickled):
@@ -165,12 +165,12 @@ def test_a_file_cannot_change_the_reader(tmp_path):
     known = "torch._utils\n_rebuild_tensor_v2", "torch\nFloatStorage", "collections\nOrderedDict", "argparse\nNamespace"
     for name in known:
         bare(tmp_path / "model.pt", f"c{name}\n(N}}V__defaults__\n(I1\ntstb.".encode())
-        before = files.TensorsOnly.tensor.__defaults__
+        before = torch_pickle.tensor.__defaults__
         zipped(tmp_path / "model.pt", (tmp_path / "model.pt").read_bytes())
         with pytest.raises(ValueError, match="truncated or not a state dict by torch.save"):
             files.read(tmp_path / "model.pt")
-        assert files.TensorsOnly.tensor.__defaults__ == before
-    assert not hasattr(files.Ignored, "__defaults__")
+        assert torch_pickle.tensor.__defaults__ == before
+    assert not hasattr(torch_pickle.Ignored, "__defaults__")
 
 
 def cut(write, size=-10):
@@ -247,9 +247,9 @@ def two_files(folder):
         (float8, r"model\.safetensors holds F8_E4M3, only F32, "),
         (without_shard, r"part1\.safetensors is missing, but the index lists it"),
         (wrong_index(lambda x: x["weight_map"].update(a="part0.safetensors")), r"part0\.safetensors lacks a, but "),
-        (wrong_index(lambda x: x.pop("weight_map")), r"index\.json is not an index of shards .*'weight_map'"),
-        (wrong_index(lambda x: x["weight_map"].update(a=[])), r"index\.json is not an index of shards"),
-        (cut(write_shards), r"index\.json is not an index of shards"),
+        (wrong_index(lambda x: x.pop("weight_map")), r"index\.json has weight_map = None, where dict is expected"),
+        (wrong_index(lambda x: x["weight_map"].update(a=[])), r"index\.json names the shard \[\], which is no file"),
+        (cut(write_shards), r"index\.json is not valid JSON"),
         (cut(write_msgpack), r"flax_model\.msgpack is truncated or not a Flax msgpack file"),
         (cut(write_msgpack, 50), r"flax_model\.msgpack is truncated"),
         (cut(write_msgpack, 0), r"flax_model\.msgpack is truncated"),
@@ -259,7 +259,7 @@ def two_files(folder):
         (pytorch(lambda x: x[:300]), r"model\.pt is truncated"),
         (pytorch(lambda x: x[:-10], "state_dict_before_1_6.pt"), r"model\.pt is truncated .*storages are missing"),
         (pytorch(lambda x: x[:100], "state_dict_before_1_6.pt"), r"model\.pt is truncated"),
-        (pytorch(lambda x: b""), r"model\.pt is truncated or not a state dict by torch\.save .*EOFError"),
+        (pytorch(lambda x: b""), r"model\.pt is truncated or not a state dict by torch\.save"),
         (pytorch(longer, "state_dict_before_1_6.pt"), r"model\.pt is truncated or .* lies outside of its storage"),
         (compressed, r"model\.pt is truncated or not .* is compressed"),
         (big_endian, r"model\.pt was written on a big-endian machine"),

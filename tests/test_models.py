@@ -336,7 +336,7 @@ def test_unsupported_branches_are_refused():
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "UNetMidBlock2DSimpleCrossAttn"),
         ({"down_block_types": ["KDownBlock2D"] * 3}, "block types KDownBlock2D are not supported"),
         ({"layers_per_block": [1, 2]}, "layers_per_block has 2 entries but block_out_channels has 3"),
-        ({"norm_num_groups": 7}, "16 channels cannot be split into norm_num_groups = 7"),
+        ({"norm_num_groups": 7}, "= 16 cannot be split into norm_num_groups = 7"),
         ({"attention_head_dim": 5}, "32 channels cannot be split into heads of width attention_head_dim = 5"),
     ],
 )

@@ -349,7 +349,11 @@ def test_a_scheduler_beside_the_file_that_is_not_supported_is_named(tmp_path):
         (f"{UNET}out.0.bias", None, r"\(unet\) lacks out\.0\.bias: the weights do not belong to Stable Diffus"),
         (f"{UNET}extra.w", (1,), r"\(unet\) has extra\.w, which Stable Diffusion 1\.x has no"),
         (f"{UNET}out.0.bias", (7,), r"\(unet\) has the wrong shape .* out\.0\.bias \(7,\), not \(32,\)"),
-        (f"{UNET}input_blocks.1.0.out_layers.3.weight", (33, 32, 3, 3), r"\(unet\): 33 channels cannot be split"),
+        (
+            f"{UNET}input_blocks.1.0.out_layers.3.weight",
+            (33, 32, 3, 3),
+            r"\(unet\): block_out_channels\[0\] = 33 cannot be split",
+        ),
         (f"{VAE}decoder.conv_in.weight", None, r"holds no whole vae of Stable Diffusion 1\.x .*conv_in.*: download"),
         (f"{VAE}quant_conv.weight", None, r"\(vae\) lacks quant_conv\.weight"),
     ],

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
+from cddistill.models.configured import Widths
 from cddistill.models.init import init_params_jax, weight_shapes
 from cddistill.models.unet import Apply, Encoder, Residuals, UNet2DConditionModel, conditioning
 from cddistill.net import Adapted, Denoiser, Net
+from cddistill.typed import Width
 
 # Options of our encoder that diffusers' ControlNet lacks, with the only values that a branch may have.
 UNET_ONLY = {"center_input_sample": False, "time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3}
@@ -43,8 +45,8 @@ class ControlNetConditioningEmbedding(nn.Module):
 class Branch(Encoder):
     """A copy of the UNet's encoder. The two kinds differ in its input and in how its features become residuals."""
 
-    conditioning_channels: int = 3
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    conditioning_channels: Width = 3
+    conditioning_embedding_out_channels: Widths = (16, 32, 96, 256)
 
     def to_config(self) -> dict:
         return {k: v for k, v in super().to_config().items() if k not in UNET_ONLY}

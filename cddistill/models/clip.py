@@ -6,14 +6,15 @@ float32, `dtype` is the layers' compute type, and norms, softmax and outputs are
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cddistill.models.attention import attention
-from cddistill.models.configured import Configured
+from cddistill.models.configured import Configured, Entries, Epsilon, Layers
+from cddistill.typed import Width, brief, within
 
 
 def quick_gelu(x):
@@ -156,22 +157,25 @@ class CLIPTextModel(Configured):
     supported = SUPPORTED
     no_effect = NO_EFFECT
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512  # used by CLIPTextModelWithProjection only
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Entries = 49408
+    hidden_size: Width = 512
+    intermediate_size: Entries = 2048
+    projection_dim: Width = 512  # used by CLIPTextModelWithProjection only
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 8
+    max_position_embeddings: Entries = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: Annotated[int, within(least=0, most=2**24)] = 49407
 
     @classmethod
     def from_config(cls, config: dict, **run_options):
         """The module of a transformers config.json, or of the "text_config" inside one."""
         quantized = {k: v for k, v in config.items() if k == "quantization_config"}  # beside a text_config
-        return super().from_config((config.get("text_config") or config) | quantized, **run_options)
+        inside = config.get("text_config") or config
+        if not isinstance(inside, dict):
+            raise ValueError(f"text_config = {brief(inside)} is no object {{...}}: download this config.json again")
+        return super().from_config(inside | quantized, **run_options)
 
     def check(self):
         """Raise ValueError if hidden_size does not divide into the heads."""

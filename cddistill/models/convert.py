@@ -32,6 +32,7 @@ from cddistill.models.tiny_vae import AutoencoderTiny
 from cddistill.models.unet import Apply
 from cddistill.models.vae import AutoencoderKL, Decode, Encode
 from cddistill.net import Autoencoder, Denoiser, Net
+from cddistill.typed import brief
 
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
 CONTROLNETS = (ControlNetModel, MuBlendModel)  # classes of a student's branch
@@ -88,11 +89,13 @@ def load(
         raise ValueError(unexpected(root, path, config["_class_name"], subfolder, expect))
     try:
         module = build(config, dtype=dtype, remat=remat, flash=flash)
+        weight_shapes(module)  # options that do not fit together; kept for `read_params`
     except ValueError as error:
         raise ValueError(f"{config_file(path)}: {error}") from error
     if form := path.is_dir() and folders.foreign_format(sorted(path.iterdir())):
         raise ValueError(form)
-    return as_net(module, read_params(path, module, place), root)
+    process = read_schedule(module, root) if isinstance(module, DENOISERS) else ()  # before weights are read
+    return as_net(module, read_params(path, module, place), process)
 
 
 def open_config(folder, subfolder: str) -> tuple[Path, Path, dict]:
@@ -115,10 +118,10 @@ def unexpected(root: Path, path: Path, name: str, subfolder: str, expect) -> str
     return f"{path} holds {held}, not {wanted}: {remedy}"
 
 
-def as_net(module, params, root: Path):
-    """Module and parameters as a Denoiser, Autoencoder or Net; root is the pipeline's folder, with the scheduler."""
+def as_net(module, params, process: tuple):
+    """Module and parameters as a Denoiser, Autoencoder or Net; process is a denoiser's (schedule, what it predicts)."""
     if isinstance(module, DENOISERS):
-        return Denoiser(params, Apply(module), *read_schedule(module, root))
+        return Denoiser(params, Apply(module), *process)
     if isinstance(module, AUTOENCODERS):
         return Autoencoder(params, Encode(module), Decode(module))
     return Net(params, clip.Apply(module) if isinstance(module, TEXT_ENCODERS) else Apply(module))
@@ -162,7 +165,7 @@ def build(config: dict, **run_options):
     """
     name = folders.class_name(config) or "UNet2DConditionModel"
     if name not in CLASSES:
-        raise ValueError(f"_class_name {name!r} is not supported, only {', '.join(CLASSES)} are")
+        raise ValueError(f"_class_name {brief(name)} is not supported, only {', '.join(CLASSES)} are")
     cls = CLASSES[name]
     return cls.from_config(config, **{k: v for k, v in run_options.items() if k in cls.__dataclass_fields__})
 

@@ -9,6 +9,8 @@ for each. D and the embedding are float32, `dtype` is the compute type of the re
     net.Denoiser(params, Apply(module), diffusion.EDM(), "x0")(x, sigma, {"class_labels": labels})
 """
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,17 @@ import numpy as np
 
 from cddistill.diffusion import like
 from cddistill.models.blocks import conv, sinusoid
-from cddistill.models.configured import Configured
+from cddistill.models.configured import LEVELS, Blocks, Configured, Multiple, Scale, Size, check_layers
 from cddistill.models.edm_blocks import ROOT_HALF, Decoder, Encoder, Level, Style
+from cddistill.typed import Limit, Width, within
 
+Labels = Annotated[int, within(least=0, most=2**24)]
+Channels = Annotated[int, within(least=4, most=2**14, multiple=2)]
+Multiples = Annotated[tuple[Multiple, ...], LEVELS]
+Taps = Annotated[
+    tuple[Annotated[int, within(least=-1000, most=1000)], ...],
+    Limit("2 to 16 numbers, whose sum is not 0", lambda x: 2 <= len(x) <= 16 and sum(x)),
+]
 NO_EFFECT = {"dropout", "label_dropout"}  # of training from scratch; label_dropout trains the null label
 
 
@@ -49,21 +59,29 @@ class KarrasUNet(Configured):
     supported = {"precond": ("edm", "vp", "ve")}
     no_effect = NO_EFFECT
 
-    img_resolution: int = 64  # of the training images; only parameter names depend on it
-    img_channels: int = 3
-    label_dim: int = 0  # number of classes; 0 is unconditional
-    augment_dim: int = 0  # size of augmentation labels
-    model_channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # channels per level, in units of model_channels
-    channel_mult_emb: int = 4
-    num_blocks: int = 3  # per level; the decoder has one more
+    img_resolution: Size = 64  # of the training images; only parameter names depend on it
+    img_channels: Width = 3
+    label_dim: Labels = 0  # number of classes; 0 is unconditional
+    augment_dim: Labels = 0  # size of augmentation labels
+    model_channels: Channels = 192
+    channel_mult: Multiples = (1, 2, 3, 4)  # channels per level, in units of model_channels
+    channel_mult_emb: Multiple = 4
+    num_blocks: Blocks = 3  # per level; the decoder has one more
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     precond: str = "edm"
-    sigma_data: float = 0.5
+    sigma_data: Scale = 0.5
 
     def check(self):
         """Raise ValueError for options that contradict each other."""
         sizes, taps = [level.size for level in self.levels()], self.style().taps
+        check_layers(len(sizes) * self.num_blocks, "num_blocks and channel_mult")
+        heads = self.style().head_width
+        for level in self.levels():
+            if level.width % min(32, level.width // 4):
+                raise ValueError(f"model_channels = {self.model_channels} makes {level.width} channels, no 32 groups")
+            if level.attends and heads and level.width % heads:
+                split = f"attention heads of channels_per_head = {heads}"
+                raise ValueError(f"{level.width} channels cannot be split into {split}")
         if self.img_resolution % self.factor:
             raise ValueError(f"img_resolution {self.img_resolution} cannot be halved {len(sizes) - 1} times")
         if unknown := sorted({*self.attn_resolutions} - {*sizes}):
@@ -179,7 +197,7 @@ class KarrasUNet(Configured):
 class DhariwalUNet(KarrasUNet):
     """ADM as trained by Karras et al. for ImageNet-64."""
 
-    channels_per_head: int = 64
+    channels_per_head: Width = 64
     output_layer = "out_conv"  # its output is F
 
     def style(self) -> Style:
@@ -230,15 +248,15 @@ class SongUNet(KarrasUNet):
         "decoder_type": ("standard", "skip"),
     }
 
-    model_channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    num_blocks: int = 4
+    model_channels: Channels = 128
+    channel_mult: Multiples = (1, 2, 2, 2)
+    num_blocks: Blocks = 4
     attn_resolutions: tuple[int, ...] = (16,)
     embedding_type: str = "positional"
-    channel_mult_noise: int = 1
+    channel_mult_noise: Multiple = 1
     encoder_type: str = "standard"
     decoder_type: str = "standard"
-    resample_filter: tuple[int, ...] = (1, 1)
+    resample_filter: Taps = (1, 1)
     output_layer = "aux_conv"  # suffix of the output layers; F is their sum over levels, one of them or one per level
 
     def style(self) -> Style:

@@ -5,39 +5,25 @@ therefore needs hardly more memory than its weights. No code in a file is execut
 nothing else.
 """
 
-import collections
 import dataclasses
 import json
 import math
 import mmap
-import operator
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import msgpack
 import numpy as np
 import safetensors
 
-from cddistill.models.state_dict import REMEDY, Ignored, find
+from cddistill import io
+from cddistill.models import torch_pickle
+from cddistill.models.state_dict import REMEDY, find
+from cddistill.models.torch_pickle import DTYPES, View, extent
+from cddistill.typed import brief
 
-DTYPES = (  # numpy's, safetensors', PyTorch's
-    ("<f4", "F32", "FloatStorage"),
-    ("<f2", "F16", "HalfStorage"),
-    (ml_dtypes.bfloat16, "BF16", "BFloat16Storage"),
-    ("<f8", "F64", "DoubleStorage"),
-    ("<i8", "I64", "LongStorage"),
-    ("<i4", "I32", "IntStorage"),
-    ("<i2", "I16", "ShortStorage"),
-    ("i1", "I8", "CharStorage"),
-    ("u1", "U8", "ByteStorage"),
-    ("?", "BOOL", "BoolStorage"),
-)
 SAFETENSORS = {name: np.dtype(x) for x, name, _ in DTYPES}
-STORAGES = {f"torch.{name}": np.dtype(x) for x, _, name in DTYPES}
 FLAX = {np.dtype(x).name: np.dtype(x) for x, _, _ in DTYPES}
 # File names in a folder, preferred first: safetensors of diffusers and transformers, former Flax classes, PyTorch.
 NAMES = (
@@ -57,13 +43,9 @@ PATTERNS = [  # patterns for downloads, preferred first: a file or its shards, t
     )
 ]
 SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in a file of torch.save before PyTorch 1.6
 LENGTHS = {0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDE: 2, 0xDF: 4}  # msgpack: {tag: bytes of length}
-IGNORED = {  # what trainers save beside a network: nothing is imported or kept for these names
-    "argparse.Namespace", "pathlib.PosixPath", "torch.Size", "torch.device", "numpy.dtype", "_codecs.encode",
-    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
-    *(f"{x}.callbacks.model_checkpoint.ModelCheckpoint" for x in ("pytorch_lightning", "lightning.pytorch")),
-}  # fmt: skip
+MOST_HEADER = 2**24  # bytes, of a safetensors file; Stable Diffusion XL's has 300,000
+MOST_ENTRIES, MOST_DEPTH, MOST_NAME = 20_000, 50, 200  # of a msgpack file: objects, levels, bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +96,6 @@ def contiguous_strides(shape) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def extent(shape, strides) -> int:
-    """Number of storage elements that an array with these strides spans."""
-    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-
-
 def aligned(shape, dtype):
     """An uninitialised array whose address is a multiple of 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
@@ -159,18 +136,24 @@ def read(path: Path) -> Weights:
             known = ", ".join(f"{stem}{suffix}" for stem, suffix in NAMES)
             raise ValueError(f"{path} holds none of {known}, nor a single weight file of another name: download it too")
         file = path / name
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} is no file: name a weight file ({', '.join(SUFFIXES)}) or its folder")
     reader = {".json": read_shards, ".safetensors": read_safetensors, ".msgpack": read_msgpack}
     return Weights(reader.get(file.suffix, read_torch)(file), file)
 
 
+def shards_of(index: Path) -> dict[str, str]:
+    """{tensor: name of the file beside the index} of an index of shards; ValueError for anything else."""
+    places = io.read_json(index, weight_map=dict)["weight_map"]
+    if wrong := [name for name in places.values() if not io.is_plain_name(name)]:
+        raise ValueError(f"{index} names the shard {brief(wrong[0])}, which is no file beside it: download it again")
+    return places
+
+
 def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all shards in an index."""
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        files = {name: index.parent / name for name in sorted({*places.values()})}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards ({error!r}): download it again") from error
-    shards = {}
+    places = shards_of(index)
+    files, shards = {name: index.parent / name for name in sorted({*places.values()})}, {}
     for name, file in files.items():
         if not file.is_file():
             raise ValueError(f"{file} is missing, but the index lists it: download it again")
@@ -181,135 +164,61 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return {tensor: x for shard in shards.values() for tensor, x in shard.items()}
 
 
+def safetensors_header(file: Path) -> tuple[dict, int]:
+    """(header of a safetensors file, first byte of its data); ValueError for a file that is damaged.
+
+    Reads no data. The header's "__metadata__" holds texts by name.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > MOST_HEADER:
+                raise ValueError(f"a header of {size} bytes")
+            with safetensors.safe_open(file, "numpy"):  # checks the header and the file's length
+                pass
+            return json.loads(stream.read(size)), 8 + size
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        sentence = f"{file} is truncated or not a safetensors file ({one_line(error)}); download it again"
+        raise ValueError(sentence) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, which may quote a file, in at most 120 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
-    try:
-        with safetensors.safe_open(file, "numpy"):  # checks the header and the file's length
-            pass
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+    header, first = safetensors_header(file)
     header.pop("__metadata__", None)
     if unknown := {x["dtype"] for x in header.values()} - {*SAFETENSORS}:
         raise ValueError(f"{file} holds {', '.join(sorted(unknown))}, only {', '.join(SAFETENSORS)} can be read")
     tensors = {}
     for name, entry in header.items():
-        start, shape = 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
+        start, shape = first + entry["data_offsets"][0], tuple(entry["shape"])
         tensors[name] = Tensor(file, start, SAFETENSORS[entry["dtype"]], shape, contiguous_strides(shape))
     return tensors
 
 
-class View(NamedTuple):
-    """A tensor as PyTorch pickles it: a strided view of a storage, in elements."""
-
-    storage: str
-    dtype: np.dtype
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class Refused(ValueError):
-    """A weight file that is intact but not supported."""
-
-
-class TensorsOnly(pickle.Unpickler):
-    """Unpickles tensors as views of storages and refuses every other name, so that a weight file cannot run code.
-
-    find_class returns bound methods, a C type and Ignored: unlike a function's, their attributes cannot be set by a
-    pickle (its opcode for that calls __setstate__, which the class itself refuses).
-    """
-
-    def __init__(self, stream, file: Path):
-        super().__init__(stream)
-        self.file = file
-        self.sizes = {}  # bytes per storage
-
-    def find_class(self, module, name):
-        known = {"torch._utils._rebuild_tensor_v2": self.tensor, "torch._utils._rebuild_parameter": self.parameter}
-        known |= {"collections.OrderedDict": collections.OrderedDict} | dict.fromkeys(IGNORED, Ignored)
-        path = f"{module}.{name}"
-        if path in STORAGES:
-            return path
-        if path not in known:
-            raise Refused(f"{self.file} asks for {path}, but weights need no code, so it was not loaded: {REMEDY}")
-        return known[path]
-
-    def persistent_load(self, saved):
-        kind, storage, key, _, size, *_ = saved
-        if kind != "storage" or storage not in STORAGES:
-            raise pickle.UnpicklingError(f"unknown {kind}")
-        self.sizes[key] = size * STORAGES[storage].itemsize
-        return key, STORAGES[storage], size
-
-    def tensor(self, storage, start, shape, strides, *_):
-        key, dtype, size = storage
-        start, shape, strides = operator.index(start), *(tuple(map(operator.index, x)) for x in (shape, strides))
-        if min(0, start, *shape, *strides) < 0 or start + extent(shape, strides) > size:
-            raise pickle.UnpicklingError(f"a tensor {shape} lies outside of its storage")
-        return View(key, dtype, start, shape, strides)
-
-    def parameter(self, view, *_):
-        return view
-
-
 def read_torch(file: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch state dict: a zip archive or, before PyTorch 1.6, pickles followed by raw storages."""
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"
-        stream.seek(0)
-        try:
-            state, starts = (read_zipped if zipped else read_pickled)(stream, file)
-        except Refused:
-            raise
-        except Exception as error:  # a broken pickle can raise any error
-            sentence = f"{file} is truncated or not a state dict by torch.save ({error!r}): download it again, or "
-            raise ValueError(sentence + REMEDY) from error
-    views = find(state, View, file)
+    try:
+        state, starts = torch_pickle.load(file)
+    except torch_pickle.Refused:
+        raise
+    except Exception as error:  # a broken pickle can raise any error
+        raise ValueError(
+            f"{file} is truncated or not a state dict by torch.save ({type(error).__name__}: {one_line(error)}): "
+            f"download it again, or {REMEDY}"
+        ) from error
+    views, size = find(state, View, file), file.stat().st_size
+    if repeated := [name for name, x in views.items() if math.prod(x.shape) > size]:
+        raise ValueError(f"{file} repeats few numbers as the large tensor {brief(repeated[0])}: {REMEDY}")
     return {
         name: Tensor(file, starts[x.storage] + x.start * x.dtype.itemsize, x.dtype, x.shape, x.strides)
         for name, x in views.items()
     }
-
-
-def read_zipped(stream, file: Path):
-    """(pickled object, {storage: first byte}) of a zip archive of torch.save."""
-    with zipfile.ZipFile(stream) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        if len(pickles) != 1:
-            raise pickle.UnpicklingError(f"{len(pickles)} data.pkl in the archive")
-        folder = pickles[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-            raise Refused(f"{file} was written on a big-endian machine: save it again on another")
-        with archive.open(pickles[0]) as pickled:
-            reader = TensorsOnly(pickled, file)
-            state = reader.load()
-        starts = {}
-        for key, size in reader.sizes.items():
-            record = archive.getinfo(f"{folder}data/{key}")
-            if record.compress_type != zipfile.ZIP_STORED or record.file_size < size:
-                raise pickle.UnpicklingError(f"{record.filename} is compressed or too short")
-            stream.seek(record.header_offset + 26)  # zip's local header: 30 bytes, file name, extra field
-            starts[key] = record.header_offset + 30 + sum(np.frombuffer(stream.read(4), "<u2").tolist())
-    return state, starts
-
-
-def read_pickled(stream, file: Path):
-    """The same for the older format: magic number, protocol, machine, state dict, storage keys, raw storages."""
-    if TensorsOnly(stream, file).load() != TORCH_MAGIC:
-        raise pickle.UnpicklingError("wrong first number")
-    for _ in range(2):
-        TensorsOnly(stream, file).load()
-    reader, starts = TensorsOnly(stream, file), {}
-    state, keys = reader.load(), TensorsOnly(stream, file).load()
-    for key in keys:
-        starts[key] = stream.tell() + 8  # after the number of elements
-        stream.seek(starts[key] + reader.sizes[key])
-    if {*keys} != {*reader.sizes} or stream.tell() > file.stat().st_size:
-        raise pickle.UnpicklingError("storages are missing")
-    return state, starts
 
 
 def read_msgpack(file: Path) -> dict[str, Tensor]:
@@ -317,31 +226,46 @@ def read_msgpack(file: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            walk(data, 0, (), file, tensors)
+            walk(data, 0, (), file, tensors, iter(range(MOST_ENTRIES)))
     except (ValueError, IndexError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(f"{file} is truncated or not a Flax msgpack file ({error}); download it again") from error
+        sentence = f"{file} is truncated or not a Flax msgpack file ({one_line(error)}); download it again"
+        raise ValueError(sentence) from error
     return tensors
 
 
-def walk(data, at: int, path: tuple[str, ...], file: Path, tensors: dict) -> int:
-    """Add the arrays of the msgpack object at byte `at` to tensors; returns the byte after it."""
+def walk(data, at: int, path: tuple[str, ...], file: Path, tensors: dict, entries) -> int:
+    """Add the arrays of the msgpack object at byte `at` to tensors; returns the byte after it.
+
+    entries is an iterator of as many items as there may be objects in all.
+    """
     tag, count, at = read_tag(data, at)
-    if 0x80 <= tag <= 0x8F or tag in (0xDE, 0xDF):  # a map
+    if next(entries, None) is None or len(path) > MOST_DEPTH:
+        raise ValueError(f"more than {MOST_ENTRIES} objects, or {MOST_DEPTH} levels of them")
+    if is_map(tag):
         for _ in range(count):
             _, size, at = read_tag(data, at)
-            at = walk(data, at + size, (*path, data[at : at + size].decode()), file, tensors)
+            if size > MOST_NAME:
+                raise ValueError(f"a name of {size} bytes")
+            at = walk(data, at + size, (*path, data[at : at + size].decode()), file, tensors, entries)
         return at
     end = at + 1 + count  # an extension: its type (1 is an array), then shape, dtype and data as msgpack
-    content = msgpack.Unpacker()
+    content = msgpack.Unpacker(max_buffer_size=256)
     content.feed(data[at + 1 : at + 1 + 256])
     if data[at] != 1 or content.read_array_header() != 3 or end > len(data):
         raise ValueError(f"{'/'.join(path)} is no array")
     shape, dtype = tuple(content.unpack()), FLAX[content.unpack()]
+    if len(shape) > torch_pickle.MOST_AXES or not all(map(torch_pickle.is_count, shape)):
+        raise ValueError(f"{'/'.join(path)} has a shape that is none")
     start = end - math.prod(shape) * dtype.itemsize
     if start <= at + 1 + content.tell():
         raise ValueError(f"{'/'.join(path)} is shorter than its shape")
     tensors["/".join(path)] = Tensor(file, start, dtype, shape, contiguous_strides(shape))
     return end
+
+
+def is_map(tag: int) -> bool:
+    """Whether a msgpack tag is that of a map."""
+    return 0x80 <= tag <= 0x8F or tag in (0xDE, 0xDF)
 
 
 def read_tag(data, at: int) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from cddistill import checksums, io
 from cddistill.models import files, index
 from cddistill.models.families import DENOISERS, FAMILIES, supported
+from cddistill.typed import brief
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = tuple(dict.fromkeys(family.denoiser for family in FAMILIES.values()))  # subfolders of denoisers
@@ -153,7 +154,8 @@ def check_pipeline(root: Path) -> None:
     if not other and parts and not any(part in parts or (root / part).is_dir() for part in PARTS):
         other = {part: name for part, (_, name) in parts.items() if "tokenizer" not in part}
     if other:
-        kind = content.get("_class_name") or "pipeline"
+        kind = content.get("_class_name")
+        kind = kind if isinstance(kind, str) and kind.isidentifier() else "pipeline"
         raise ValueError(
             f"{root} is a {kind} with {listed(other)}, which is not supported; a teacher's denoiser is a {supported()}"
         )
@@ -184,7 +186,7 @@ def what_is(path: Path) -> str:
 
 def listed(parts: dict) -> str:
     """{part: class} in words: "transformer/ (FluxTransformer2DModel), vae/ (AutoencoderKL)", three at most."""
-    words = [f"{part}/ ({name})" for part, name in parts.items()]
+    words = [f"{part}/ ({brief(name)[1:-1]})" for part, name in parts.items()]
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 

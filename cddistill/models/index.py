@@ -3,14 +3,18 @@
 from pathlib import Path
 
 from cddistill import io
+from cddistill.typed import brief
 
 FILE = "model_index.json"
 
 
 def read_index(root: Path) -> dict:
-    """model_index.json of a pipeline's folder; {} if there is none."""
+    """model_index.json of a pipeline's folder; {} if there is none. ValueError for a part that is no subfolder."""
     path = root / FILE
-    return io.read_json(path) if path.is_file() else {}
+    index = io.read_json(path) if path.is_file() else {}
+    if wrong := [part for part in parts_of(index) if not io.is_plain_name(part)]:
+        raise ValueError(f"{path} names the part {brief(wrong[0])}, which is no folder beside it: download it again")
+    return index
 
 
 def parts_of(index: dict) -> dict[str, tuple[str, str]]:

@@ -15,8 +15,12 @@ def weight_shapes(module):
 @functools.lru_cache(64)
 def traced(module):
     """`weight_shapes`, traced once for equal modules: seconds for a large network."""
-    args, kwargs = module.example()
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+
+    def init():
+        args, kwargs = module.example()  # in here, so that nothing is allocated
+        return module.init(jax.random.key(0), *args, **kwargs)
+
+    return jax.eval_shape(init)["params"]
 
 
 def init_params(shapes, uniform, normal):

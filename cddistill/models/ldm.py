@@ -2,6 +2,7 @@
 
 import re
 
+MOST_BLOCKS = 50  # of an encoder or decoder; Stable Diffusion has 12
 BLOCK = r"(down_blocks\.\d|mid_block|up_blocks\.\d)\.(\w+)\.(\d+)\.(.+)"
 UNET_LAYERS = {  # where they differ from diffusers'
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -13,7 +14,12 @@ UNET_LAYERS = {  # where they differ from diffusers'
 
 
 def unet_names(names) -> dict:
-    """{layer of diffusers' UNet: layer of the original}; there a block is one resnet with its attention."""
+    """{layer of diffusers' UNet: layer of the original}; there a block is one resnet with its attention.
+
+    Raises ValueError for blocks of more than ten resnets.
+    """
+    if deep := next((name for name in names if re.match(r"(down|up)_blocks\.\d\.resnets\.\d\d", name)), None):
+        raise ValueError(f"{deep} is more than Stable Diffusion in one file may have: ten resnets in a block")
     resnets = sorted({m[0] for name in names if (m := re.match(r"(down|up)_blocks\.\d\.resnets\.\d", name))})
     ups = [name for name in resnets if name.startswith("up")]
     number = {name: i for i, name in enumerate(ups)}
@@ -78,8 +84,8 @@ def open_clip(tensors: dict) -> dict:
         for pattern, ours in OPEN_CLIP:
             name = re.sub(pattern, ours, name)
         module, fused, leaf = name.partition(".in_proj_")
-        rows = x.shape[0] // 3
-        if fused:
+        rows = x.shape[0] // 3 if x.ndim else 0
+        if fused and rows:
             renamed |= {
                 f"{module}.{part}_proj.{leaf}": x.rows(i * rows, (i + 1) * rows) for i, part in enumerate("qkv")
             }
@@ -124,14 +130,15 @@ def transformer_layers(down, up, middle: int) -> dict:
 def blocks(shapes: dict, side: str, first: int, resampler: str) -> list[list[tuple[int, int]]]:
     """(width, transformer layers) of every resnet, per block: a block of the encoder begins after, one of the decoder
     ends with a resampler."""
-    found, i = [[]], first
-    while any(name.startswith(f"{side}.{i}.") for name in shapes):
+    found = [[]]
+    for i in range(first, MOST_BLOCKS):
+        if not any(name.startswith(f"{side}.{i}.") for name in shapes):
+            break
         ends = any(re.fullmatch(rf"{side}\.{i}\.{resampler}\.weight", name) for name in shapes)
         if width := shapes.get(f"{side}.{i}.0.out_layers.3.weight"):
             found[-1].append((width[0], num_layers(shapes, f"{side}.{i}.1.transformer_blocks")))
         if ends:
             found.append([])
-        i += 1
     return [block for block in found if block]
 
 

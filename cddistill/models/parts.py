@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-from cddistill import io
 from cddistill.models import files
 from cddistill.models.families import FAMILIES
 from cddistill.models.index import parts_of
@@ -41,7 +40,7 @@ def part_files(folder: Path) -> dict[str, Path]:
     if weights := files.choose(n for n in names if not n.endswith(".msgpack")) or files.choose(names):
         found[plain(weights)] = folder / weights
         if weights.endswith(".json"):
-            found |= {name: folder / name for name in {*io.read_json(folder / weights).get("weight_map", {}).values()}}
+            found |= {name: folder / name for name in {*files.shards_of(folder / weights).values()}}
     for file in found.values():
         if not file.is_file() or not os.access(file, os.R_OK):
             raise ValueError(f"{file} cannot be read: download it again, or change its permissions")

@@ -1,12 +1,11 @@
 """Options of PEFT's adapters: adapter_config.json beside the weights, or the header that diffusers writes."""
 
-import json
 import re
 from pathlib import Path
 
-import safetensors
-
 from cddistill import io
+from cddistill.models import files
+from cddistill.typed import brief
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
@@ -21,6 +20,8 @@ NEUTRAL = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }  # others change W
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # {regular expression for ends of layers' names: value}
+AGAIN = "download it again, or save the adapter again"
 ANOTHER = "merge it into its model (merge_and_unload in PEFT) and load that"
 
 
@@ -39,8 +40,13 @@ def header(file: Path, prefix: str) -> dict:
     """The options whose names have a prefix in the header of a safetensors file of diffusers; {} if there are none."""
     if file.suffix != ".safetensors":
         return {}
-    with safetensors.safe_open(file, "numpy") as opened:
-        options = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    said = files.safetensors_header(file)[0].get("__metadata__", {}).get("lora_adapter_metadata", "{}")
+    try:
+        options = io.parse_json(said)
+    except ValueError as error:
+        raise ValueError(f"{file} has lora_adapter_metadata that is no JSON ({error}): download it again") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} has lora_adapter_metadata that is no object {{...}}: download it again")
     return check({key.removeprefix(prefix): x for key, x in options.items() if key.startswith(prefix)}, file)
 
 
@@ -52,12 +58,28 @@ def check(options: dict, where) -> dict:
         if x not in NEUTRAL[key] if key in NEUTRAL else x and key not in USED | NO_EFFECT:
             name = "DoRA" if key == "use_dora" else "more than a plain LoRA"
             raise ValueError(f"{where}: {key} = {str(x):.60} is {name}: {ANOTHER}")
+    for key in ("r", "lora_alpha"):
+        patterns = options.get(PATTERNS[key]) or {}
+        numbers = [options.get(key, 1), *patterns.values()] if isinstance(patterns, dict) else [None]
+        if not all(type(x) in (int, float) and 0 < x < 2**16 for x in numbers):
+            raise ValueError(f"{where}: {key} or {PATTERNS[key]} is no positive number, or one for each layer: {AGAIN}")
+        if wrong := [pattern for pattern in patterns if not is_quick(pattern)]:
+            raise ValueError(f"{where}: {PATTERNS[key]} has {brief(wrong[0])}, which is no simple pattern: {AGAIN}")
     return options
+
+
+def is_quick(pattern: str) -> bool:
+    """Whether a regular expression is one, and cannot take forever to be found missing: few repeats, none of groups."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
 
 
 def of_layer(options: dict, key: str, name: str, default):
     """An option ("r" or "lora_alpha") of one layer: its pattern's, which matches ends of names, or the common one."""
-    patterns = options.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+    patterns = options.get(PATTERNS[key]) or {}
     special = (x for end, x in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", name))
     return next(special, options.get(key, default))
 

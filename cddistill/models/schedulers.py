@@ -7,6 +7,7 @@ The scheduler classes differ in their defaults, in the timesteps for a number of
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import numpy as np
 
 from cddistill import io
 from cddistill.diffusion import DDPM, Schedule
-from cddistill.models.configured import has_type
+from cddistill.models.configured import fault, said
 from cddistill.models.index import FILE as INDEX
 from cddistill.models.index import parts_of, read_index
+from cddistill.typed import Natural, Positive, brief, within
 
 PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 COMMON = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000,
@@ -71,10 +73,13 @@ HARMLESS = {  # options of samplers, and of old versions, that leave the process
     "sigma_min", "skip_prk_steps", "solver_p", "solver_type", "tau_func", "tensor_format", "thresholding",
     "time_shift_type", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
 }  # fmt: skip
+Beta = Annotated[float, within(above=0, below=1)]
+TimestepsCount = Annotated[int, within(least=1, most=100_000)]
 TYPES = {
-    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "rescale_betas_zero_snr": bool | None,
-    "steps_offset": int, "set_alpha_to_one": bool | None, "clip_sample": bool | None, "clip_sample_range": float,
-    "solver_order": int, "original_inference_steps": int, "timestep_scaling": float,
+    "num_train_timesteps": TimestepsCount, "beta_start": Beta, "beta_end": Beta, "rescale_betas_zero_snr": bool | None,
+    "steps_offset": Natural, "set_alpha_to_one": bool | None, "clip_sample": bool | None, "clip_sample_range": Positive,
+    "solver_order": Annotated[int, within(least=1, most=3)], "original_inference_steps": TimestepsCount,
+    "timestep_scaling": Positive, "trained_betas": tuple[Annotated[float, within(least=0, most=1)], ...] | None,
 }  # fmt: skip
 SIGMAS = {"use_karras_sigmas": OFF, "use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
 SUPPORTED = {  # classes that can be sampled with: the only supported values of options that `Sampling` has no field for
@@ -189,9 +194,8 @@ def read_scheduler(path: Path) -> tuple[DDPM, str]:
     total, betas = config["num_train_timesteps"], config["trained_betas"]
     if betas is None:
         check(path, config, {"beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2")})
-        check_betas(path, config)
-    elif not isinstance(betas, list) or len(betas) != total or not all(isinstance(x, int | float) for x in betas):
-        raise ValueError(f"{path}: trained_betas = {str(betas):.40} is not supported, only a list of {total} numbers")
+    elif len(betas) != total:
+        raise ValueError(f"{path}: trained_betas has {len(betas)} numbers, but num_train_timesteps = {total}")
     zero_snr, predicts = bool(config["rescale_betas_zero_snr"]), PREDICTS[config["prediction_type"]]
     if zero_snr and name not in RESCALING:
         raise ValueError(
@@ -249,7 +253,7 @@ def read_sampling(path: Path) -> Sampling:
             key: config[key] for key in ("original_inference_steps", "timestep_scaling")
         },
     }[name]  # fmt: skip
-    own = own and check_timesteps(own, config["num_train_timesteps"], f"{path}: ")
+    own = None if own is None else check_timesteps(own, config["num_train_timesteps"], f"{path}: ")
     common = {"spacing": spacing, "steps_offset": config["steps_offset"], "timesteps": own}
     return Sampling(**(common | settings))
 
@@ -261,18 +265,21 @@ def read_config(path: Path) -> tuple[str, dict]:
     """
     config = io.read_json(path)
     name = read_class(path, config)
-    replaced = config.get("_use_default_values") or ()  # values of another class, which diffusers drops
+    replaced = config.get("_use_default_values")  # values of another class, which diffusers drops
+    replaced = replaced if isinstance(replaced, list) else []
     config = {key: value for key, value in config.items() if key not in replaced}
     known = {*COMMON, *PROCESS, *HARMLESS}
     if unknown := sorted(key for key in config if key not in known and not key.startswith("_")):
-        found = ", ".join(f"{key} = {config[key]!r}" for key in unknown)
+        found = ", ".join(said(key, config[key]) for key in unknown[:5])
         raise ValueError(f"{path}: {found} is not supported: remove it if it has no effect on {name}")
     config = COMMON | DEFAULTS[name] | config
     check(path, config, PROCESS)
     for key, kind in TYPES.items():
-        if not has_type(config[key], kind):
-            expected = {int: "an integer", float: "a number"}.get(kind, "true or false")
-            raise ValueError(f"{path}: {key} = {config[key]!r} is not {expected}")
+        if why := fault(config[key], kind):
+            raise ValueError(f"{path}: {key} = {brief(config[key])} {why}")
+    total = config["num_train_timesteps"]
+    if config["steps_offset"] >= total:
+        raise ValueError(f"{path}: steps_offset = {config['steps_offset']} must be below num_train_timesteps = {total}")
     return name, config
 
 
@@ -290,28 +297,19 @@ def read_class(path: Path, config: dict) -> str:
     for file, name in ((root / INDEX, pipelines), (path, own)):
         if name is not None and name not in [*DEFAULTS]:  # perhaps a list
             raise ValueError(
-                f"{file}: the scheduler's _class_name {name!r} is not supported, as only DDPM's noise process is, with "
-                f"the classes {', '.join(DEFAULTS)}; EDM's, flow matching's and consistency models' are not"
+                f"{file}: the scheduler's _class_name {brief(name)} is not supported, as only DDPM's noise process is, "
+                f"with the classes {', '.join(DEFAULTS)}; EDM's, flow matching's and consistency models' are not"
             )
     if own and pipelines and own != pipelines:
         logging.warning("%s says %s, but %s says %s, which is used, as in diffusers", path, own, INDEX, pipelines)
     return pipelines or own
 
 
-def check_betas(path: Path, config: dict) -> None:
-    """Raise ValueError for betas, or a number of timesteps, that make no schedule."""
-    if config["num_train_timesteps"] < 1:
-        raise ValueError(f"{path}: num_train_timesteps = {config['num_train_timesteps']} is not positive")
-    for key in ("beta_start", "beta_end"):
-        if not 0 < config[key] < 1:
-            raise ValueError(f"{path}: {key} = {config[key]} is not between 0 and 1")
-
-
 def check(path: Path, config: dict, supported: dict) -> None:
     """Raise ValueError for an option with an unsupported value."""
     for key, values in supported.items():
         if key in config and config[key] not in values:
-            raise ValueError(f"{path}: {key} = {config[key]!r} is not supported, only {', '.join(map(str, values))}")
+            raise ValueError(f"{path}: {said(key, config[key])} is not supported, only {', '.join(map(str, values))}")
 
 
 def check_timesteps(timesteps, total: int, where: str = "") -> tuple[int, ...]:

@@ -247,11 +247,11 @@ def network(part: str, own: dict, kind: Kind, scheduler: dict, beside: Path, fil
     try:
         module = convert.build(config)
         shapes = flax.traverse_util.flatten_dict(weight_shapes(module))
+        layers = {convert.torch_name(path).rpartition(".")[0] for path in shapes}
+        theirs = LAYERS[part](layers) if part in LAYERS else {}
     except ValueError as error:
         raise ValueError(f"{source} ({part}): {error}") from error
     own = module.published(own, file) if hasattr(module, "published") else own
-    layers = {convert.torch_name(path).rpartition(".")[0] for path in shapes}
-    theirs = LAYERS[part](layers) if part in LAYERS else {}
 
     def name_of(path):
         layer, _, leaf = convert.torch_name(path).rpartition(".")

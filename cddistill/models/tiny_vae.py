@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.configured import Configured
+from cddistill.models.configured import Blocks, Configured, Scale, Shift, Widths, check_layers
 from cddistill.models.vae import check_images, check_latents
+from cddistill.typed import Width
 
 # Options of diffusers without a field below: their supported values.
 SUPPORTED = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
@@ -81,17 +82,17 @@ class AutoencoderTiny(Configured):
     supported = SUPPORTED
     no_effect = NO_EFFECT
 
-    in_channels: int = 3
-    out_channels: int = 3
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-    latent_channels: int = 4
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
-    latent_magnitude: float = 3  # with latent_shift the range of latents stored as bytes;
-    latent_shift: float = 0.5  # only written to configs
+    in_channels: Width = 3
+    out_channels: Width = 3
+    encoder_block_out_channels: Widths = (64, 64, 64, 64)
+    decoder_block_out_channels: Widths = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[Blocks, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[Blocks, ...] = (3, 3, 3, 1)
+    latent_channels: Width = 4
+    scaling_factor: Scale = 1.0
+    shift_factor: Shift = 0.0
+    latent_magnitude: Scale = 3  # with latent_shift the range of latents stored as bytes;
+    latent_shift: Shift = 0.5  # only written to configs
     force_upcast: bool = False  # only written to configs
 
     def check(self):
@@ -102,6 +103,8 @@ class AutoencoderTiny(Configured):
                 raise ValueError(
                     f"{half}_block_out_channels must be one width, once per num_{half}_blocks, not {widths}"
                 )
+        both = (*self.num_encoder_blocks, *self.num_decoder_blocks)
+        check_layers(sum(both), "num_encoder_blocks and num_decoder_blocks")
         if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
             raise ValueError("num_encoder_blocks and num_decoder_blocks must have the same number of entries")
 

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import logging
+import math
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from cddistill import io
+from cddistill.typed import brief
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a contraction, a word, a digit, or punctuation
@@ -53,25 +55,43 @@ def warn_truncated(start: str, tokens: int, kept: int, others: int) -> None:
 
 def load(path: Path) -> ClipTokenizer:
     """The tokenizer in a folder: vocab.json with merges.txt, or tokenizer.json. Raises ValueError if it is neither."""
-    files = {file.name for file in path.glob("*.*")}
-    options = {}
+    files, options = {file.name for file in path.glob("*.*")}, {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one counts
         options |= io.read_json(path / name) if name in files else {}
-    if {"vocab.json", "merges.txt"} <= files:
-        bpe = clip(io.read_json(path / "vocab.json"), read_merges(path / "merges.txt"))
-    elif "tokenizer.json" in files:
-        bpe = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        bpe.no_padding()
-        bpe.no_truncation()
-    else:  # it would be empty
+    pad, longest = options.get("pad_token") or END, options.get("model_max_length", POSITIONS)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str) or not is_length(longest):
+        said = f"pad_token {brief(pad)} or model_max_length {brief(longest)}"
+        raise ValueError(f"{path}: its {said} is no text or no positive number: download it again")
+    if not {"vocab.json", "merges.txt"} <= files and "tokenizer.json" not in files:  # it would be empty
         raise ValueError(f"{path} holds neither vocab.json with merges.txt nor tokenizer.json")
-    pad = options.get("pad_token") or END
-    pad = pad["content"] if isinstance(pad, dict) else pad
+    try:
+        bpe = read_bpe(path, {"vocab.json", "merges.txt"} <= files)
+    except Exception as error:  # the library's own errors have no class of their own
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            why if str(path) in why else f"{path} holds no tokenizer ({why}): download it again"
+        ) from error
     if (pad_id := bpe.token_to_id(pad)) is None:
-        raise ValueError(f"{path}: its pad_token {pad!r} is not in the vocabulary")
+        raise ValueError(f"{path}: its pad_token {brief(pad)} is not in the vocabulary")
     # As in transformers, the padding token is special: Stable Diffusion 2's "!" in a text is one.
     bpe.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
-    return ClipTokenizer(bpe, pad_id, min(int(options.get("model_max_length", POSITIONS)), 10**6))
+    return ClipTokenizer(bpe, pad_id, int(min(longest, 10**6)))
+
+
+def is_length(x) -> bool:
+    """Whether a value is a number of tokens; libraries write 1e30 for no limit."""
+    return type(x) in (int, float) and 3 <= x < math.inf
+
+
+def read_bpe(path: Path, split: bool) -> tokenizers.Tokenizer:
+    """The tokenizer of vocab.json and merges.txt if `split`, else of tokenizer.json; any error for broken ones."""
+    if split:
+        return clip(io.read_json(path / "vocab.json"), read_merges(path / "merges.txt"))
+    bpe = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    bpe.no_padding()
+    bpe.no_truncation()
+    return bpe
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:

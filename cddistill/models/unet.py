@@ -6,7 +6,7 @@ of diffusers' config.json. Weights are float32, `dtype` is the layers' compute t
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,49 +26,18 @@ from cddistill.models.blocks import (
     conv,
     sinusoid,
 )
-from cddistill.models.configured import Configured
-
-DOWN_BLOCKS = {"DownBlock2D": "none", "CrossAttnDownBlock2D": "cross", "AttnDownBlock2D": "self"}
-UP_BLOCKS = {"UpBlock2D": "none", "CrossAttnUpBlock2D": "cross", "AttnUpBlock2D": "self"}
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-CLASS_EMBEDS = (None, "timestep", "projection", "simple_projection")
-
-# Options of diffusers and their supported values: choices first, then options supported only at neutral values.
-SUPPORTED = {
-    "act_fn": ("silu", "swish"),
-    "mid_block_type": MID_BLOCKS,
-    "class_embed_type": CLASS_EMBEDS,
-    "addition_embed_type": (None, "text_time"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_padding": (0, 1),
-    "dropout": (0, None),
-    "mid_block_scale_factor": (1,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "dual_cross_attention": (False,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "class_embeddings_concat": (False,),
-    "cross_attention_norm": (None,),
-    "attention_type": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
-    "reverse_transformer_layers_per_block": (None,),  # of a ControlNet, which has no decoder
-    "global_pool_conditions": (False,),
-    "controlnet_conditioning_channel_order": ("rgb",),
-}
-# Options of diffusers without effect on these networks.
-NO_EFFECT = {
-    "upcast_attention",
-    "use_memory_efficient_attention",
-    "split_head_dim",
-    "mid_block_only_cross_attention",
-    "addition_embed_type_num_heads",
-}
-
-
-DECODER_LISTS = ("up_block_types", "reverse_transformer_layers_per_block")  # the decoder's options per block
+from cddistill.models.configured import Blocks, Configured, Entries, Epsilon, Kernel, Sizes, Widths
+from cddistill.models.unet_options import (
+    DECODER_LISTS,
+    DOWN_BLOCKS,
+    MID_BLOCKS,
+    NO_EFFECT,
+    SUPPORTED,
+    UP_BLOCKS,
+    check_depths,
+    check_sizes,
+)
+from cddistill.typed import Width, within
 
 
 class Residuals(NamedTuple):
@@ -102,32 +71,36 @@ class Encoder(Configured):
     supported = SUPPORTED
     no_effect = NO_EFFECT
 
-    in_channels: int = 4
+    in_channels: Width = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: Annotated[int, within(least=0, most=1)] = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
+    block_out_channels: Widths = (320, 640, 1280, 1280)
+    layers_per_block: Blocks | tuple[Blocks, ...] = 2
     downsample_padding: int = 1
     act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5  # of resnets and output; transformer blocks have 1e-6
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1  # per block, or per layer of each block
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads; in Attn*Block2D their width (so in diffusers)
-    num_attention_heads: int | tuple[int, ...] | None = None
+    norm_num_groups: Width = 32
+    norm_eps: Epsilon = 1e-5  # of resnets and output; transformer blocks have 1e-6
+    cross_attention_dim: Width | tuple[Width, ...] = 1280
+    transformer_layers_per_block: Blocks | tuple[Blocks | tuple[Blocks, ...], ...] = (
+        1  # per block, or per layer of each block
+    )
+    attention_head_dim: Width | tuple[Width, ...] = (
+        8  # the NUMBER of heads; in Attn*Block2D their width (so in diffusers)
+    )
+    num_attention_heads: Width | tuple[Width, ...] | None = None
     use_linear_projection: bool = False
     class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
+    num_class_embeds: Entries | None = None
+    projection_class_embeddings_input_dim: Width | None = None
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
+    addition_time_embed_dim: Width | None = None
     resnet_time_scale_shift: str = "default"
-    time_embedding_dim: int | None = None
-    time_cond_proj_dim: int | None = None
-    conv_in_kernel: int = 3
+    time_embedding_dim: Width | None = None
+    time_cond_proj_dim: Width | None = None
+    conv_in_kernel: Kernel = 3
 
     def check(self):
         """Raise ValueError for per-block and per-layer options of the wrong length and for unknown blocks."""
@@ -139,7 +112,8 @@ class Encoder(Configured):
         if unknown := sorted({*self.down_block_types} - {*DOWN_BLOCKS} | {*up_block_types} - {*UP_BLOCKS}):
             known = ", ".join([*DOWN_BLOCKS, *UP_BLOCKS])
             raise ValueError(f"block types {', '.join(unknown)} are not supported, only {known} are")
-        check_layers("transformer_layers_per_block", self.depths(), self.per_block(self.layers_per_block))
+        check_depths("transformer_layers_per_block", self.depths(), self.per_block(self.layers_per_block))
+        check_sizes(self)
 
     def depths(self) -> tuple:
         """Transformer blocks of the attention layers, per block of the encoder: a number, or one per layer."""
@@ -281,12 +255,12 @@ class UNet2DConditionModel(Encoder):
 
     supported = {k: v for k, v in SUPPORTED.items() if k not in DECODER_LISTS}
 
-    out_channels: int = 4
+    out_channels: Width = 4
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None  # coarsest first
+    reverse_transformer_layers_per_block: tuple[Blocks | tuple[Blocks, ...], ...] | None = None  # coarsest first
     center_input_sample: bool = False
-    conv_out_kernel: int = 3
-    sample_size: int | tuple[int, ...] | None = None  # only written to configs
+    conv_out_kernel: Kernel = 3
+    sample_size: Sizes | None = None  # only written to configs
     output_layer = "conv_out"  # the network's last layer
 
     def check(self):
@@ -299,7 +273,7 @@ class UNet2DConditionModel(Encoder):
                 "decoder's, coarsest first, in reverse_transformer_layers_per_block"
             )
         layers = [n + 1 for n in reversed(self.per_block(self.layers_per_block))]
-        check_layers("reverse_transformer_layers_per_block", self.up_depths(), layers)
+        check_depths("reverse_transformer_layers_per_block", self.up_depths(), layers)
 
     def up_depths(self) -> tuple:
         """`depths` of the decoder, coarsest block first."""
@@ -350,13 +324,6 @@ class UNet2DConditionModel(Encoder):
             levels += (DecoderLevel(h, skips[-1], after),)
             h, skips = upsampled, skips[:-num]
         return h, levels
-
-
-def check_layers(name: str, depths, layers) -> None:
-    """Raise ValueError for a block of fewer numbers than attention layers."""
-    for i, (depth, n) in enumerate(zip(depths, layers, strict=True)):
-        if isinstance(depth, tuple) and len(depth) < n:
-            raise ValueError(f"{name}[{i}] = {list(depth)} has {len(depth)} entries for {n} layers")
 
 
 def adjust(residuals: Residuals, skips, mid):

@@ -19,7 +19,8 @@ import numpy as np
 
 from cddistill.models.attention import SpatialAttention
 from cddistill.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv
-from cddistill.models.configured import Configured
+from cddistill.models.configured import Blocks, Configured, Scale, Shift, Sizes, Widths, check_groups, check_layers
+from cddistill.typed import Width
 
 EPS = 1e-6  # of every norm
 SUPPORTED = {"act_fn": ("silu", "swish")}  # options of diffusers without a field below: their supported values
@@ -114,19 +115,19 @@ class AutoencoderKL(Configured):
 
     supported = SUPPORTED
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Width = 3
+    out_channels: Width = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, ...] = 32  # only written to configs
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None  # per channel, instead of shift_factor (Playground 2.5)
-    latents_std: tuple[float, ...] | None = None
+    block_out_channels: Widths = (64,)
+    layers_per_block: Blocks = 1
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
+    sample_size: Sizes = 32  # only written to configs
+    scaling_factor: Scale = 0.18215
+    shift_factor: Shift | None = None
+    latents_mean: tuple[Shift, ...] | None = None  # per channel, instead of shift_factor (Playground 2.5)
+    latents_std: tuple[Scale, ...] | None = None
     force_upcast: bool = True  # SDXL's overflows in float16; only written to configs
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -145,6 +146,8 @@ class AutoencoderKL(Configured):
                 raise ValueError(
                     f"{way}_block_types must be {n} times {only}, once per block_out_channels, not {found}"
                 )
+        check_layers(n * self.layers_per_block, "layers_per_block and block_out_channels")
+        check_groups(self.block_out_channels, self.norm_num_groups)
         statistics = [x for x in (self.latents_mean, self.latents_std) if x is not None]
         if statistics and (len(statistics) == 1 or {*map(len, statistics)} != {self.latent_channels}):
             raise ValueError(f"latents_mean and latents_std must both have {self.latent_channels} entries, or be null")

@@ -9,7 +9,7 @@ LPIPS' max-pools only, and its features are taken after them, not before.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,13 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float
 
-from cddistill import checksums
+from cddistill import checksums, io
 from cddistill.models import files, folders
 from cddistill.models.blocks import GroupNorm
 from cddistill.models.convert import abbreviate
 from cddistill.net import Net
 from cddistill.perceptual.lpips import VGG, conv, distance, max_pool
+from cddistill.typed import Limit, Width, fit, within
 
 Latents = Float[Array | np.ndarray, "n h w c"]
 # The published names of the convolutions, net.slice<s>.<i>; each is followed by its batch norm, net.slice<s>.<i + 1>.
@@ -91,6 +92,15 @@ class Layout(NamedTuple):
     pools: tuple[int, ...] = LatentLPIPS.pools
     pooled: bool = LatentLPIPS.pooled
     groups: int = LatentLPIPS.groups
+
+
+LAYOUT = {  # what its fields may be
+    "channels": Width,
+    "widths": Annotated[tuple[Width, ...], Limit("five widths", lambda x: len(x) == 5)],
+    "pools": tuple[Annotated[int, within(least=1, most=5)], ...],
+    "pooled": bool,
+    "groups": Annotated[int, within(least=1, most=2**16)],
+}
 
 
 def normalize_channels(x):
@@ -207,9 +217,10 @@ def _layout(file: Path, metadata: dict[str, str], family: str) -> Layout:
     if "layout" not in metadata:
         return Layout(FAMILIES[family], tuple(stage[-1] for stage in VGG))
     try:
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["layout"]).items()}
-        return Layout(**lists)
-    except (AttributeError, TypeError, ValueError) as error:
+        stored = io.parse_json(metadata["layout"])
+        options = {k: fit(x, LAYOUT[k], k) for k, x in stored.items()}
+        return Layout(**options)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a layout that cannot be read ({error}): export it again") from error
 
 
