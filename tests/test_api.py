@@ -233,6 +233,7 @@ def test_a_home_folder_is_understood(trained, monkeypatch):
         cddistill.sample(cddistill.load("~/run"), image="~/gone.png")
 
 
+@pytest.mark.slow
 def test_a_moved_run_is_evaluated_sampled_exported_and_trained_on(moved, capsys):
     settings = settings_in(moved)
     commands.evaluate_run(settings, moved / "run")

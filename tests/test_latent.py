@@ -190,16 +190,13 @@ def test_a_student_of_latents_draws_pictures(on_pictures, run, tmp_path):
 
 
 def test_scores_are_of_true_pixels(on_pictures, run, teacher):
-    """And a row says what the VAE loses of them. Evaluating again gives the same."""
+    """And a row says what the VAE loses of them."""
     scores, name = json.loads((run / "scores.json").read_text()), "VAE's reconstruction of the target"
     examples, vae = data.examples(config.resolve(on_pictures).data, "test"), models.load(teacher, "vae")
     reconstruction = np.asarray(vae.images(vae.encode(examples["x0"])))
     expected = float(fidelity.psnr(reconstruction, examples["x0"] * 0.5 + 0.5).mean())
     assert scores[name]["metrics"]["PSNR"][0] == pytest.approx(expected, abs=0.01)
     assert "VAE&#39;s reconstruction of the target" in (run / "report.html").read_text()
-    commands.evaluate_run(on_pictures, run)
-    again = json.loads((run / "scores.json").read_text())
-    assert [again[x]["metrics"]["PSNR"] for x in scores] == [scores[x]["metrics"]["PSNR"] for x in scores]
 
 
 @pytest.mark.slow  # test_encoders.py has its batches

@@ -28,6 +28,7 @@ DEFAULT = {
     "judge": ("jit over 8",),
 }
 REPEATS = ("dmd2_lora", "codi_released", "codi_pe")  # the options of methods that are tested with others: slow
+REPEATS += ("autoencoder",)  # one turn and an average, as diffusion has; its run is in test_autoencoder.py
 OTHERS = ("dmd2", "d2g", "finetune", "codi_concat")  # slow; the last two have the losses of diffusion and codi
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in tiny.VARIANTS]
 GENERATORS = [param for param in EVERY if isinstance(tiny.VARIANTS[param.values[0]], Generator)]
