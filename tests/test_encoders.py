@@ -139,6 +139,7 @@ def test_a_sample_of_the_posterior_depends_on_seed_step_and_row(built, teacher):
         assert np.abs(other["x0"] - third["x0"]).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_how_they_are_computed(built):
     """By pmap on eight devices in two parts, and by jit on two devices in one."""
     same = {"encode_sample": True, "batch_size": 32}

@@ -25,7 +25,7 @@ Sizes = Size | Annotated[tuple[Size, ...], Limit("a height and a width", lambda 
 Multiple = Annotated[int, within(least=1, most=64)]
 Kernel = Annotated[int, Limit("an odd number from 1 to 31", lambda x: 1 <= x <= 31 and x % 2 == 1)]
 Epsilon = Annotated[float, within(above=0, most=1)]
-Scale = Annotated[float, within(above=0, most=10_000)]
+Scale = Annotated[float, within(above=0, most=10**8)]
 Shift = Annotated[float, within(least=-10_000, most=10_000)]
 MOST_LAYERS = 400  # of a network's encoder; tracing more takes minutes
 
