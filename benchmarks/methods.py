@@ -113,13 +113,16 @@ def train(contender: Contender, seed: int, args, teacher: np.ndarray) -> list[Sn
 
 
 def sample_teacher(seed: int, args) -> list[Snapshot]:
-    """The teacher's scores; its images are stored for the comparison with students from the same noise."""
+    """The teacher's scores in as few steps as the students and in many, whose images are stored for the comparison with
+    students from the same noise."""
     parts = build(config.resolve(settings_of(METHODS["DMD2"], seed, args.output)))
     run, student = parts.experiment.run, generate.student_of(parts, parts.init())
-    found, images = score(parts, generate.teacher_as_student(run, student), run.teacher_steps[-1], args.images)
-    np.save(teacher_path(seed, args), images)
-    print(f"KID {found[KID]:.4g}", flush=True)
-    return [Snapshot(0.0, 0.0, {str(run.teacher_steps[-1]): found})]
+    teacher, found = generate.teacher_as_student(run, student), {}
+    for k in sorted({1, 4, *run.teacher_steps}):
+        found[str(k)], images = score(parts, teacher, k, args.images)
+        print(f"KID {found[str(k)][KID]:.4g} in {k}", flush=True)
+    np.save(teacher_path(seed, args), images)  # of the most steps
+    return [Snapshot(0.0, 0.0, found)]
 
 
 def teacher_path(seed: int, args) -> pathlib.Path:
@@ -196,7 +199,7 @@ def figure(results) -> Figure:
         mean = lambda value, by_seed=by_seed: np.mean([[value(x) for x in snapshots] for snapshots in by_seed], 0)
         seconds, kid = mean(lambda x: x.seconds), mean(lambda x, k=k: x.scores[k][KID])
         if name.startswith(TEACHER):
-            axes[0].axhline(kid[-1], color="grey", label=name)
+            axes[0].axhline(kid[-1], color="grey", linestyle=":" if k in ("1", "4") else "-", label=name)
             continue
         axes[0].plot(seconds, kid, "o-", label=name)
         axes[1].plot(1e3 * mean(lambda x, k=k: x.scores[k]["latency"])[-1:], kid[-1:], "o", label=name)
