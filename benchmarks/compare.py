@@ -4,8 +4,8 @@
     python benchmarks/compare.py dmd2 --workdir=runs/compare --steps=1500 --seeds=3     DMD2, class-conditional
     python benchmarks/compare.py d2g --workdir=runs/compare --steps=500 --seeds=3       Diffusion2GAN, class-conditional
     python benchmarks/compare.py pocket_inpaint --workdir=runs/compare --steps=4000 --seeds=3       CoDi, LCM and the
-        undistilled network by task on the pocket pipeline: also pocket_edit, pocket_depth, pocket_canny, pocket_sr
-    python benchmarks/compare.py pocket_ablations --workdir=runs/compare --steps=4000 --seeds=3     CoDi, inpainting
+        undistilled network by task on the pocket pipeline, and CoDi's ablations on inpainting: also pocket_edit,
+        pocket_depth, pocket_canny, pocket_sr
 
 Each run is `python -m cddistill.main` with the printed flags; finished runs are not repeated. --jobs runs that many at
 once, each on its share of the cores. The table has means over seeds and standard errors over seeds (not over images).
@@ -36,7 +36,6 @@ class Study(NamedTuple):
     exported: str = ""  # a variant whose run is exported to {exported}, which flags of later variants may name
 
 
-INPAINT = "--config=configs/ccd_inpaint.py"
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
 ONE, FOUR = "--config=configs/dmd2_emoji.py", "--config=configs/dmd2_emoji.py:four"
 NO_GAN = "--config.method.gan_weight=0."
@@ -57,14 +56,19 @@ ABLATIONS = {  # of CoDi; the paper's
 TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
 
 
-def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe") -> Study:
-    """What few steps cost without distillation and with it; `pe` is the variant of CoDi's config for PE-CoDi."""
+def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe", ablations: dict | None = None) -> Study:
+    """What few steps cost without distillation and with it; `pe` is the variant of CoDi's config for PE-CoDi.
+
+    ablations of CoDi are {name: flags}.
+    """
+    codi = f"--config=configs/ccd_{task}.py:pocket"
     return Study(
         variants={
             "fine-tuned, not distilled": [f"--config=configs/finetune_pocket.py:{task}"],
             "LCM of the fine-tuned network": [f"--config=configs/lcm_pocket.py:{task}", *TEACHER],
             "PE-CoDi": [f"--config=configs/ccd_{task}.py:{pe}"],
-            "CoDi": [f"--config=configs/ccd_{task}.py:pocket"],
+            "CoDi": [codi],
+            **{name: [codi, *flags] for name, flags in (ablations or {}).items()},
         },
         variant_evals={
             "fine-tuned, not distilled": {
@@ -84,7 +88,7 @@ def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe") -> St
 
 
 STUDIES = {
-    "pocket_inpaint": of_task("inpaint", "LPIPS-VGG in the hole", reference="grey hole"),
+    "pocket_inpaint": of_task("inpaint", "LPIPS-VGG in the hole", reference="grey hole", ablations=ABLATIONS),
     "pocket_edit": of_task(
         "edit", "PSNR in the changed region", "LPIPS-VGG in the changed region", "PSNR outside of it",
         reference="not edited",
@@ -92,14 +96,6 @@ STUDIES = {
     "pocket_depth": of_task("depth"),
     "pocket_canny": of_task("canny", "Edge F1"),
     "pocket_sr": of_task("sr", "PSNR", reference="bicubic", pe="pocket_pe"),
-    "pocket_ablations": Study(
-        variants={name: [INPAINT, *flags] for name, flags in ({"CoDi": []} | ABLATIONS).items()},
-        variant_evals={},
-        default_evals={"": ["--config.sample_steps=(1,2,4)"]},
-        common=["--config.baseline="],
-        shared_rows=("grey hole",),
-        columns=("KID-EffLite0@64", "LPIPS-VGG", "LPIPS-VGG in the hole"),
-    ),
     "sr": Study(
         variants={
             "fine-tuned, not distilled": [FINETUNE],

@@ -93,7 +93,7 @@ def train(contender: Contender, seed: int, args, teacher: np.ndarray) -> list[Sn
     stream = parts.batches(driver, frozen)
     batch = next(stream)
     forward = flops(jax.jit(lambda net, b: net(b["x0"], 500, b["text"]).x0), parts.frozen["teacher"], batch)
-    snapshots, cost, number = [], {}, 0
+    snapshots, cost, number, test = [], {}, 0, test_set(parts, args.images)
     for share in args.snapshots:
         while clock < share * args.seconds:
             play = active(turns, number)
@@ -105,7 +105,7 @@ def train(contender: Contender, seed: int, args, teacher: np.ndarray) -> list[Sn
             clock += 0.0 if new else time.perf_counter() - start
             number, evaluations = number + 1, evaluations + cost[play]
         student = generate.student_of(parts, driver.get_state(state))
-        found = {k: score(parts, student, k, args.images, teacher)[0] for k in contender.steps}
+        found = {k: score(student, k, test, seed, teacher)[0] for k in contender.steps}
         snapshots.append(Snapshot(clock, evaluations, {str(k): x for k, x in found.items()}))
         kid = ", ".join(f"KID {x[KID]:.4g} in {k}" for k, x in found.items())
         print(f"{clock:6.0f} s, {number} steps, {evaluations:.3g} evaluations: {kid}", flush=True)
@@ -117,9 +117,9 @@ def sample_teacher(seed: int, args) -> list[Snapshot]:
     students from the same noise."""
     parts = build(config.resolve(settings_of(METHODS["DMD2"], seed, args.output)))
     run, student = parts.experiment.run, generate.student_of(parts, parts.init())
-    teacher, found = generate.teacher_as_student(run, student), {}
+    teacher, test, found = generate.teacher_as_student(run, student), test_set(parts, args.images), {}
     for k in sorted({1, 4, *run.teacher_steps}):
-        found[str(k)], images = score(parts, teacher, k, args.images)
+        found[str(k)], images = score(teacher, k, test, seed)
         print(f"KID {found[str(k)][KID]:.4g} in {k}", flush=True)
     np.save(teacher_path(seed, args), images)  # of the most steps
     return [Snapshot(0.0, 0.0, found)]
@@ -141,10 +141,15 @@ def make_pairs(settings) -> tuple[float, float]:
     return float(noted.read_text()), settings.num_pairs * calls
 
 
-def score(parts, student, k: int, n: int, teacher: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
-    """(scores, images) of a network in k steps for the first n prompts of the test split."""
+def test_set(parts, n: int):
+    """(batch, its true images) of the first n examples of the test split."""
     batch = generate.batch_of(parts, data.examples(parts.experiment.data, "test", n))
-    truth, seed = generate.decode(parts.frozen["autoencoder"], batch["x0"]), parts.experiment.run.seed
+    return batch, generate.decode(parts.frozen["autoencoder"], batch["x0"])
+
+
+def score(student, k: int, test, seed: int, teacher: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:
+    """(scores, images) of a network in k steps for the prompts of `test_set`, compared with the teacher's images."""
+    batch, truth = test
     few = jax.tree.map(lambda x: x[:64], batch)
     others = generate.sample(student, few, k, seed + 1)  # which also compiles the program
     start = time.perf_counter()

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mkdir -p runs/compare
-for study in inpaint sr edit depth canny ablations; do
+for study in inpaint sr edit depth canny; do
     python benchmarks/compare.py "pocket_$study" --workdir=runs/compare --steps=4000 --seeds=3 "$@" | tee "runs/compare/pocket_$study.md"
 done
 python benchmarks/depth_error.py train --network=runs/depth.safetensors
