@@ -53,7 +53,7 @@ def evaluate_run(settings, workdir: Path, which: str = "latest") -> None:
 
 
 def export_run(settings, workdir: Path, output: str, which: str = "latest") -> None:
-    """Write a checkpoint in a form for other programs: see `export.export`."""
+    """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`."""
     target = Path(output)
     file = target.suffix in export.FILES
     if not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
@@ -61,7 +61,12 @@ def export_run(settings, workdir: Path, output: str, which: str = "latest") -> N
     generates = isinstance(config.resolve(settings).method, Generator)
     parts, state = finished(settings, workdir, which, None if generates else "train")
     io.ensure_writable(target.parent if file else target, "--output")
-    found = export.export(parts, state, output, config.plain(settings), compare.read_scores(workdir))
+    write = lambda path: export.export(parts, state, str(path), config.plain(settings), compare.read_scores(workdir))
+    if file:
+        found = write(target)
+    else:
+        with lock.held(target, "--output"), io.draft_of(target) as draft:
+            found = write(draft)
     print(f"exported to {output}; {found}")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,23 @@ def write_atomic(path, content: bytes | str) -> None:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+@contextlib.contextmanager
+def draft_of(folder):
+    """A hidden folder inside this one, which exists, for what is moved into it when the block ends, *.json last.
+
+    Until then, and after a crash, the folder looks empty. What an earlier process left of its draft is removed.
+    """
+    draft = Path(folder) / ".unfinished"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for entry in sorted(draft.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+            os.replace(entry, Path(folder) / entry.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_json(path, remedy: str = "download it again", **kinds) -> dict:
