@@ -201,6 +201,7 @@ def sampled(model):
     return cddistill.sample(model, image=Image.new("RGB", (8, 8), (20, 200, 90)), seed=1)
 
 
+@pytest.mark.slow
 def test_a_moved_run_is_loaded_without_its_data_and_with_its_teachers_new_place(trained, moved):
     expected = sampled(cddistill.load(trained / "run"))
     shutil.rmtree(moved / "data")

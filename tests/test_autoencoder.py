@@ -86,6 +86,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(terms["mse"], jnp.mean((n.vae.decode(z) - batch["x0"]) ** 2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_improves_and_its_folder_is_read_back(run, exported):
     out, said = exported
     assert float(said.split("at most ")[1].split()[0]) < 1e-2
@@ -102,12 +103,14 @@ def test_a_run_improves_and_its_folder_is_read_back(run, exported):
     assert "The first images of the held-out test split." in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_file_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="an autoencoder is exported as a folder"):
         commands.export_run(settings(), run, str(tmp_path / "vae.safetensors"))
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_teachers_vae_is_fine_tuned(exported):
     vae = models.load(exported[0], "vae")
     net = METHODS["autoencoder"]().init(jax.random.key(0), {"autoencoder": vae}, tiny.make_batch())["vae"]

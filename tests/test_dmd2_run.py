@@ -42,6 +42,7 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_run_writes_metrics_scores_and_report(run):
     logged = {name for record in records(run) for name in record}
     for name in ("critic/denoising", "critic/eps_error", "critic/real_accuracy", "critic/sample_mean", "critic/moved",
@@ -73,6 +74,7 @@ def exported(run, teacher, tmp_path_factory):
     return out, said.getvalue()
 
 
+@pytest.mark.slow
 def test_export_writes_a_diffusers_folder(run, teacher, exported):
     out, said = exported
     assert float(said.split("at most ")[1].split()[0]) < 2e-2
@@ -84,6 +86,7 @@ def test_export_writes_a_diffusers_folder(run, teacher, exported):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_exported_student_generates_the_same_images(run, teacher, exported):
     """As `pretrained` samples it: LCM's boundary condition, absent in DMD2, is negligible at these timesteps."""
     how = read_sampling(exported[0] / "scheduler" / "scheduler_config.json")

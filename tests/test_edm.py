@@ -243,7 +243,7 @@ def test_remat_stores_less_for_the_backward_pass():
     ("config", "last"),
     [
         (SMALL, [("out_conv",)]),
-        (golden.CONFIGS["ddpmpp"], [("dec", "16x16_aux_conv")]),
+        pytest.param(golden.CONFIGS["ddpmpp"], [("dec", "16x16_aux_conv")], marks=pytest.mark.slow),
         (golden.CONFIGS["progressive"], [("dec", "16x16_aux_conv"), ("dec", "8x8_aux_conv")]),
     ],
 )

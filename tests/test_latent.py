@@ -111,7 +111,7 @@ def encoded(teacher, tmp_path_factory):
 def on_pictures(encoded, teacher):
     """Settings for training on the pictures themselves, which `encoded` has written."""
     settings = pictures(teacher, teacher / ".." / "x", write=False)
-    settings.update(encode_sample=True, checkpoint_every=1)
+    settings.update(encode_sample=True, checkpoint_every=1, eval_every=9)
     return settings
 
 

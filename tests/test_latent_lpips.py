@@ -59,7 +59,10 @@ def l1(a, b):
     return np.abs(a - b).mean((1, 2, 3)), np.sign(b - a) / b[0].size
 
 
-@pytest.mark.parametrize(("family", "size"), [("sd15", 16), ("sd15", 32), ("sd3", 16), ("sd3", 32)])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("sd15", 16), ("sd3", 16), *(pytest.param(name, 32, marks=pytest.mark.slow) for name in ("sd15", "sd3"))],
+)
 def test_distances_and_gradients_equal_recorded_ones(published, family, size):
     want, net = golden.RECORDED[f"{family}_{size}"], published[family]
     a, b = golden.images(FAMILIES[family], size)
@@ -71,7 +74,9 @@ def test_distances_and_gradients_equal_recorded_ones(published, family, size):
     np.testing.assert_allclose(gradient[0, 0, :4, 0], want["grad_head"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("policy", golden.AUGMENTED)
+@pytest.mark.parametrize(
+    "policy", [pytest.param(x, marks=() if x == "bgco" else pytest.mark.slow) for x in golden.AUGMENTED]
+)
 def test_distances_of_transformed_latents_equal_recorded_ones(published, policy):
     want, parts, (a, b) = golden.RECORDED[f"aug_{policy}"], golden.draws(policy), golden.images(4, 32)
     transform = jax.jit(functools.partial(ensemble.apply, parts))

@@ -233,6 +233,7 @@ def runs(vae, tmp_path_factory):
     return first, second
 
 
+@pytest.mark.slow
 def test_a_run_writes_scores_and_no_samples(runs):
     first, second = ({k for record in health.read(run / "metrics.jsonl") for k in record} for run in runs)
     assert {"classify/loss", "classify/accuracy"} <= first
@@ -246,6 +247,7 @@ def test_a_run_writes_scores_and_no_samples(runs):
     assert not (runs[1] / "samples").exists()
 
 
+@pytest.mark.slow
 def test_the_second_run_keeps_the_trunk_of_the_first_and_exports_its_metric(runs, vae, tmp_path, capsys):
     first, second = runs
     classified = commands.finished(settings(vae, "classify"), first)[1].nets
@@ -269,6 +271,7 @@ def test_the_second_run_keeps_the_trunk_of_the_first_and_exports_its_metric(runs
         latent_lpips.load(tmp_path / "tiny.safetensors", "sd15")
 
 
+@pytest.mark.slow
 def test_unsupported_modes_are_refused(runs, vae, tmp_path):
     first, second = runs
     judge = settings(vae, init_from_run=first)

@@ -25,7 +25,6 @@ LAYOUTS = {
 # average shows all of these; the others repeat it as slow tests.
 DEFAULT = {
     "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),
-    "judge": ("jit over 8",),
 }
 REPEATS = ("dmd2_lora", "codi_released", "codi_pe")  # the options of methods that are tested with others: slow
 REPEATS += ("autoencoder",)  # one turn and an average, as diffusion has; its run is in test_autoencoder.py

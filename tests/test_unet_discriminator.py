@@ -270,7 +270,8 @@ def test_approximate_r1_equals_r1_in_expectation():
     np.testing.assert_allclose(got.mean(), 5.0 * 0.01 * (w**2).sum(), rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["text", pytest.param("adm", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_diffusion2gan.py has the penalty of a tiny network
+@pytest.mark.parametrize("kind", ["text", "adm"])
 def test_r1_has_a_gradient_through_attention_and_remat(kind):
     """Against a finite difference, away from the initial weights."""
     _, t, text = KINDS[kind]
