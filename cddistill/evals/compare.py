@@ -12,12 +12,13 @@ import numpy as np
 import cddistill
 from cddistill import data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
-from cddistill.evals import grids, regions, report
+from cddistill.evals import grids, regions, report, stored
 from cddistill.evals.scores import RECONSTRUCTION, STUDENT, Row, Scores, evaluate, markdown, mean_and_error
 from cddistill.generate import Student
 from cddistill.method import Generator
 from cddistill.step import TrainState
 
+BASELINE = "fine-tuned, not distilled"
 REPEATS = 8  # random draws averaged per image, for methods that are `Scored`
 
 
@@ -80,9 +81,10 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
         sets[RECONSTRUCTION] = reconstruction
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()
-        sets[label] = generate.sample(student, batch, steps, run.seed, task=task)
+        kept = stored.find(baseline_folder(run), student, batch, steps, run.seed) if name == BASELINE else None
+        sets[label] = generate.sample(student, batch, steps, run.seed, task=task) if kept is None else kept
         nfe[label] = student.method.nfe(steps)
-        timings |= {f"sampling: {label}, s": time.monotonic() - start}
+        timings |= {f"{'sampling' if kept is None else 'reading'}: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():
         return [], []
     best = row_name("teacher", max(run.teacher_steps)) if run.teacher_steps and not paired else ""
@@ -111,7 +113,7 @@ def contenders(parts: Parts, state: TrainState) -> list[tuple[str, Student, int]
     rows = []
     if run.baseline:
         baseline = load_baseline(parts)
-        rows += [("fine-tuned, not distilled", baseline(steps), steps) for steps in run.baseline_steps]
+        rows += [(BASELINE, baseline(steps), steps) for steps in run.baseline_steps]
     rows += [("teacher", generate.teacher_as_student(run, student), steps) for steps in run.teacher_steps]
     return rows + [(STUDENT, student, steps) for steps in run.sample_steps]
 
@@ -131,6 +133,11 @@ def measure(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
 def row_name(name: str, steps: int) -> str:
     """ "student, 4 steps"."""
     return f"{name}, {steps} step{'s' * (steps > 1)}"
+
+
+def baseline_folder(run) -> Path:
+    """The folder of config.baseline, which may be the name of an embedded one."""
+    return pipeline.Pipeline(run.baseline).root
 
 
 def load_baseline(parts: Parts):

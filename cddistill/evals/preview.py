@@ -20,7 +20,7 @@ def preview(parts: Parts):
 class Preview:
     """Samples for n fixed validation examples."""
 
-    def __init__(self, parts: Parts, n: int = 8):
+    def __init__(self, parts: Parts, n: int = generate.PREVIEWED):
         self.parts, self.n, self.batch, self.truth = parts, n, None, None
 
     def __call__(self, state, step: int, workdir: Path, writer) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""Images that a baseline has generated before, kept in its folder: many steps of it may take longer than all the rest.
+
+A file samples/<n>-steps.safetensors has the images and says of what they are. They are used if all is the same:
+weights, sampler, seed, conditions and texts.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from cddistill import io
+from cddistill.checksums import crc32
+from cddistill.generate import Student
+from cddistill.models import files
+from cddistill.models.fingerprint import fingerprint
+
+
+def path_of(folder: Path, steps: int) -> Path:
+    """The file for a number of steps."""
+    return Path(folder) / "samples" / f"{steps}-steps.safetensors"
+
+
+def find(folder: Path, student: Student, batch, steps: int, seed: int) -> np.ndarray | None:
+    """Images [n, h, w, c] in [0, 1] as `generate.sample` would generate them, to 1/510; None if they are not stored."""
+    path = path_of(folder, steps)
+    if not path.is_file():
+        return None
+    said = files.safetensors_header(path)[0].get("__metadata__", {}).get("of")
+    if said != description(student, batch, steps, seed):
+        return None
+    return np.float32(safetensors.numpy.load_file(path)["images"]) / 255
+
+
+def write(folder: Path, student: Student, batch, steps: int, seed: int, images: np.ndarray) -> Path:
+    """Store images [n, h, w, c] in [0, 1], rounded to 8 bits; returns the file."""
+    found = {"images": np.uint8(np.round(images * 255))}
+    content = safetensors.numpy.save(found, {"of": description(student, batch, steps, seed)})
+    io.write_atomic(path := path_of(folder, steps), content)
+    return path
+
+
+def description(student: Student, batch, steps: int, seed: int) -> str:
+    """What the images depend on. Conditions count in 8 bits, so that platforms may round differently."""
+    networks = {name: student.frozen[name].params for name in ("teacher", "controlnet")}
+    inputs = {name: x for name, x in batch.items() if name != "x0"} | {"shape": np.array(batch["x0"].shape)}
+    rounded = lambda x: np.round(x * 255).astype(np.int64) if np.issubdtype(x.dtype, np.floating) else np.int64(x)
+    sums = [crc32(rounded(np.asarray(x))) for _, x in sorted(jax.tree.leaves_with_path(inputs), key=str)]
+    said = {"weights": fingerprint(networks), "sampling": repr(student.method), "steps": steps, "seed": seed}
+    return json.dumps(said | {"inputs": hashlib.sha256("".join(sums).encode()).hexdigest()[:16]})
