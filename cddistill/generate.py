@@ -18,6 +18,7 @@ from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 from cddistill.step import namespace
 
+PREVIEWED = 8  # examples whose samples are looked at during training
 INPUTS = ("x0", "text", "null", "cond", "cond_latent")  # what a student may take of an example
 
 
@@ -98,7 +99,7 @@ def images(student: Student, batch, noise, after, steps: int, decode: bool = Tru
 
 
 def sample(
-    student: Student, batch, steps: int, seed: int = 0, chunk: int = 64, decode: bool = True, task: Task | None = None
+    student: Student, batch, steps: int, seed: int = 0, decode: bool = True, task: Task | None = None
 ) -> np.ndarray:
     """Images [n, h, w, c] in [0, 1], or x0 with decode=False.
 
@@ -106,7 +107,9 @@ def sample(
     given, finishes the images of a batch with conditions.
     """
     program, nets = sampling_program(student.method, student.mesh, decode), student[2:]
-    found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)
+    devices = student.mesh.devices
+    chunk = PREVIEWED * devices.size if devices.flat[0].platform == "cpu" else 64  # a CPU's rate hardly depends on it,
+    found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)  # and compiles once
     return task.finish(found, batch["cond"]) if task and "cond" in batch else found
 
 
