@@ -53,9 +53,20 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB."""
+    yield from disk(tmp_path, "1m")
+
+
+@pytest.fixture
+def larger_disk(tmp_path):
+    """A file system of 16 MB."""
+    yield from disk(tmp_path, "16m")
+
+
+def disk(tmp_path, size):
+    """Mount a file system of this size, and unmount it."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder

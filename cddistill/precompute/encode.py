@@ -183,23 +183,22 @@ def open_rows(path: pathlib.Path, shape, dtype, done: int) -> tuple[np.ndarray, 
 
 
 def rows_file(path: pathlib.Path, shape, dtype):
-    """A memory-mapped .npy file, opened if it exists, else created. Raises OSError if the disk is too full."""
-    if path.is_file():
-        return np.lib.format.open_memmap(path, "r+")
-    rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        reserve(path)
-    return rows
+    """A memory-mapped .npy file, opened if it exists, else created. Raises OSError if the disk is too full.
 
-
-def reserve(path: pathlib.Path) -> None:
-    """Allocate all blocks of a file. Without this, a full disk would kill the process that has the file mapped."""
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    A file of this name has all of its blocks: a full disk would kill the process that has it mapped.
+    """
+    if not path.is_file():
+        draft = path.with_name(f".{path.name}.tmp")  # one process writes this folder; the next writes over what is left
+        try:
+            with io.naming(path):
+                np.lib.format.open_memmap(draft, "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    with draft.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
+                os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def arrays_of(encode: encoders.Encoders, nets) -> Callable:
