@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.jax_utils
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -100,14 +101,33 @@ class Driver(NamedTuple):
 
 
 def inside(mesh, f):
-    """f, to be jitted, traced under the abstract mesh: kernels that GSPMD cannot partition use shard_map over it."""
+    """f, to be jitted, traced under the abstract mesh: kernels that GSPMD cannot partition use shard_map over it.
+
+    On a mesh that shards weights, what every layer of a network returns is kept sharded by row.
+    """
 
     @functools.wraps(f)
     def traced(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(keep_rows(mesh)):
             return f(*args)
 
     return traced
+
+
+def keep_rows(mesh):
+    """An interceptor of Flax's module calls. GSPMD otherwise lets activations follow the shards of the weights, and
+    gathers them: many times the weights' bytes, instead of gathering the weights.
+    """
+
+    def pin(x):
+        whole = isinstance(x, jax.Array) and x.ndim > 1 and x.shape[0] and x.shape[0] % mesh.size == 0
+        return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))) if whole else x
+
+    def call(f, args, kwargs, context):
+        out = f(*args, **kwargs)
+        return jax.tree.map(pin, out) if mesh.shape["fsdp"] > 1 and context.method_name == "__call__" else out
+
+    return call
 
 
 def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> Driver:

@@ -14,6 +14,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from cddistill import sharding
+from cddistill.collectives import collectives
 
 HERE = pathlib.Path(__file__).parent
 
@@ -84,3 +85,18 @@ def test_two_processes_of_four_devices_equal_one_of_eight(name):
     np.testing.assert_allclose([float(v) for k, v in said if k == "LOSS"], [x[loss] for x in logs], rtol=2e-4)
     total = sum(float(np.abs(x).sum()) for x in jax.tree.leaves(state.nets))
     np.testing.assert_allclose(float(said[-1][1]), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("fsdp", "each"), [(8, 100), pytest.param(1, 0, marks=pytest.mark.slow)])
+def test_collectives_carry_weights_and_no_activations(fsdp, each):
+    """Twice the rows, the same bytes, but for a label and its embedding, which come from a sharded table. An activation
+    of this network has 2 kB. benchmarks/growth.py has larger networks and meshes."""
+    driver, turns = tiny.driver("finetune", fsdp=fsdp), tiny.parts("finetune")[1]
+    state, frozen = driver.put_state(tiny.start("finetune")), driver.put_frozen(tiny.frozen())
+    moved = []
+    for rows in (16, 32):
+        batch = driver.put_batch(tiny.make_batch(size=rows))
+        program = driver.step.lower(state, frozen, batch, tuple(turns)).compile().as_text()
+        moved.append(sum(total for _, total in collectives(program).values()))
+    assert sum(x.nbytes for x in jax.tree.leaves(tiny.start("finetune").nets)) < moved[0]
+    assert 0 <= moved[1] - moved[0] <= each * 16
