@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from cddistill import models, sharding
 from cddistill.models import attention as module
 from cddistill.models import convert
-from cddistill.models.attention import attention, kernel, pallas, xla
+from cddistill.models.attention import attention, kernel, loop, pallas, xla
 from cddistill.models.init import weight_shapes
 from cddistill.step import TrainState
 
@@ -122,7 +122,11 @@ def test_softmax_is_float32_under_bfloat16():
         ("xla", "gpu", "float32", (4096, 4096, 64)),
         ("xla", "gpu", "bfloat16", (4096, 4096, 136)),
         ("xla", "gpu", "bfloat16", (4096, 4096, 20)),
-        ("xla", "cpu", "bfloat16", (4096, 4096, 64)),
+        ("loop", "cpu", "bfloat16", (4096, 4096, 64)),
+        ("loop", "cpu", "float32", (4096, 4096, 512)),  # an autoencoder's
+        ("xla", "cpu", "float32", (4096, 77, 64)),
+        ("xla", "cpu", "float32", (128, 256, 64)),
+        ("xla", "cpu", "float32", (200, 200, 64)),
     ],
 )
 def test_kernel_is_selected_by_platform_dtype_and_sizes(expected, platform, dtype, sizes, monkeypatch):
@@ -154,6 +158,28 @@ def test_pallas_outputs_and_gradients_equal_xla(dtype, atol, interpreted):
     for a, b in zip(both(pallas)(*inputs), both(xla)(*inputs), strict=True):
         assert a.dtype == jnp.dtype(dtype)
         np.testing.assert_allclose(a.astype("f"), b.astype("f"), atol=atol * np.abs(b).max().astype("f"))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("width", [8, 136])
+def test_the_loop_over_queries_equals_xla(dtype, atol, width):
+    """Its output, and first and second derivatives, with fewer temporaries."""
+    inputs, mesh = qkv(2, 512, 384, width=width, dtype=jnp.dtype(dtype)), sharding.make_mesh()
+
+    def all_of(f):
+        scalar = lambda *x: (f(*x).astype(jnp.float32) ** 2).sum()
+        first = jax.grad(scalar, (0, 1, 2))
+        second = jax.grad(lambda *x: (first(*x)[0].astype(jnp.float32) ** 2).sum(), 1)
+        return jax.jit(sharding.inside(mesh, lambda *x: (f(*x), *first(*x), second(*x)))), jax.jit(first)
+
+    (ours, first), (theirs, plain) = all_of(loop), all_of(xla)
+    for a, b in zip(ours(*inputs), theirs(*inputs), strict=True):
+        assert a.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(a.astype("f"), b.astype("f"), atol=atol * np.abs(b).max().astype("f"))
+    temporaries = lambda f: f.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries(first) < 0.8 * temporaries(plain)
+    on_mesh = jax.make_jaxpr(sharding.inside(mesh, attention))(*inputs)
+    assert "scan" in str(on_mesh)
 
 
 def test_attention_on_a_mesh_is_sharded_by_row_and_equals_xla(interpreted):

@@ -13,14 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 from cddistill.models.blocks import GroupNorm, conv
 
+QUERIES = 128  # that `loop` takes at a time
+
 
 def attention(q, k, v, causal: bool = False, flash: bool = True):
     """softmax(q k^T / sqrt(d)) v of q [b, l, heads, d] and k, v [b, m, heads, d], the softmax in float32.
 
-    XLA computes it or, with flash, a fused kernel that never stores the [l, m] weights. Such a kernel has no second or
-    forward-mode derivative, and GSPMD cannot shard it. It is therefore used only in programs traced under an abstract
-    mesh (sharding.inside, jax.set_mesh), which gives the platform and the axes to shard the batch over. Exported
-    programs are traced without a mesh, so they run on any platform.
+    XLA computes it or, with flash, something that never stores the [l, m] weights: a fused kernel or, on CPUs, a loop
+    over queries. A kernel has no second or forward-mode derivative, and GSPMD cannot shard it. Both are used only in
+    programs traced under an abstract mesh (sharding.inside, jax.set_mesh), which gives the platform and the axes to
+    shard the batch over. Exported programs are traced without a mesh, so they run on any platform.
     """
     mesh, static = jax.sharding.get_abstract_mesh(), all(isinstance(n, int) for n in (*q.shape, *k.shape))
     if causal or not flash or mesh.abstract_device is None or AxisType.Explicit in mesh.axis_types or not static:
@@ -28,13 +30,17 @@ def attention(q, k, v, causal: bool = False, flash: bool = True):
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
     divisible = q.shape[0] % math.prod(mesh.shape[name] for name in axes) == 0
     name = kernel(mesh.abstract_device.platform, q.dtype, q.shape[1], k.shape[1], q.shape[3])
+    if name == "loop":
+        return loop(q, k, v)
     if name == "xla" or not divisible:
         return xla(q, k, v)
     return shard_rows(KERNELS[name], axes)(q, k, v)
 
 
 def kernel(platform: str, dtype, q_len: int, k_len: int, width: int) -> str:
-    """The kernel, a key of KERNELS or "xla", for q_len queries and k_len keys in heads of this width on a platform."""
+    """The kernel, a key of KERNELS, "loop" or "xla", for q_len queries and k_len keys in heads of this width."""
+    if platform == "cpu" and q_len % QUERIES == 0 and q_len > QUERIES and k_len > QUERIES:
+        return "loop"
     if platform == "tpu" and q_len % 128 == k_len % 128 == 0 and width <= 128:
         return "pallas"
     half_precision = dtype in (jnp.bfloat16, jnp.float16)
@@ -61,6 +67,24 @@ def shard_rows(f, axes: tuple[str, ...]):
 def xla(q, k, v, causal: bool = False):
     """XLA's attention: any size, derivative and platform."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
+
+
+def loop(q, k, v):
+    """Some queries at a time, whose weights are computed again in the backward pass: a few MB stay in a CPU's cache."""
+    size = QUERIES * (
+        2 if q.shape[3] > 128 and q.shape[1] % (2 * QUERIES) == 0 else 1
+    )  # wide heads cost more than weights
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [b, heads, l, d]
+
+    @jax.checkpoint
+    def some(q):
+        logits = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits / math.sqrt(q.shape[3]))
+        return jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v)
+
+    b, heads, length, d = q.shape
+    found = jax.lax.map(some, jnp.moveaxis(q.reshape(b, heads, length // size, size, d), 2, 0))
+    return found.transpose(1, 0, 3, 2, 4).reshape(b, length, heads, d)
 
 
 def cudnn(q, k, v):
