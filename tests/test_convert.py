@@ -238,6 +238,7 @@ def test_place_is_called_once_per_weight(net, folder):
     assert sorted(placed) == sorted(flax.traverse_util.flatten_dict(net.params))
 
 
+@pytest.mark.slow
 def test_teacher_weights_are_sharded_over_the_mesh_one_by_one(monkeypatch):
     read = []
     place = build.place

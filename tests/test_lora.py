@@ -200,6 +200,7 @@ def size(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_teacher_fake_score_and_student_share_one_base():
     """Two turns of a distillation: the step takes the base once, and the state has only down and up."""
     teacher, x = recorded_net("small"), np.random.default_rng(0)

@@ -21,13 +21,11 @@ LAYOUTS = {
     "2 micro-batches": dict(devices=8, accumulate=2),
 }
 # A layout changes the result if a loss is no mean over samples (seen with pmap and micro-batches), if random numbers
-# depend on the position in the batch, or if weights cannot be sharded (seen with fsdp). One method with a branch and an
-# average shows all of these; the others repeat it as slow tests.
-DEFAULT = {
-    "codi": ("fsdp over 8", "pmap over 8", "2 micro-batches"),
-}
+# depend on the position in the batch, or if weights cannot be sharded (seen with fsdp). Two methods show all of these,
+# one of them with a branch and an average; the others repeat it as slow tests.
+DEFAULT = {"codi": ("fsdp over 8", "pmap over 8"), "diffusion": ("2 micro-batches",)}
 REPEATS = ("dmd2_lora", "codi_released", "codi_pe")  # the options of methods that are tested with others: slow
-REPEATS += ("autoencoder",)  # one turn and an average, as diffusion has; its run is in test_autoencoder.py
+REPEATS += ("autoencoder", "judge")  # one turn, as diffusion has; their losses are in tests of their own
 OTHERS = ("dmd2", "d2g", "finetune", "codi_concat")  # slow; the last two have the losses of diffusion and codi
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in REPEATS else ()) for name in tiny.VARIANTS]
 GENERATORS = [param for param in EVERY if isinstance(tiny.VARIANTS[param.values[0]], Generator)]

@@ -169,6 +169,7 @@ def test_resuming_generates_only_incomplete_shards(pairs, teacher, copy, capsys)
     assert times == {path: path.stat().st_mtime_ns for path in copy.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_kill_loses_one_shard_at_most(pairs, teacher, tmp_path, monkeypatch):
     write_atomic, written = making.io.write_atomic, []
 

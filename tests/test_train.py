@@ -163,7 +163,7 @@ from cddistill import train
 settings = test_train.settings({str(teacher)!r}, steps=10_000, checkpoint_every=5, eval_every=100_000)
 train.train(settings, pathlib.Path({str(workdir)!r}))
 """
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
     return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=-1, stderr=-2, text=True)
 
 
