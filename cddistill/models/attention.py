@@ -71,9 +71,8 @@ def xla(q, k, v, causal: bool = False):
 
 def loop(q, k, v):
     """Some queries at a time, whose weights are computed again in the backward pass: a few MB stay in a CPU's cache."""
-    size = QUERIES * (
-        2 if q.shape[3] > 128 and q.shape[1] % (2 * QUERIES) == 0 else 1
-    )  # wide heads cost more than weights
+    wide = q.shape[3] > 128 and q.shape[1] % (2 * QUERIES) == 0  # there the products cost more than the weights
+    size = 2 * QUERIES if wide else QUERIES
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [b, heads, l, d]
 
     @jax.checkpoint
