@@ -1,6 +1,6 @@
 """Store what a config's baseline generates for the test split in its folder, where evaluations find it.
 
-python benchmarks/store_baseline.py configs/ccd_sr.py 50       images of 50 steps, in 8 bits
+python benchmarks/store_baseline.py configs/ccd_sr.py 50       images of 50 steps, in 16 bits
 """
 
 import argparse

@@ -25,7 +25,7 @@ def test_images_are_found_until_something_changes(tmp_path):
     images = np.random.default_rng(0).uniform(size=(4, 8, 8, 3)).astype("f")
     assert stored.find(tmp_path, student(), batch, 50, 0) is None
     stored.write(tmp_path, student(), batch, 50, 0, images)
-    np.testing.assert_allclose(stored.find(tmp_path, student(), batch, 50, 0), images, atol=0.51 / 255)
+    np.testing.assert_allclose(stored.find(tmp_path, student(), batch, 50, 0), images, atol=1e-5)
     np.testing.assert_array_equal(
         stored.find(tmp_path, student(), batch | {"cond": batch["cond"] + 1e-7}, 50, 0),
         stored.find(tmp_path, student(), batch, 50, 0),

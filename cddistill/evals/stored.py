@@ -18,6 +18,8 @@ from cddistill.generate import Student
 from cddistill.models import files
 from cddistill.models.fingerprint import fingerprint
 
+MOST = 2**16 - 1
+
 
 def path_of(folder: Path, steps: int) -> Path:
     """The file for a number of steps."""
@@ -25,19 +27,19 @@ def path_of(folder: Path, steps: int) -> Path:
 
 
 def find(folder: Path, student: Student, batch, steps: int, seed: int) -> np.ndarray | None:
-    """Images [n, h, w, c] in [0, 1] as `generate.sample` would generate them, to 1/510; None if they are not stored."""
+    """Images [n, h, w, c] in [0, 1] as `generate.sample` would generate them, to 1e-5; None if they are not stored."""
     path = path_of(folder, steps)
     if not path.is_file():
         return None
     said = files.safetensors_header(path)[0].get("__metadata__")
     if said != {"of": description(student, batch, steps, seed)}:
         return None
-    return np.float32(safetensors.numpy.load_file(path)["images"]) / 255
+    return np.float32(safetensors.numpy.load_file(path)["images"]) / MOST
 
 
 def write(folder: Path, student: Student, batch, steps: int, seed: int, images: np.ndarray) -> Path:
-    """Store images [n, h, w, c] in [0, 1], rounded to 8 bits; returns the file."""
-    found = {"images": np.uint8(np.round(images * 255))}
+    """Store images [n, h, w, c] in [0, 1], rounded to 16 bits; returns the file. With 8, KID would be 2 % higher."""
+    found = {"images": np.uint16(np.round(images * MOST))}
     content = safetensors.numpy.save(found, {"of": description(student, batch, steps, seed)})
     io.write_atomic(path := path_of(folder, steps), content)
     return path
