@@ -1,8 +1,8 @@
 """Ours against the same algorithm in PyTorch diffusers, in turns A B A B: the ratio of the times, memory, first step.
 
     python benchmarks/duel.py                             all, on a CPU at a fifth of the width of Stable Diffusion
-    python benchmarks/duel.py unet dmd2 --repeats=9
-    python benchmarks/duel.py unet --width=320 --size=64 --batch=8 --dtype=bfloat16 --device=cuda --compile
+    python benchmarks/duel.py unet8 dmd2 --repeats=9
+    python benchmarks/duel.py unet8 --width=320 --size=64 --batch=8 --dtype=bfloat16 --device=cuda --compile
 
 Needs torch and diffusers (extra dev). Each side is a process of its own; while one works, the other is stopped. Both
 have the same architecture (random weights), batch, optimiser (AdamW) and moving average.
@@ -65,10 +65,10 @@ def ours(args):
     import jax.numpy as jnp
 
     from cddistill import config, models, sampling, sharding
-    from cddistill.build import make_optimizers
+    from cddistill.build import initial, make_optimizers
     from cddistill.diffusion import DDPM
     from cddistill.net import Autoencoder
-    from cddistill.step import active, init_state, train_step
+    from cddistill.step import active, train_step
 
     if args.work == "loader":
         return our_loader(args)
@@ -97,8 +97,7 @@ def ours(args):
     text, null = ({"encoder_hidden_states": given[k]} for k in ("text", "null"))
     batch = {"x0": given["x0"], "text": text, "null": null, "index": np.arange(args.batch, dtype="i")}
     batch |= {"cond": given["cond"]} if name == "codi" else {}
-    nets = jax.jit(method.init)(jax.random.key(0), frozen, batch)
-    state = jax.jit(lambda nets: init_state(nets, turns, optimizers, method.ema()))(nets)
+    state = jax.jit(functools.partial(initial, experiment))(batch, frozen)
     step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema())
     driver = sharding.make_driver("jit", step, mesh, state)
     state, frozen, number = driver.put_state(state), driver.put_frozen(frozen), 0
@@ -291,9 +290,11 @@ def theirs(args):
             plain, null = call(teacher, z, t, given["text"]), call(teacher, z, t, given["null"])
             real = x0_of(z, null + GUIDANCE * (plain - null), t)
             g = (x0_of(z, call(fake, z, t, given["text"]), t) - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
-        loss = 0.5 * ((x - (x - g).detach()) ** 2).mean() + GAN * softplus(-logits(x)).mean()
-        for p in critic_weights:
+        for (
+            p
+        ) in critic_weights:  # before the graph is built: no gradient of theirs is computed, nor left for their turn
             p.requires_grad_(False)
+        loss = 0.5 * ((x - (x - g).detach()) ** 2).mean() + GAN * softplus(-logits(x)).mean()
         update(opt_student, student_weights, loss)
         for p in critic_weights:
             p.requires_grad_(True)

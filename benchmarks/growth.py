@@ -22,11 +22,11 @@ import jax
 import numpy as np
 
 from cddistill import config, models, sharding
-from cddistill.build import make_optimizers
+from cddistill.build import initial, make_optimizers
 from cddistill.collectives import collectives
 from cddistill.diffusion import DDPM
 from cddistill.net import Autoencoder
-from cddistill.step import init_state, train_step
+from cddistill.step import train_step
 
 FEW = 1024  # bytes of sums, such as losses and norms, that are not counted as growth
 
@@ -51,10 +51,7 @@ def compiled(method_name: str, width: int, mesh, rows: int) -> tuple[dict[str, s
     teacher = jax.eval_shape(lambda: models.init(shape, 0, DDPM(), "eps"))
     frozen = {"teacher": teacher, "autoencoder": Autoencoder()}
     turns = method.turns()
-    start = lambda frozen, batch: init_state(
-        method.init(jax.random.key(0), frozen, batch), turns, optimizers, method.ema()
-    )
-    state = jax.eval_shape(start, frozen, batch)
+    state = jax.eval_shape(functools.partial(initial, experiment), batch, frozen)
     step = functools.partial(train_step, turns=turns, optimizers=optimizers, ema=method.ema())
     driver = sharding.jit_driver(step, mesh, state, min_elements=2**10)
     placed = lambda tree, layout: jax.tree.map(

@@ -1,5 +1,6 @@
 """Devices and hosts: mesh, shardings, and the step under jit or pmap. Losses and models import nothing from here."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def inside(mesh, f):
 
     @functools.wraps(f)
     def traced(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.intercept_methods(keep_rows(mesh)):
+        pinned = nn.intercept_methods(keep_rows(mesh)) if mesh.shape["fsdp"] > 1 else contextlib.nullcontext()
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), pinned:
             return f(*args)
 
     return traced
@@ -121,11 +123,11 @@ def keep_rows(mesh):
 
     def pin(x):
         whole = isinstance(x, jax.Array) and x.ndim > 1 and x.shape[0] and x.shape[0] % mesh.size == 0
-        return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))) if whole else x
+        return jax.lax.with_sharding_constraint(x, by_row(mesh)) if whole else x
 
     def call(f, args, kwargs, context):
         out = f(*args, **kwargs)
-        return jax.tree.map(pin, out) if mesh.shape["fsdp"] > 1 and context.method_name == "__call__" else out
+        return jax.tree.map(pin, out) if context.method_name == "__call__" else out
 
     return call
 
