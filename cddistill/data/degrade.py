@@ -12,6 +12,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from scipy import fft
 from scipy.special import j1
 
 from cddistill.data.resample import resample, to_float, to_uint8
@@ -114,10 +115,11 @@ def blur(image, kernel):
     """Convolution with a kernel [k,k], k odd. The image is mirrored at its border."""
     h, w, _ = image.shape
     k = len(kernel)
-    padded = np.pad(image, ((k // 2, k // 2), (k // 2, k // 2), (0, 0)), mode="reflect")
-    shape = padded.shape[:2]  # the circular wrap-around is cropped below
-    spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, shape)[:, :, None]
-    return np.fft.irfft2(spectrum, shape, axes=(0, 1))[k - 1 : k - 1 + h, k - 1 : k - 1 + w].astype(np.float32)
+    padded = np.pad(np.moveaxis(image, 2, 0), ((0, 0), (k // 2, k // 2), (k // 2, k // 2)), mode="reflect")
+    shape = [fft.next_fast_len(side, real=True) for side in padded.shape[1:]]  # the wrap-around is cropped below
+    spectrum = fft.rfft2(padded, shape) * fft.rfft2(kernel, shape)
+    blurred = fft.irfft2(spectrum, shape)[:, k - 1 : k - 1 + h, k - 1 : k - 1 + w]
+    return np.ascontiguousarray(np.moveaxis(blurred, 0, 2))
 
 
 def gaussian_noise(image, rng, sigma, grey):
@@ -131,8 +133,9 @@ def poisson_noise(image, rng, scale, grey):
 
     That number is rounded up to a power of two, as in the reference implementation (unverified).
     """
-    levels = np.rint((image @ GREY[:, None] if grey else image) * 255) / 255
-    photons = 2 ** np.ceil(np.log2(max(2, len(np.unique(levels)))))
+    levels = np.rint((image @ GREY[:, None] if grey else image) * 255)
+    photons = 2 ** np.ceil(np.log2(max(2, np.count_nonzero(np.bincount(levels.astype(np.uint8).ravel())))))
+    levels /= 255
     return ((rng.poisson(levels * photons) / photons - levels) * scale).astype(np.float32)
 
 

@@ -3,12 +3,16 @@
 import functools
 
 import numpy as np
+from scipy.sparse import csr_array
+
+SPARSE = 2**13  # elements of a matrix from which products with it skip zeros
 
 
 def resample(image, size, kind):
     """Float image [h,w,c] -> [size[0],size[1],c]. kind: cubic (antialiased), area, bilinear or bicubic (neither is)."""
-    rows, cols = (matrix(n, m, kind) for n, m in zip(image.shape, size, strict=False))
-    return np.moveaxis(np.tensordot(cols, np.tensordot(rows, image, 1), (1, 1)), 0, 1)
+    for n, m in zip(image.shape[:2], size, strict=True):  # rows, then columns: each turn swaps the two axes
+        image = np.moveaxis((taps(n, m, kind) @ image.reshape(n, -1)).reshape(m, *image.shape[1:]), 0, 1)
+    return image
 
 
 def to_uint8(image):
@@ -28,6 +32,12 @@ def matrix(n, m, kind):
     weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     weights.flags.writeable = False
     return weights
+
+
+@functools.lru_cache(maxsize=4096)
+def taps(n, m, kind):
+    """That matrix, without its zeros where it is large enough for that to be faster."""
+    return matrix(n, m, kind) if n * m < SPARSE else csr_array(matrix(n, m, kind))
 
 
 def cubic(x, a):
