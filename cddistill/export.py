@@ -1,5 +1,6 @@
 """A trained student for other programs: a diffusers pipeline folder, StableHLO or ONNX; or the file a method writes."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from cddistill import data, generate, io, models
 from cddistill.build import Parts, initial, updates
@@ -224,38 +226,54 @@ def example_inputs(parts: Parts):
 
 
 def program(student: Student, batch, run):
-    """(inputs, f): example inputs of an exported program and f(inputs) -> images [b, h, w, c] in [0, 1].
+    """(weights, inputs, f): f(weights, inputs) -> images [b, h, w, c] in [0, 1], and what it takes, as NumPy arrays.
 
-    Inputs are text, null and the condition, and "noise" [b, k, h, w, c]: the initial noise and, for samplers that add
-    noise between steps, what step 1, 2 ... adds. `generate.noises` gives those of a seed. Nothing random is inside:
-    equal inputs give equal images.
+    Weights are {name: array}. Inputs are examples of text, null and the condition, and "noise" [b, k, h, w, c]: the
+    initial noise and, for samplers that add noise between steps, what step 1, 2 ... adds. `generate.noises` gives those
+    of a seed. Nothing random is inside: equal inputs give equal images.
     """
     steps = max(run.sample_steps)
     count = generate.noise_count(student, batch, steps)
-    host = Student(student.method, student.mesh, *jax.device_get(student[2:]))  # constants that every platform can hold
+    leaves, tree = jax.tree.flatten_with_path(jax.device_get(student[2:]))
+    weights = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves}
 
-    def f(inputs):
+    def f(weights, inputs):
+        host = Student(student.method, student.mesh, *jax.tree.unflatten(tree, weights.values()))
         noise = inputs["noise"]
         after = lambda i: jax.lax.dynamic_index_in_dim(noise, jnp.minimum(i + 1, count - 1), 1, keepdims=False)
         given = inputs | {"index": jnp.arange(noise.shape[0])}
         return generate.images(host, given, noise[:, 0], after, steps)
 
     noise = generate.noises(run.seed, batch["index"], batch["x0"].shape[1:], count)
-    return {k: v for k, v in batch.items() if k not in ("x0", "index")} | {"noise": np.asarray(noise)}, f
+    return weights, {k: v for k, v in batch.items() if k not in ("x0", "index")} | {"noise": np.asarray(noise)}, f
 
 
 def stablehlo(student: Student, batch, run, path: Path) -> str:
-    """Weights and program in one file, for CPU, GPU, TPU and any batch size: `jax.export.deserialize(...).call`."""
-    inputs, f = program(student, batch, run)
+    """A program for CPU, GPU, TPU and any batch size: `jax.export.deserialize(...).call`.
+
+    Its weights are in it, or in a file beside it, <name>.safetensors, if they take more than MOST_INSIDE bytes.
+    """
+    weights, inputs, f = program(student, batch, run)
+    beside = (
+        path.with_name(f"{path.name}.safetensors") if sum(x.nbytes for x in weights.values()) > MOST_INSIDE else None
+    )
     (b,) = jax.export.symbolic_shape("b")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), inputs)
-    exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))(shapes)
-    io.write_atomic(path, bytes(exported.serialize()))
-    back = jax.export.deserialize(bytearray(path.read_bytes())).call(inputs)
     takes = ", ".join(f"{jax.tree_util.keystr(k)} {list(x.shape[1:])}" for k, x in jax.tree.leaves_with_path(inputs))
+    takes = f"one dict of [b, ...] arrays: {takes}"
+    if beside:
+        shapes, takes = (jax.eval_shape(lambda: weights), shapes), f"the arrays of {beside.name} as a dict, and {takes}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(weights, beside)
+        weights = safetensors.numpy.load_file(beside)
+    else:
+        f, shapes = functools.partial(f, weights), (shapes,)
+    exported = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    io.write_atomic(path, bytes(exported.serialize()))
+    back = jax.export.deserialize(bytearray(path.read_bytes())).call(*([weights] if beside else []), inputs)
     return (
         f"read back, images differ by at most {difference(back, student, batch, run):.2g} of 1 from --mode=sample's; "
-        f"it takes one dict of [b, ...] arrays: {takes}; JAX {jax.__version__} or newer reads it; "
+        f"it takes {takes}; JAX {jax.__version__} or newer reads it; "
         "cddistill.generate.noises(seed, ...) makes the noise of a seed"
     )
 
@@ -269,12 +287,12 @@ def onnx(student: Student, batch, run, path: Path) -> str:
     import onnxruntime
 
     batch = jax.tree.map(lambda x: x[:1], batch)
-    inputs, f = program(student, batch, run)
+    weights, inputs, f = program(student, batch, run)
     leaves, tree = jax.tree.flatten(inputs)
     names = [".".join(str(k.key) for k in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
     path.parent.mkdir(parents=True, exist_ok=True)
     jax2onnx.to_onnx(
-        lambda *leaves: f(jax.tree.unflatten(tree, leaves)),
+        lambda *leaves: f(weights, jax.tree.unflatten(tree, leaves)),
         inputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
         input_names=names,
         output_names=["image"],
@@ -306,6 +324,7 @@ def generated(student: Student, batch, run) -> np.ndarray:
     return images
 
 
+MOST_INSIDE = 2**30  # bytes of weights in a program's own file, whose format ends at 2 GB
 STATISTICS = 512  # training examples for a method's own file
 PROGRAMS = {".stablehlo": stablehlo, ".onnx": onnx}
 FILES = (*PROGRAMS, ".safetensors")  # everything else is a folder, whatever dots its name has

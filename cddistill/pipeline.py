@@ -138,6 +138,13 @@ class Pipeline:
         return models.resolve(self.name)
 
     @functools.cached_property
+    def whole(self) -> Path:
+        """The same folder with all its networks, also those that the run does not use; a Hub id's are downloaded."""
+        for part in sorted(parts.NETWORKS & {*model_index.parts_of(model_index.read_index(self.root))}):
+            models.resolve(self.name, part)
+        return self.root
+
+    @functools.cached_property
     def subfolder(self) -> str:
         """The denoiser's subfolder, "unet" unless a family has another one."""
         return next((part for part in folders.PARTS if (self.root / part).is_dir()), "unet")
@@ -188,7 +195,7 @@ class Pipeline:
 
     def copies(self, controlnet: str = "") -> dict[str, Path]:
         """{name in a student's folder: file of the teacher's pipeline or of a ControlNet's folder}."""
-        copied = parts.pipeline_files(self.root, model_index.read_index(self.root))
+        copied = parts.pipeline_files(self.whole, model_index.read_index(self.root))
         if self.source != self.root / self.subfolder:  # a network without a pipeline, or one of several weight files
             copied = {name: file for name, file in copied.items() if not name.startswith(f"{self.subfolder}/")}
             copied |= {f"{self.subfolder}/{name}": file for name, file in parts.network_files(self.source).items()}

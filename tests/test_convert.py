@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from torch_file import write_torch
 
-from cddistill import build, config, models, sharding
+from cddistill import build, config, models, pipeline, sharding
 from cddistill.diffusion import DDPM, EDM
 from cddistill.models import convert, folders
 from cddistill.models.unet import UNet2DConditionModel
@@ -410,6 +410,16 @@ def test_only_one_weight_format_is_downloaded(tmp_path, monkeypatch, subfolder, 
     fetched = repository(tmp_path, monkeypatch, there | small | {"vae/config.json", "v1-5-pruned.ckpt"})
     assert models.resolve("somebody/a-model", subfolder) == tmp_path
     assert fetched == wanted | small
+
+
+def test_a_students_folder_has_the_networks_of_its_hub_repository(tmp_path, monkeypatch):
+    """Regression: only the U-Net and the VAE were downloaded, and diffusers refused what was exported."""
+    kinds = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler", "safety_checker"]
+    names = {"tokenizer": "vocab.json", "scheduler": "scheduler_config.json"}
+    files = {f"{kind}/{names.get(kind, 'model.safetensors')}" for kind in kinds}
+    (tmp_path / "model_index.json").write_text(json.dumps({kind: ["a library", "AClass"] for kind in kinds}))
+    repository(tmp_path, monkeypatch, {"model_index.json"} | files)
+    assert {*pipeline.Pipeline("somebody/a-model").copies()} == files - {"safety_checker/model.safetensors"}
 
 
 def test_init_is_pytorchs_default():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill import commands, config, generate, health, models, sampling, train
+from cddistill import commands, config, export, generate, health, models, sampling, train
 from cddistill.data import SOURCES, TASKS, images
 from cddistill.data.contracts import Source, Task
 from cddistill.data.splits import members
@@ -199,6 +199,17 @@ def test_an_exported_program_takes_all_noise_as_input(run, tmp_path):
     whole = rows | {"x0": np.zeros((3, 8, 8, 3), "f"), "index": index}
     sampled = generate.sample(generate.student_of(parts, state), whole, 2, seed=5)
     np.testing.assert_allclose(images, sampled, atol=1e-5)
+
+
+def test_large_weights_lie_beside_an_exported_program(run, tmp_path, monkeypatch, capsys):
+    """A program's own file ends at 2 GB."""
+    settings, workdir = run
+    monkeypatch.setattr(export, "MOST_INSIDE", 1000)
+    commands.export_run(settings, workdir, str(tmp_path / "out.stablehlo"))
+    said = capsys.readouterr().out
+    assert float(said.split("at most ")[1].split()[0]) < 1e-5, said
+    assert "the arrays of out.stablehlo.safetensors as a dict, and one dict of" in said
+    assert (tmp_path / "out.stablehlo").stat().st_size < (tmp_path / "out.stablehlo.safetensors").stat().st_size
 
 
 def test_exporting_untrained_weights_is_refused(run, tmp_path):

@@ -10,7 +10,8 @@ from cddistill.models.index import parts_of
 
 ENCODERS = {name for family in FAMILIES.values() for name in family.text_encoders}
 TOKENIZERS = {name.replace("text_encoder", "tokenizer") for name in ENCODERS}
-KNOWN = {family.denoiser for family in FAMILIES.values()} | ENCODERS | TOKENIZERS | {"vae", "scheduler"}
+NETWORKS = {family.denoiser for family in FAMILIES.values()} | ENCODERS | {"vae"}
+KNOWN = NETWORKS | TOKENIZERS | {"scheduler"}
 TEXTS = (".json", ".txt", ".model")  # configs, vocabularies, sentencepiece's models
 LICENCE = re.compile(r"(?i)(licen[cs]e|copying|notice)")
 
