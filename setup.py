@@ -66,7 +66,8 @@ setup(
     description="Distil conditional diffusion models into one-to-four-step generators, in JAX.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["cddistill", "cddistill.*"]),
+    packages=[*find_packages(include=["cddistill", "cddistill.*"]), "cddistill.configs"],
+    package_dir={"cddistill.configs": "configs"},  # --config=cddistill:ccd_sr, without a checkout
     package_data={"cddistill": ["*.j2", "data/assets/**", "models/assets/**", "evals/*.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -34,7 +34,9 @@ REMEDIES = {
 }
 OF_ASSETS = ("data", "models")  # parts of the package with embedded images and weights
 MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
-CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
+CONFIG = flags.DEFINE_string(
+    "config", None, "Experiment: configs/ccd_sr.py or configs/ccd_sr.py:sd21; cddistill:ccd_sr, that of the package."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 INPUT = flags.DEFINE_string("input", None, "sample: the image, .npy map or folder of them that conditions the student.")
@@ -106,8 +108,8 @@ def quieten() -> None:
 
 def default_workdir() -> pathlib.Path:
     """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
-    path, _, variant = CONFIG.value.partition(":")
-    return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+    path, variant = config_file(CONFIG.value)
+    return pathlib.Path("runs") / "-".join(filter(None, (path.stem, variant)))
 
 
 def check_devices() -> None:
@@ -207,10 +209,20 @@ def check_mode() -> None:
             raise ValueError(f"--{option} is for --mode={' or '.join(modes)}, not {MODE.value}: leave it out")
 
 
-def load_config(spec: str) -> ConfigDict:
-    """The config of "file.py" or "file.py:variant". ValueError, naming the file, if it cannot be made."""
+def config_file(spec: str) -> tuple[pathlib.Path, str]:
+    """File and variant, "" for none, of "file.py:variant" or "cddistill:name:variant", a config of the package."""
     name, _, variant = spec.partition(":")
-    path = pathlib.Path(name).expanduser()
+    if name != "cddistill":
+        return pathlib.Path(name).expanduser(), variant
+    package = pathlib.Path(cddistill.__file__).parent
+    installed = package / "configs"
+    name, _, variant = variant.partition(":")
+    return (installed if installed.is_dir() else package.parent / "configs") / f"{name}.py", variant
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of a file, as `config_file` has it. ValueError, naming the file, if it cannot be made."""
+    path, variant = config_file(spec)
     if not path.is_file():
         raise ValueError(missing(path))
     scope = {"__name__": path.stem, "__file__": str(path)}
@@ -306,7 +318,7 @@ def check_method(settings: ConfigDict, asked: str) -> None:
     if asked == (now := method_of(settings)):
         return
     typed.choose("method.name", METHODS, asked)
-    own, start = pathlib.Path(CONFIG.value.partition(":")[0]).expanduser(), f'defaults("{asked}")'
+    own, start = config_file(CONFIG.value)[0], f'defaults("{asked}")'
     others = [path for path in sorted(own.parent.glob("*.py")) if start in path.read_text("utf-8", "ignore")]
     hint = f"such as --config={others[0]}" if others else f"one that starts from {start}"
     raise ValueError(f"the config file {own} chose the method {now}: for {asked} pass a config file of it, {hint}")

@@ -208,6 +208,15 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(parsed, tmp_path, bod
     assert said in stopped.value.code
 
 
+def test_configs_of_the_package_need_no_checkout(parsed, tmp_path, monkeypatch):
+    here = parsed(f"{SR}:sd21")
+    monkeypatch.chdir(tmp_path)
+    assert parsed("--config=cddistill:ccd_sr:sd21").to_dict() == here.to_dict()
+    assert str(main.default_workdir()) == "runs/ccd_sr-sd21"
+    with pytest.raises(SystemExit, match=r"ccd_sx\.py does not exist; did you mean .*ccd_sr\.py"):
+        parsed("--config=cddistill:ccd_sx")
+
+
 def test_a_config_file_without_others_beside_it_says_how_one_of_another_method_starts(parsed, tmp_path):
     (tmp_path / "mine.py").write_text("from cddistill.config import defaults\nget_config = lambda: defaults('codi')\n")
     with pytest.raises(SystemExit, match=r"for dmd2 pass a config file of it, one that starts from defaults\(.dmd2.\)"):
