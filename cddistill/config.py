@@ -18,11 +18,12 @@ from cddistill.method import Method
 from cddistill.methods import METHODS
 from cddistill.optim import OptimConfig
 from cddistill.sampling import OdeSampler
-from cddistill.typed import SOME, Count, Natural, NonNegative, SamplingSteps, within
+from cddistill.typed import SOME, Count, Limit, Natural, NonNegative, SamplingSteps, within
 
 MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX's int32
 Seed = Annotated[int, within(least=0, below=MAX_SEED)]
 BatchSize = Annotated[int, within(least=1, most=2**20)]
+PAIR = Limit("two numbers, or none", lambda x: len(x) in (0, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Run:
     encode_epochs: Count = 1  # passes of --mode=encode over the training split; those after the first are augmented
     encode_sample: bool = False  # latents are drawn from the VAE's posterior, in training on images anew; or its mean
     encode_dtype: Literal["float16", "float32"] = "float16"  # of latents and embeddings in .npy files of --mode=encode
+    profile: Annotated[tuple[Count, ...], PAIR] = ()  # first and last step of a trace, written to workdir/profile
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
 
@@ -76,6 +78,7 @@ class Experiment(NamedTuple):
 
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
+    "profile",
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
     "method.preset",  # the fields that it sets count themselves

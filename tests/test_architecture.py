@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals"},
+    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "devices", "memory", "profiling"},
     {"net", "storage", "lock"},
     {"models", "method"},
     {"perceptual", "pipeline"},
@@ -12,7 +12,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"methods"},
     {"step", "optim", "data"},
     {"config"},
-    {"checkpoint", "checks", "log", "encoders"},
+    {"checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
     {"generate"},
     {"evals", "precompute", "export"},

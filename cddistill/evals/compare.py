@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import cddistill
-from cddistill import data, generate, health, io, pipeline, sharding
+from cddistill import clock, data, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.evals import grids, regions, report, stored
 from cddistill.evals.scores import RECONSTRUCTION, STUDENT, Row, Scores, evaluate, markdown, mean_and_error
@@ -47,6 +47,7 @@ def evaluate_and_report(
         metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
         config=config,
         timings=timings,
+        times=clock.table(workdir),
         versions=versions(),
         notes=[*notes(parts, step), *health_notes(workdir, parts.experiment.method.health_rules())],
     )
