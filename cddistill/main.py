@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, lock, typed
+from cddistill import io, lock, memory, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -366,10 +366,11 @@ def guarded(settings):
     """`main`, with expected errors as one sentence; any other keeps its traceback."""
     try:
         return main(settings)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("CDDISTILL_TRACEBACK"):
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        full = isinstance(error, RuntimeError) and memory.EXHAUSTED in str(error)  # as JAX says it
+        if os.environ.get("CDDISTILL_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
-        fail(error)
+        fail(ValueError(memory.exhausted(str(error), MODE.value, settings.to_dict())) if full else error)
 
 
 def interrupted(number, frame):
