@@ -292,6 +292,33 @@ def test_os_errors_become_one_sentence(error, said):
     assert sentence(error).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("mode", "hint"),
+    [("train", "lower batch_size=32, raise accumulate=1, set remat=True"), ("sample", "set decode_batch=1")],
+)
+def test_a_full_device_is_one_sentence_that_says_what_to_change(parsed, monkeypatch, mode, hint):
+    def full(settings):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 26500000000 bytes.\n\nBuffer assignment: ...")
+
+    monkeypatch.setattr(main, "main", full)
+    settings = parsed(SR, f"--mode={mode}", "--config.batch_size=32")
+    with pytest.raises(SystemExit) as stopped:
+        main.guarded(settings)
+    said = stopped.value.code
+    assert "is full (it was asked for 26500000000 bytes): " in said
+    assert hint in said
+    assert said.endswith("; --mode=plan says what a config needs")
+
+
+def test_other_errors_of_jax_keep_their_traceback(parsed, monkeypatch):
+    def broken(settings):
+        raise RuntimeError("INTERNAL: ptxas exited with code 1")
+
+    monkeypatch.setattr(main, "main", broken)
+    with pytest.raises(RuntimeError, match="ptxas"):
+        main.guarded(None)
+
+
 def test_damage_of_what_ships_with_the_package_says_to_reinstall(tmp_path, monkeypatch):
     shutil.copytree(folders.ASSETS / "pocket", tmp_path / "models" / "assets" / "pocket")
     monkeypatch.setattr(folders, "ASSETS", tmp_path / "models" / "assets")

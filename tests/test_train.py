@@ -36,7 +36,7 @@ def settings(teacher, **changes):
 def run(teacher, tmp_path_factory):
     """A finished run's workdir."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(settings(teacher), workdir)
+    train.train(settings(teacher, profile=(3, 4)), workdir)
     return workdir
 
 
@@ -60,8 +60,25 @@ def test_a_run_writes_config_metrics_checkpoints_samples_and_report(run):
     assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} >= {"4", "6"}
     assert Image.open(run / "samples" / "000006.png").size[0] > 100
     report = (run / "report.html").read_text()
-    for word in ("bicubic", "student, 1 step", "student, 2 steps", "PSNR", "±"):
+    for word in ("bicubic", "student, 1 step", "student, 2 steps", "PSNR", "±", "time per step", "(goodput)"):
         assert word in report
+
+
+def test_a_run_says_where_its_time_went(run):
+    for record in (r for r in records(run) if "student/loss" in r):
+        assert record["time/step_ms"] > 0.0
+        assert record["time/images_per_s"] > 0.0
+        assert 0.0 <= record["time/data_wait"] <= 1.0
+        assert 0.0 < record["time/goodput"] < 1.0
+        assert "time/mfu" not in record  # the peak of a CPU is not known
+    known = json.loads((run / "goodput.json").read_text())
+    assert (known["from_step"], known["step"], known["steps"]) == (0, 6, 6)
+    assert all(known["seconds"][kind] > 0.0 for kind in ("step", "start", "compile", "evaluation", "checkpoint"))
+
+
+def test_a_profile_of_the_steps_asked_for_is_written(run):
+    (trace,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert b"train" in trace.read_bytes()  # the name of a step
 
 
 def test_resuming_is_bit_exact(run, teacher, tmp_path):
