@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, generate, io, lock, log, sharding, signals
+from cddistill import checkpoint, config, data, environment, generate, io, lock, log, sharding, signals
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.data import digests
@@ -46,6 +46,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
     first = int(state.step)
+    environment.record(workdir, first)
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
