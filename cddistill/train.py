@@ -10,7 +10,20 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, clock, config, data, generate, io, lock, log, profiling, sharding, signals
+from cddistill import (
+    checkpoint,
+    clock,
+    config,
+    data,
+    environment,
+    generate,
+    io,
+    lock,
+    log,
+    profiling,
+    sharding,
+    signals,
+)
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.data import digests
@@ -23,12 +36,13 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
-def train(settings, workdir: Path) -> None:
+def train(settings, workdir: Path) -> int:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
-    Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
-    FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when another process
-    trains in the workdir.
+    Returns the exit status: 0 or, if a signal stopped it with a checkpoint before the last step, 143 for SIGTERM and
+    130 for Ctrl-C, so that GKE, Slurm and other schedulers start it again. Raises ValueError for bad input before the
+    first step, FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when
+    another process trains in the workdir.
     """
     began, experiment, plain = time.monotonic(), config.resolve(settings), config.plain(settings)
     if not experiment.method.turns():
@@ -36,16 +50,17 @@ def train(settings, workdir: Path) -> None:
     profiling.check(experiment.run.profile, experiment.run.steps)
     io.ensure_writable(workdir)
     with naming_checkpoint(workdir), lock.held(workdir, index=jax.process_index()):
-        train_alone(experiment, plain, workdir, began)
+        return train_alone(experiment, plain, workdir, began)
 
 
-def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> None:
+def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> int:
     """As `train`, in a workdir that no other process writes."""
     run = experiment.run
     parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
     first = int(state.step)
+    environment.record(workdir, first)
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
@@ -60,6 +75,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     if sharding.is_host0():
         written = [name for name in WRITTEN if (workdir / name).exists()]
         print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
+    return 0 if int(state.step) == run.steps else stop.status
 
 
 @contextlib.contextmanager
@@ -82,7 +98,7 @@ def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
         old = read_inputs(workdir) if (workdir / INPUTS).is_file() else {}
         free = config.mutable_on_resume(experiment)
         checkpoint.check_config(workdir, plain, free | paths if old else free)
-    cache_programs()
+    cache_programs(workdir)
     parts = build(experiment, training_splits(experiment.run))
     if resumes:
         check_inputs(workdir, parts, plain, paths)
@@ -258,10 +274,15 @@ def overview(parts) -> str:
     return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def cache_programs() -> None:
-    """Keep compiled programs in the user's cache, so that the next start is quick."""
+def cache_programs(folder: Path) -> None:
+    """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, so that the next start is quick.
+
+    The default is the user's cache or, with several hosts, a place in this folder, which all of them must see: only the
+    first host writes programs, and each reads them.
+    """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cddistill" / "programs"))
+        own = Path.home() / ".cache" / "cddistill" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder / ".programs" if jax.process_count() > 1 else own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
     {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "devices", "memory", "profiling"},
-    {"net", "storage", "lock"},
+    {"net", "storage", "lock", "environment"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},
