@@ -59,7 +59,7 @@ class Clock:
         if self.past is None:
             self.past = {"started": time.time() - (now - began), "from_step": first, "steps": 0, "seconds": {}}
         self.seconds = dict.fromkeys(("step", *LOSSES), 0.0) | {"start": now - began}
-        self.step, self.noted, self.written, self.last = first, 0, -EVERY, {}
+        self.noted, self.written, self.last = 0, -EVERY, {}
         self.elsewhere, self.asked, self.got, self.called = 0.0, now, now, now
         self.calls, self.news, self.interval = queue.SimpleQueue(), threading.Condition(), []
         self.thread = threading.Thread(target=self.note, args=(now,), daemon=True)
@@ -114,7 +114,6 @@ class Clock:
         with self.news:
             self.news.wait_for(lambda: self.noted >= step - self.first, timeout=10.0)
             steps, self.interval = self.interval, []
-        self.step = step
         peak = devices.peak_of(jax.devices()[0].device_kind)
         found = summary(steps, self.batch_size, peak and peak.flops)
         self.last = found | {"time/goodput": goodput(self.times())}
@@ -126,10 +125,10 @@ class Clock:
         """What FILE holds, as of now: when the run first started, and seconds and steps of all sessions."""
         with self.news:
             seconds = {k: self.past["seconds"].get(k, 0.0) + x for k, x in self.seconds.items()}
-            steps = self.past["steps"] + self.noted
+            noted = self.noted
         first = min(self.past["from_step"], self.first)
-        known = {"started": self.past["started"], "until": time.time(), "from_step": first, "step": self.step}
-        return known | {"steps": steps, "seconds": seconds}
+        known = {"started": self.past["started"], "until": time.time(), "from_step": first, "step": self.first + noted}
+        return known | {"steps": self.past["steps"] + noted, "seconds": seconds}
 
     def write(self) -> None:
         """Keep the times, for the next session and the report."""

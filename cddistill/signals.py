@@ -1,13 +1,30 @@
 """SIGTERM and Ctrl-C: exit status 128 + the signal's number, in training after a checkpoint."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 handled = threading.Event()  # Python has run a handler
+ENDING: list[Callable[[], None]] = []  # what remains to be done if the process ends without unwinding
+
+
+class Noticed(BaseException):
+    """The first signal of a `Preemption`, in a block that may be left for it."""
+
+
+@contextlib.contextmanager
+def at_end(last: Callable[[], None]):
+    """Also do `last` if a signal that was not handled in time ends the process within the block."""
+    ENDING.append(last)
+    try:
+        yield
+    finally:
+        ENDING.remove(last)
 
 
 def end_quietly() -> None:
@@ -35,6 +52,9 @@ def insist(arrived: int, grace: float) -> None:
     """End the process when a signal that arrives through this pipe is not handled in time."""
     while number := os.read(arrived, 1)[0]:
         if number in NUMBERS and not handled.wait(grace):
+            for last in reversed(ENDING):
+                with contextlib.suppress(Exception):
+                    last()
             os._exit(128 + number)
 
 
@@ -60,7 +80,7 @@ class Preemption:
         import jax  # not above: `main` catches signals before slow imports
 
         self.hosts = jax.process_count()
-        self.asked, self.status = False, 128 + signal.SIGTERM
+        self.asked, self.status, self.leaves = False, 128 + signal.SIGTERM, False
         handle = signal.signal if self.hosts == 1 else lambda number, _: signal.getsignal(number)
         self.before = {number: handle(number, self.ask) for number in NUMBERS}
         return self
@@ -71,6 +91,16 @@ class Preemption:
         self.asked, self.status = True, 128 + number
         logging.warning("%s: saving a checkpoint, then exiting", signal.Signals(number).name)
         self.__exit__()
+        if self.leaves:
+            raise Noticed
+
+    @contextlib.contextmanager
+    def leaving(self):
+        """The first signal ends the block where it is; what comes after the block goes on."""
+        self.leaves = True
+        with contextlib.suppress(Noticed):
+            yield
+        self.leaves = False
 
     def requested(self, step: int) -> bool:
         """Whether this step is the last one; every host must call this at every step."""

@@ -67,7 +67,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     with signals.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
         checkpoints.close()
-    if int(state.step) < run.steps or stop.asked:
+    if stopped := int(state.step) < run.steps or (stop.asked and run.report):
         print(f"stopped at step {int(state.step)}; the same command resumes from {checkpoints.last_good()}")
     elif run.report:
         timings |= {f"training{f' since step {first}' * (first > 0)}, s": time.monotonic() - began}
@@ -75,7 +75,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     if sharding.is_host0():
         written = [name for name in WRITTEN if (workdir / name).exists()]
         print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
-    return 0 if int(state.step) == run.steps else stop.status
+    return stop.status if stopped else 0
 
 
 @contextlib.contextmanager
@@ -141,9 +141,10 @@ def loop(parts, state, workdir, checkpoints, stop, began):
             if looks or saves:
                 recorder.flush()
             if looks:
-                with times.spending("evaluation"):
+                with times.spending("evaluation"), stop.leaving():
                     scores = look(driver.get_state(state), step, workdir, writer)
-            if saves:
+                stopping = stop.asked
+            if saves or stopping:
                 with times.spending("checkpoint"):
                     checkpoints.save(step, driver.get_state(state), metrics=scores)
                 times.write()
