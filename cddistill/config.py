@@ -46,7 +46,7 @@ class Run:
     # weights stay float32
     remat: bool = False  # recompute activations block by block in the backward pass
     remat_policy: Literal[*POLICIES] = "nothing_saveable"  # what remat keeps of a block besides its inputs: nothing,
-    # products of convolutions and weights, all matrix products, those with weights, or these in the host's memory
+    # convolutions and products with weights, all products, those with weights, or these in the host's memory
     flash: bool = True  # fused attention kernels where available; False if a loss takes second derivatives
     log_every: Count = 10  # steps
     checkpoint_every: Count = 500  # steps

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cddistill import clock, devices, profiling
+from cddistill import clock, config, devices, profiling, train
 
 
 class Step:
@@ -173,10 +173,21 @@ def test_programs_are_compiled_once_and_their_flops_are_xlas(tmp_path):
     assert times.times()["steps"] == 2
 
 
-@pytest.mark.parametrize("steps", [(5, 4), (3, 11)])
-def test_a_profile_of_steps_that_a_run_does_not_have_is_refused(steps):
-    with pytest.raises(ValueError, match=r"profile=\d,\d+ must be the first and the last step to trace, at most 10"):
-        profiling.check(steps, 10)
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ((5, 4), "profile=5,4 must be the first and the last step to trace, at most 10"),
+        ((3, 11), "profile=3,11 must be the first and the last step to trace, at most 10"),
+        ((3,), r"profile=\(3,\) must be two numbers, or none"),
+        ((0, 3), r"profile\[0\]=0 must be at least 1"),
+    ],
+)
+def test_a_profile_of_steps_that_a_run_does_not_have_is_refused(steps, said, tmp_path):
+    settings = config.defaults("codi")
+    settings.update(steps=10, profile=steps)
+    with pytest.raises(ValueError, match=said):
+        train.train(settings, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):

@@ -34,6 +34,22 @@ def sigterm(monkeypatch):
     signals.handled.clear()
 
 
+def test_the_first_signal_ends_a_block_that_may_be_left_and_is_only_noted_elsewhere():
+    with signals.Preemption() as stop:
+        with stop.leaving():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the block went on")
+        assert stop.requested(1)
+        assert stop.status == 143
+    with signals.Preemption() as stop:
+        with stop.leaving():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested(1)
+    signals.handled.clear()
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_preview_is_left_for_the_checkpoint_of_its_step(teacher, tmp_path, monkeypatch, sigterm, capsys):
     def look(self, *_):
@@ -74,8 +90,10 @@ def test_pairs_keep_complete_shards_and_go_on_from_there(teacher, tmp_path, monk
 def test_a_lock_is_given_back_even_if_the_process_has_to_be_ended_by_force(tmp_path):
     """In what cannot be interrupted, as XLA's compiler."""
     stuck = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
-    script = "import pathlib\nfrom cddistill import lock, signals\nsignals.catch()\nwith lock.held(pathlib.Path("
-    script += f"{str(tmp_path)!r})):\n    print(1, flush=True)\n    {stuck}"
+    script = (
+        "import pathlib, threading\nfrom cddistill import lock, signals\nsignals.catch()\nwith lock.held(pathlib.Path("
+    )
+    script += f"{str(tmp_path)!r})):\n    threading.Timer(0.5, print, [1], {{'flush': True}}).start()\n    {stuck}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "CDDISTILL_GRACE": "0.1"}
     process = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=-1, text=True)
     process.stdout.readline()

@@ -150,7 +150,7 @@ def data_url(image: bytes | np.ndarray) -> str:
 
 def curves(path) -> dict:
     """Figures of logged metrics: {"turns": {turn: [(metric, last value, svg), ...]}, "more": number not shown}."""
-    series = read_metrics(path)
+    series = dict(sorted(read_metrics(path).items(), key=lambda item: item[0].startswith("time/")))  # these last
     turns = {}
     for name in list(series)[:MOST_CURVES]:
         steps, values = series[name]
