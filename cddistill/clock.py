@@ -131,9 +131,9 @@ class Clock:
         return known | {"steps": self.past["steps"] + noted, "seconds": seconds}
 
     def write(self) -> None:
-        """Keep the times, for the next session and the report."""
+        """Keep the times, for the next session and the report. A session without a step, after the last, adds none."""
         self.written = time.monotonic()
-        if self.writes:
+        if self.writes and (self.noted or not (self.workdir / FILE).is_file()):
             io.write_json(self.workdir / FILE, self.times())
 
     def close(self) -> None:

@@ -153,6 +153,14 @@ def test_damaged_times_are_named(days, tmp_path, change):
         clock.Clock(tmp_path, 0, 0.0, 8)
 
 
+def test_a_start_after_the_last_step_changes_nothing(days, tmp_path):
+    session(days, tmp_path, 2).close()
+    before = clock.table(tmp_path)
+    days.now += 3600.0
+    session(days, tmp_path, 0, first=2).close()
+    assert clock.table(tmp_path) == before
+
+
 def test_only_one_host_writes(days, tmp_path):
     clock.Clock(tmp_path, 0, days.now, 8, writes=False).close()
     assert list(tmp_path.iterdir()) == []
