@@ -24,7 +24,9 @@ class Profile:
     def before(self, step: int):
         """Begin the trace if this step is the first of it. The context is a name for the step in the trace."""
         if not self.on and self.first <= step <= self.last:
-            jax.profiler.start_trace(str(self.folder))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of Python would slow the steps, and fill the file
+            jax.profiler.start_trace(str(self.folder), profiler_options=options)
             self.on = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step) if self.on else contextlib.nullcontext()
 

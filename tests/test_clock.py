@@ -200,7 +200,7 @@ def test_a_profile_of_steps_that_a_run_does_not_have_is_refused(steps, said, tmp
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **_: calls.append(("start", folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     profile = profiling.Profile((3, 4), tmp_path)
     for step in range(1, 7):
