@@ -421,6 +421,6 @@ def test_jaxlib_knows_every_flag_for_gpus(world, unknown):
 def test_libtpu_knows_every_flag(world, generation):
     given = flags(world, "LIBTPU_INIT_ARGS", generation)[0] if generation else "--xla_nonsense=true"
     topology = "from jax.experimental import topologies; topologies.get_topology_desc('v5e:2x2', 'tpu')"
-    env = os.environ | {"LIBTPU_INIT_ARGS": given, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": ""}
+    env = os.environ | {"LIBTPU_INIT_ARGS": given, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": ""}
     done = subprocess.run([sys.executable, "-c", topology], env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == bool(generation), done.stderr
