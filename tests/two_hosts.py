@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import tiny
+from jax.experimental import multihost_utils
 
 from cddistill import sharding
 from cddistill.step import active
@@ -24,7 +25,8 @@ for i in range(3):
     if sharding.is_host0():
         print("LOSS", float(metrics[f"{[*turns][-1]}/loss"]), flush=True)
 total = sum(float(np.abs(np.asarray(x)).sum()) for x in jax.tree.leaves(state.nets))
+multihost_utils.sync_global_devices("trained")
 if sharding.is_host0():
     print("WEIGHTS", total, flush=True)
-    time.sleep(2)  # longer than the shutdown waits: this host writes a report
+    time.sleep(4)  # as if it wrote a report; longer than the shutdown waits, which ends both processes
 sharding.wait_for_others()
