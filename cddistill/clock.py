@@ -97,7 +97,7 @@ class Clock:
                 jax.block_until_ready(call.metrics)
             done = time.monotonic()
             gap = max(call.called - last - call.elsewhere, 0.0)
-            waited = min(max(call.got - max(call.asked, last), 0.0), gap)
+            waited = min(call.got - call.asked, gap)
             with self.news:
                 self.interval.append(Done(done - max(call.called, last), waited, gap, call.flops))
                 self.seconds["step"] += self.interval[-1].busy

@@ -39,7 +39,7 @@ WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.htm
 def train(settings, workdir: Path) -> int:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
-    Returns the exit status: 0 or, if a signal stopped it with a checkpoint before the last step, 143 for SIGTERM and
+    Returns the exit status: 0 or, if a signal stopped it before the last step or the report, 143 for SIGTERM and
     130 for Ctrl-C, so that GKE, Slurm and other schedulers start it again. Raises ValueError for bad input before the
     first step, FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when
     another process trains in the workdir.

@@ -181,6 +181,23 @@ def test_programs_are_compiled_once_and_their_flops_are_xlas(tmp_path):
     assert times.times()["steps"] == 2
 
 
+def test_a_step_that_compiles_itself_as_pmaps_does_is_timed_without_flops(tmp_path):
+    times, played = clock.Clock(tmp_path, 0, time.monotonic(), 8), []
+
+    def step(state, frozen, batch, play):
+        played.append(play)
+        return state + 1, {"loss": jnp.ones(())}
+
+    programs = clock.Programs(step, times, accumulate=1)
+    for play in (("critic",), ("critic", "student"), ("critic",)):
+        assert programs(1, None, None, play)[0] == 2
+    assert played == [("critic",), ("critic", "student"), ("critic",)]
+    assert times.seconds["compile"] > 0.0
+    times.close()
+    assert times.times()["steps"] == 3
+    assert all(done.flops is None for done in times.interval)
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

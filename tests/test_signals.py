@@ -51,13 +51,14 @@ def test_the_first_signal_ends_a_block_that_may_be_left_and_is_only_noted_elsewh
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
-def test_a_preview_is_left_for_the_checkpoint_of_its_step(teacher, tmp_path, monkeypatch, sigterm, capsys):
+@pytest.mark.parametrize("steps", [3, 1])  # 1: only the report is left
+def test_a_preview_is_left_for_the_checkpoint_of_its_step(steps, teacher, tmp_path, monkeypatch, sigterm, capsys):
     def look(self, *_):
         sigterm()
         raise AssertionError("the preview went on")
 
     monkeypatch.setattr(preview.Preview, "__call__", look)
-    settings = test_trust.settings(teacher, steps=3, eval_every=1, checkpoint_every=100, report=True)
+    settings = test_trust.settings(teacher, steps=steps, eval_every=1, checkpoint_every=100, report=True)
     assert train.train(settings, tmp_path) == 143
     assert checkpoint.last_good(tmp_path / "checkpoints") == str(tmp_path / "checkpoints" / "1")
     assert "stopped at step 1; the same command resumes" in capsys.readouterr().out
