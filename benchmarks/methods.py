@@ -144,7 +144,7 @@ def make_pairs(settings) -> tuple[float, float]:
 def test_set(parts, n: int):
     """(batch, its true images) of the first n examples of the test split."""
     batch = generate.batch_of(parts, data.examples(parts.experiment.data, "test", n))
-    return batch, generate.decode(parts.frozen["autoencoder"], batch["x0"])
+    return batch, generate.decoded(parts.frozen["autoencoder"], batch["x0"])
 
 
 def score(student, k: int, test, seed: int, teacher: np.ndarray | None = None) -> tuple[dict[str, float], np.ndarray]:

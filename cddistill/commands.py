@@ -36,7 +36,7 @@ def finished(
         raise ValueError(f"{workdir}{absent} holds no run: train first, with --mode=train --workdir={workdir}")
     plain, paths = config.plain(settings), config.paths(experiment)
     checkpoint.check_config(workdir, plain, {*config.mutable_on_resume(experiment), *paths, "steps"})
-    cache_programs()
+    cache_programs(workdir)
     checkpoints = open_checkpoints(workdir, experiment, read_only=True)
     step = checkpoints.resolve(which)
     without_pairs = dataclasses.replace(experiment.data, pairs="")  # only training reads them
@@ -87,7 +87,7 @@ def prepare(write: Callable, settings, output: Path) -> None:
     experiment = config.resolve(settings)
     io.ensure_writable(output, "--output")
     with lock.held(output, "--output", jax.process_index()):
-        cache_programs()
+        cache_programs(output)
         write(experiment, output, config.plain(settings))
 
 

@@ -16,13 +16,15 @@ from cddistill.data import SOURCES, TASKS, DataConfig
 from cddistill.data.loader import option_classes
 from cddistill.method import Method
 from cddistill.methods import METHODS
+from cddistill.models.configured import POLICIES
 from cddistill.optim import OptimConfig
 from cddistill.sampling import OdeSampler
-from cddistill.typed import SOME, Count, Natural, NonNegative, SamplingSteps, within
+from cddistill.typed import SOME, Count, Limit, Natural, NonNegative, SamplingSteps, within
 
 MAX_SEED = 2**31 - 100  # a seed and the few that are counted on from it fit JAX's int32
 Seed = Annotated[int, within(least=0, below=MAX_SEED)]
 BatchSize = Annotated[int, within(least=1, most=2**20)]
+PAIR = Limit("two numbers, or none", lambda x: len(x) in (0, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"  # that networks compute in; "bfloat16" halves activations;
     # weights stay float32
     remat: bool = False  # recompute activations block by block in the backward pass
+    remat_policy: Literal[*POLICIES] = "nothing_saveable"  # what remat keeps of a block besides its inputs: nothing,
+    # convolutions and products with weights, all products, those with weights, or these in the host's memory
     flash: bool = True  # fused attention kernels where available; False if a loss takes second derivatives
     log_every: Count = 10  # steps
     checkpoint_every: Count = 500  # steps
@@ -61,6 +65,10 @@ class Run:
     encode_epochs: Count = 1  # passes of --mode=encode over the training split; those after the first are augmented
     encode_sample: bool = False  # latents are drawn from the VAE's posterior, in training on images anew; or its mean
     encode_dtype: Literal["float16", "float32"] = "float16"  # of latents and embeddings in .npy files of --mode=encode
+    decode_batch: Natural = 0  # images that the VAE decodes at a time when samples are generated; 0 = all of a batch
+    decode_tile: Annotated[int, within(off=0, least=8)] = 0  # side of the overlapping tiles of a latent, in its pixels,
+    # in which the VAE decodes larger ones; 0 = whole. Tiles change images slightly: norms and attention see less
+    profile: Annotated[tuple[Count, ...], PAIR] = ()  # first and last step of a trace, written to workdir/profile
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
 
@@ -76,6 +84,7 @@ class Experiment(NamedTuple):
 
 MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
+    *("profile", "decode_batch", "decode_tile"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
     "method.preset",  # the fields that it sets count themselves

@@ -106,10 +106,13 @@ def sample(
     batch has INPUTS (of x0 only the shape counts) and "index": noise follows batch["index"] and the seed. The task, if
     given, finishes the images of a batch with conditions.
     """
-    program, nets = sampling_program(student.method, student.mesh, decode), student[2:]
+    autoencoder = student.frozen["autoencoder"]
+    apart = decode and autoencoder.params is not None and bool(autoencoder.rows or autoencoder.tile)
+    program, nets = sampling_program(student.method, student.mesh, decode and not apart), student[2:]
     devices = student.mesh.devices
     chunk = PREVIEWED * devices.size if devices.flat[0].platform == "cpu" else 64  # a CPU's rate hardly depends on it,
     found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)  # and compiles once
+    found = decoded(autoencoder, found) if apart else found
     return task.finish(found, batch["cond"]) if task and "cond" in batch else found
 
 
@@ -179,9 +182,18 @@ def pictures_program(method: Method, mesh):
     return program
 
 
-def decode(autoencoder: Autoencoder, x0) -> np.ndarray:
-    """Images [n, h, w, c] in [0, 1] of pixels or latents x0."""
-    chunk = len(x0) if autoencoder.params is None else 8  # decoding takes memory
+def decoded(autoencoder: Autoencoder, x0) -> np.ndarray:
+    """Images [n, h, w, c] in [0, 1] of pixels or latents x0; a few at a time, as decoding takes memory.
+
+    Latents larger than autoencoder.tile are decoded in tiles, which are blended.
+    """
+    chunk = len(x0) if autoencoder.params is None else autoencoder.rows or 8
+    size = min(autoencoder.tile, *x0.shape[1:3])
+    if autoencoder.params is not None and 0 < size < max(x0.shape[1:3]):
+        cut = np.stack([tiles.cut(np.asarray(x), size) for x in x0])
+        flat = decoded(autoencoder, cut.reshape(-1, *cut.shape[2:]))
+        unit, images = flat.shape[1] // size, flat.reshape(*cut.shape[:2], *flat.shape[1:])
+        return np.stack([tiles.join(x, (x0.shape[1] * unit, x0.shape[2] * unit), unit) for x in images])
     return np.concatenate([to_images(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
 
 
@@ -220,13 +232,13 @@ def encoding_program(encode: encoders.Encoders, mesh):
 
 def targets(parts: Parts, examples) -> np.ndarray:
     """The images of `data.examples`, [n, h, w, c] in [0, 1]: their own pixels or, if they are latents, decoded."""
-    return decode(Autoencoder() if parts.encoders else parts.frozen["autoencoder"], examples["x0"])
+    return decoded(Autoencoder() if parts.encoders else parts.frozen["autoencoder"], examples["x0"])
 
 
 def reconstruction(parts: Parts, batch) -> np.ndarray | None:
     """Targets of a batch as the VAE encodes and decodes them, [n, h, w, c] in [0, 1]; None where nothing is encoded."""
     autoencoder = parts.frozen["autoencoder"]
-    return None if parts.encoders is None or autoencoder.params is None else decode(autoencoder, batch["x0"])
+    return None if parts.encoders is None or autoencoder.params is None else decoded(autoencoder, batch["x0"])
 
 
 def arrays(examples) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from cddistill import io
+from cddistill import io, signals
 
 BEAT = 10.0  # s between the signs of life of an owner
 SILENT = 60.0  # s without one, after which an owner on another machine counts as gone
@@ -39,7 +39,8 @@ def held(folder: Path, flag: str = "--workdir", index: int = 0):
     thread = threading.Thread(target=beat, args=(path, token, stop), daemon=True)
     thread.start()
     try:
-        yield
+        with signals.at_end(functools.partial(release, path, token)):
+            yield
     finally:
         stop.set()
         thread.join()

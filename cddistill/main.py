@@ -17,14 +17,13 @@ import logging
 import pathlib
 import re
 import shutil
-import threading
 import traceback
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, lock, typed
+from cddistill import io, lock, memory, signals, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -72,8 +71,8 @@ def main(settings):
     from cddistill import api, commands, config, sharding, train
 
     experiment = config.resolve(settings)
-    sharding.initialize()
-    check_devices()
+    sharding.initialize(training=MODE.value == "train")
+    sharding.check_devices()
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(settings, workdir)
@@ -110,23 +109,6 @@ def default_workdir() -> pathlib.Path:
     """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
     path, variant = config_file(CONFIG.value)
     return pathlib.Path("runs") / "-".join(filter(None, (path.stem, variant)))
-
-
-def check_devices() -> None:
-    """ValueError if JAX_PLATFORMS asks for devices that are not there; JAX's own error is a traceback."""
-    import jax
-
-    asked = os.environ.get("JAX_PLATFORMS")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        if not asked:
-            raise
-        why = f" ({str(error).partition(' (set JAX')[0]})" if str(error) else ""
-        raise ValueError(
-            f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here{why}: unset it to use those that there "
-            "are, or install what they need, such as pip install 'cddistill[gpu]'"
-        ) from error
 
 
 # ---- from arguments to a config
@@ -375,35 +357,30 @@ def fail(error: BaseException):
 
 
 def guarded(settings):
-    """`main`, with expected errors as one sentence; any other keeps its traceback."""
+    """`main`, with expected errors as one sentence; any other keeps its traceback. Several hosts end together."""
     try:
-        return main(settings)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("CDDISTILL_TRACEBACK"):
+        status = main(settings)
+        from cddistill import sharding  # slow, and `main` quietens it
+
+        sharding.wait_for_others()
+        return status
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        full = isinstance(error, RuntimeError) and memory.EXHAUSTED in str(error)  # as JAX says it
+        if os.environ.get("CDDISTILL_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
             raise
-        fail(error)
-
-
-def interrupted(number, frame):
-    """The handler of Ctrl-C outside of the training loop: two seconds to tidy up; a second one ends it at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.unraisablehook = lambda _: None
-    end = threading.Timer(2.0, os._exit, [130])  # where the exception is lost, in a callback of the garbage collector
-    end.daemon = True
-    end.start()
-    raise KeyboardInterrupt
+        fail(ValueError(memory.exhausted(str(error), MODE.value, settings.to_dict())) if full else error)
 
 
 def run():
-    """Entry point of the console script `cddistill`. Ctrl-C ends it quietly with status 130."""
-    signal.signal(signal.SIGINT, interrupted)
+    """Entry point of the console script `cddistill`. Ctrl-C ends it quietly with status 130, SIGTERM with 143."""
+    signals.catch()
     try:
         app.run(guarded, flags_parser=parse)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(error.args[0] if error.args else 130)
     finally:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # also while the interpreter shuts down
+        signals.end_quietly()  # also while the interpreter shuts down
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ class Autoencoder:
     params: Any = None
     encoder: Callable = flax.struct.field(pytree_node=False, default=identity)
     decoder: Callable = flax.struct.field(pytree_node=False, default=identity)
+    rows: int = flax.struct.field(pytree_node=False, default=0)  # images that `generate` decodes at a time; 0 = all
+    tile: int = flax.struct.field(pytree_node=False, default=0)  # side of a latent's tiles there; 0 = whole
 
     def __repr__(self):
         if self.encoder is identity:

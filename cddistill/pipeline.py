@@ -34,6 +34,7 @@ class Pipeline:
     lora: str = ""  # file or folder
     lora_scale: float = 1.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dtype, remat, flash of every network
+    decoding: Mapping[str, int] = dataclasses.field(default_factory=dict)  # fields of Autoencoder
     place: Callable | None = None  # (path, array) -> array on devices, called for each weight as it is read
     random_seed: int | None = None  # initialise the denoiser at random instead of reading its weights
 
@@ -63,7 +64,8 @@ class Pipeline:
         """The VAE; the identity for pixel models, which have none."""
         if not self.has("vae"):
             return Autoencoder()
-        return models.load(self.name, "vae", place=self.place, expect=models.AUTOENCODERS, **self.options)
+        vae = models.load(self.name, "vae", place=self.place, expect=models.AUTOENCODERS, **self.options)
+        return vae.replace(**self.decoding)
 
     @functools.cached_property
     def prompts(self) -> Prompts | None:
@@ -241,7 +243,17 @@ def of_run(run, place: Callable | None = None) -> Pipeline:
         run.teacher,
         lora=run.lora,
         lora_scale=run.lora_scale,
-        options={"dtype": jnp.dtype(run.dtype), "remat": run.remat, "flash": run.flash},
+        options={"dtype": jnp.dtype(run.dtype), "remat": remat_of(run), "flash": run.flash},
+        decoding={"rows": run.decode_batch, "tile": run.decode_tile},
         place=place,
         random_seed=run.seed if run.random_init else None,
     )
+
+
+def remat_of(run) -> bool | str:
+    """The option remat of a run's networks. Raises ValueError for a policy of what is not recomputed."""
+    if run.remat_policy == "nothing_saveable":
+        return run.remat
+    if not run.remat:
+        raise ValueError(f"remat_policy={run.remat_policy!r} says what remat keeps: set remat=True, or leave it out")
+    return run.remat_policy

@@ -13,21 +13,49 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+LONGEST = 7 * 24 * 3600 * 1000  # ms that hosts wait for the others at the end; of one that is gone they learn earlier
 
-def initialize() -> None:
-    """Connect to the other hosts of the run, if there are any.
+
+def initialize(training: bool = True) -> None:
+    """Connect to the other hosts of the run, if there are any. In training they will agree on the step to stop at when
+    one of them gets SIGTERM (`signals.Preemption`); otherwise its handler stays.
 
     The environment variables CDDISTILL_COORDINATOR (address), CDDISTILL_PROCESSES (number of hosts) and
     CDDISTILL_PROCESS_ID (number of this host) describe the run; CDDISTILL_COORDINATOR="auto" reads all three from the
     cluster (Cloud TPU, Slurm). A single process sets none.
     """
     coordinator = os.environ.get("CDDISTILL_COORDINATOR")
+    jax.config.update("jax_enable_preemption_service", training)
     if coordinator == "auto":
         jax.distributed.initialize()
     elif coordinator:
         processes = int(os.environ["CDDISTILL_PROCESSES"])
         index = int(os.environ["CDDISTILL_PROCESS_ID"])
         jax.distributed.initialize(coordinator, processes, index)
+
+
+def check_devices() -> None:
+    """ValueError if JAX_PLATFORMS asks for devices that are not there; JAX's own error is a traceback."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if not asked:
+            raise
+        why = f" ({str(error).partition(' (set JAX')[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here{why}: unset it to use those that there "
+            "are, or install what they need, such as pip install 'cddistill[gpu]'"
+        ) from error
+
+
+def wait_for_others() -> None:
+    """The end of a mode on every host. One that ended its process earlier would wait in the shutdown of
+    jax.distributed, which ends all others after five minutes."""
+    if os.environ.get("CDDISTILL_COORDINATOR"):
+        from orbax.checkpoint import multihost  # not above: it takes a second
+
+        multihost.get_barrier_sync_fn()(key="the mode has ended", timeout_ms=LONGEST)
 
 
 def is_host0() -> bool:

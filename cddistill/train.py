@@ -10,7 +10,20 @@ from pathlib import Path
 
 import jax
 
-from cddistill import checkpoint, config, data, generate, io, lock, log, sharding, signals
+from cddistill import (
+    checkpoint,
+    clock,
+    config,
+    data,
+    environment,
+    generate,
+    io,
+    lock,
+    log,
+    profiling,
+    sharding,
+    signals,
+)
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.data import digests
@@ -23,35 +36,38 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
-def train(settings, workdir: Path) -> None:
+def train(settings, workdir: Path) -> int:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
-    Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
-    FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when another process
-    trains in the workdir.
+    Returns the exit status: 0 or, if a signal stopped it before the last step or the report, 143 for SIGTERM and
+    130 for Ctrl-C, so that GKE, Slurm and other schedulers start it again. Raises ValueError for bad input before the
+    first step, FloatingPointError for a loss that is not finite, OSError when the disk is full and lock.InUse when
+    another process trains in the workdir.
     """
     began, experiment, plain = time.monotonic(), config.resolve(settings), config.plain(settings)
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
+    profiling.check(experiment.run.profile, experiment.run.steps)
     io.ensure_writable(workdir)
     with naming_checkpoint(workdir), lock.held(workdir, index=jax.process_index()):
-        train_alone(experiment, plain, workdir, began)
+        return train_alone(experiment, plain, workdir, began)
 
 
-def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> None:
+def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> int:
     """As `train`, in a workdir that no other process writes."""
     run = experiment.run
     parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
     first = int(state.step)
+    environment.record(workdir, first)
     print(overview(parts), flush=True)
     if int(state.step) < run.steps:
         print("compiling the train step: seconds for a small network, minutes for a large one ...", flush=True)
     with signals.Preemption() as stop:
         state, timings = loop(parts, state, workdir, checkpoints, stop, began)
-    checkpoints.close()
-    if int(state.step) < run.steps:
+        checkpoints.close()
+    if stopped := int(state.step) < run.steps or (stop.asked and run.report):
         print(f"stopped at step {int(state.step)}; the same command resumes from {checkpoints.last_good()}")
     elif run.report:
         timings |= {f"training{f' since step {first}' * (first > 0)}, s": time.monotonic() - began}
@@ -59,6 +75,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
     if sharding.is_host0():
         written = [name for name in WRITTEN if (workdir / name).exists()]
         print(f"step {int(state.step)} of {run.steps}; in {workdir}: {', '.join(written)}", flush=True)
+    return stop.status if stopped else 0
 
 
 @contextlib.contextmanager
@@ -81,7 +98,7 @@ def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
         old = read_inputs(workdir) if (workdir / INPUTS).is_file() else {}
         free = config.mutable_on_resume(experiment)
         checkpoint.check_config(workdir, plain, free | paths if old else free)
-    cache_programs()
+    cache_programs(workdir)
     parts = build(experiment, training_splits(experiment.run))
     if resumes:
         check_inputs(workdir, parts, plain, paths)
@@ -107,36 +124,46 @@ def loop(parts, state, workdir, checkpoints, stop, began):
     turns, driver, look = parts.experiment.method.turns(), parts.driver(), preview.preview(parts)
     rules = parts.experiment.method.health_rules()
     writer = log.make_writer(workdir, run.steps, run.batch_size, rules, first, sharding.is_host0())
-    recorder = Recorder(run, writer, checkpoints.last_good, began)
     state, frozen = driver.put_state(state), driver.put_frozen(parts.frozen)
     stream = parts.batches(driver, frozen, first)
+    times = clock.Clock(workdir, first, began, run.batch_size, sharding.is_host0())
+    recorder = Recorder(run, writer, checkpoints.last_good, began, times)
+    play, profile = clock.Programs(driver.step, times, run.accumulate), profiling.Profile(run.profile, workdir)
     try:
         for step in range(first + 1, run.steps + 1):
-            state, metrics = driver.step(state, frozen, next(stream), active(turns, step - 1))
-            recorder.push(step, metrics)
-            stopping = stop.requested(step)
-            last = step == run.steps or stopping
-            if not (last or step % run.eval_every == 0 or step % run.checkpoint_every == 0):
-                continue
-            recorder.flush()
-            scores = None
-            if step % run.eval_every == 0:
-                scores = look(driver.get_state(state), step, workdir, writer)
-            if last or step % run.checkpoint_every == 0:
-                checkpoints.save(step, driver.get_state(state), metrics=scores)
+            with profile.before(step):
+                state, metrics = play(state, frozen, times.next(stream), active(turns, step - 1))
+                recorder.push(step, metrics)
+            profile.after(step, metrics)
+            stopping, scores = stop.requested(step), None
+            looks = step % run.eval_every == 0 and not stopping
+            saves = stopping or step == run.steps or step % run.checkpoint_every == 0
+            if looks or saves:
+                recorder.flush()
+            if looks:
+                with times.spending("evaluation"), stop.leaving():
+                    scores = look(driver.get_state(state), step, workdir, writer)
+                stopping = stop.asked
+            if saves or stopping:
+                with times.spending("checkpoint"):
+                    checkpoints.save(step, driver.get_state(state), metrics=scores)
+                times.write()
             if stopping:
                 break
-        checkpoints.wait()
+        with times.spending("checkpoint"):
+            checkpoints.wait()
     finally:
+        profile.close()
+        times.close()
         writer.close()
-    return driver.get_state(state), recorder.timings | {"peak memory, GB": peak_memory()}
+    return driver.get_state(state), recorder.timings | times.facts() | {"peak memory, GB": peak_memory()}
 
 
 class Recorder:
     """Metrics from the device to the writer: one step late, and averaged over log_every steps."""
 
-    def __init__(self, run, writer, last_good, began: float):
-        self.run, self.writer, self.began = run, writer, began
+    def __init__(self, run, writer, last_good, began: float, times: clock.Clock):
+        self.run, self.writer, self.began, self.times = run, writer, began, times
         self.late, self.means, self.timings = log.Delayed(last_good), log.Means(), {}
 
     def push(self, step: int, metrics) -> None:
@@ -157,7 +184,7 @@ class Recorder:
             self.timings["time to first step, s"] = seconds = time.monotonic() - self.began
             print(f"first step after {seconds:.1f} s, peak memory {peak_memory():.2f} GB", flush=True)
         if step % self.run.log_every == 0 or step == self.run.steps:
-            self.writer.write_scalars(step, self.means.take())
+            self.writer.write_scalars(step, self.means.take() | self.times.take(step))
 
 
 def init_from_run(parts, state, workdir: Path):
@@ -248,10 +275,15 @@ def overview(parts) -> str:
     return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def cache_programs() -> None:
-    """Keep compiled programs in the user's cache, so that the next start is quick."""
+def cache_programs(folder: Path) -> None:
+    """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, so that the next start is quick.
+
+    The default is the user's cache or, with several hosts, a place in this folder, which all of them must see: only the
+    first host writes programs, and each reads them.
+    """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cddistill" / "programs"))
+        own = Path.home() / ".cache" / "cddistill" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder / ".programs" if jax.process_count() > 1 else own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

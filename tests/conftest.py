@@ -37,8 +37,8 @@ def pytest_configure(config):
 def _keep_every_program():
     """Also the quick ones, of which there are many; a training run alone keeps those that take a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cddistill.train.cache_programs", lambda: None)
-        patch.setattr("cddistill.commands.cache_programs", lambda: None)
+        patch.setattr("cddistill.train.cache_programs", lambda _: None)
+        patch.setattr("cddistill.commands.cache_programs", lambda _: None)
         yield
 
 

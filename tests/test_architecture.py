@@ -4,15 +4,15 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals"},
-    {"net", "storage", "lock"},
+    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "devices", "memory", "profiling"},
+    {"net", "storage", "lock", "environment"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},
     {"methods"},
     {"step", "optim", "data"},
     {"config"},
-    {"checkpoint", "checks", "log", "encoders"},
+    {"checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
     {"generate"},
     {"evals", "precompute", "export"},

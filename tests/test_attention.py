@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from cddistill import models, sharding
 from cddistill.models import attention as module
 from cddistill.models import convert
 from cddistill.models.attention import attention, kernel, loop, pallas, xla
+from cddistill.models.configured import POLICIES, rematerialised
 from cddistill.models.init import weight_shapes
 from cddistill.step import TrainState
 
@@ -318,15 +320,39 @@ def test_matmuls_and_convolutions_run_in_bfloat16(name):
     ["tiny_vae", *(pytest.param(x, marks=pytest.mark.slow) for x in ("unet", "adm", "vae", "controlnet", "mu_blend"))],
 )
 def test_remat_equals_plain_and_bfloat16_is_close(name):
-    def outputs(params):
-        plain, again = (jax.vjp(call(name, remat=remat), params) for remat in (False, True))
-        return *((out, backward(jnp.cos(out))) for out, backward in (plain, again)), call(name, dtype=jnp.bfloat16)(
-            params
-        )
+    policies = ["products_saveable"] if name == "tiny_vae" else POLICIES
 
-    (out, grads), again, half = jax.jit(outputs)(weights(name))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(a).max())), (out, grads), again)
+    def outputs(params):
+        each = (jax.vjp(call(name, remat=remat), params) for remat in (False, True, *policies))
+        return [(out, backward(jnp.cos(out))) for out, backward in each], call(name, dtype=jnp.bfloat16)(params)
+
+    ((out, grads), *others), half = jax.jit(outputs)(weights(name))
+    for again in others:
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(a).max()))
+        jax.tree.map(close, (out, grads), again)
     assert 1e-4 < np.abs(half - out).max() / np.abs(out).max() < 0.1  # bfloat16 has 8 bits
+
+
+class Products(nn.Module):
+    """A convolution, a product with weights and one of two activations."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4)(jnp.sin(nn.Conv(4, (3, 3))(x)))
+        return jnp.sin(jnp.einsum("bhwc,bhvc->bhwv", jnp.sin(h), h))
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"),
+    [(False, 0), (True, 3), ("nothing_saveable", 3), ("products_saveable", 1), ("dots_saveable", 0)]
+    + [("dots_with_no_batch_dims_saveable", 2), ("offload_dots", 2)],
+)
+def test_a_policy_of_remat_says_which_products_are_computed_again(remat, again):
+    """Three forward; backward two of activations, two of the weights' product, and the convolution's kernel."""
+    x, block = jnp.ones((1, 4, 4, 4)), rematerialised(Products, remat)()
+    params = block.init(jax.random.key(0), x)
+    grads = jax.make_jaxpr(jax.grad(lambda params: block.apply(params, x).sum()))(params)
+    assert sum(eqn.primitive.name in PRODUCTS for eqn in equations(grads.jaxpr)) == 8 + again
 
 
 @pytest.mark.parametrize("name", NETWORKS)

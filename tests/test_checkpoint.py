@@ -563,6 +563,7 @@ def test_first_signal_requests_a_stop_and_second_interrupts(number):
             assert not stop.requested(1)
             os.kill(os.getpid(), number)
             assert stop.requested(2)
+            assert stop.status == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
             with pytest.raises(InterruptedError):
                 os.kill(os.getpid(), number)
     finally:

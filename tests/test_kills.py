@@ -63,8 +63,13 @@ def child(*arguments):
     """A process that has begun to work."""
     script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_kills; "
     script += f"test_kills.work(*{[str(x) for x in arguments]!r})"
+    return started(script, arguments[3])
+
+
+def started(script, folder):
+    """A process of this script that has begun to work in a folder."""
     env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    folder = pathlib.Path(arguments[3])
+    folder = pathlib.Path(folder)
     with folder.with_name(f"{folder.name}.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=log, stderr=log)
     while "begins\n" not in said_in(folder) and process.poll() is None:

@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from absl import flags
 
 import cddistill as package
-from cddistill import config, io, main, typed
+from cddistill import config, io, main, sharding, typed
 from cddistill.main import sentence
 from cddistill.models import folders
 
@@ -272,7 +273,7 @@ def test_the_version_is_printed(parsed, capsys):
 @pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow), "abacus"])
 def test_devices_that_are_not_there_are_one_sentence(platform):
     done = subprocess.run(
-        [sys.executable, "-c", "from cddistill import main; main.check_devices()"],
+        [sys.executable, "-c", "from cddistill import sharding; sharding.check_devices()"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform},
         capture_output=True,
         text=True,
@@ -301,6 +302,33 @@ def test_os_errors_become_one_sentence(error, said):
     assert sentence(error).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("mode", "hint"),
+    [("train", "lower batch_size=32, raise accumulate=1, set remat=True"), ("sample", "set decode_batch=1")],
+)
+def test_a_full_device_is_one_sentence_that_says_what_to_change(parsed, monkeypatch, mode, hint):
+    def full(settings):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 26500000000 bytes.\n\nBuffer assignment: ...")
+
+    monkeypatch.setattr(main, "main", full)
+    settings = parsed(SR, f"--mode={mode}", "--config.batch_size=32")
+    with pytest.raises(SystemExit) as stopped:
+        main.guarded(settings)
+    said = stopped.value.code
+    assert "is full (it was asked for 26500000000 bytes): " in said
+    assert hint in said
+    assert said.endswith("; --mode=plan says what a config needs")
+
+
+def test_other_errors_of_jax_keep_their_traceback(parsed, monkeypatch):
+    def broken(settings):
+        raise RuntimeError("INTERNAL: ptxas exited with code 1")
+
+    monkeypatch.setattr(main, "main", broken)
+    with pytest.raises(RuntimeError, match="ptxas"):
+        main.guarded(None)
+
+
 def test_damage_of_what_ships_with_the_package_says_to_reinstall(tmp_path, monkeypatch):
     shutil.copytree(folders.ASSETS / "pocket", tmp_path / "models" / "assets" / "pocket")
     monkeypatch.setattr(folders, "ASSETS", tmp_path / "models" / "assets")
@@ -315,3 +343,39 @@ def test_damage_of_what_ships_with_the_package_says_to_reinstall(tmp_path, monke
         assert "part of this package" in said
         assert said.endswith(": reinstall cddistill")
     assert "reinstall" not in sentence(ValueError("runs/pocket/unet is truncated"))
+
+
+# ---- signals
+
+STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # in C for minutes, as XLA's compiler is
+BUSY = "while True: pass"
+
+
+@pytest.mark.parametrize(
+    ("work", "number", "grace"),
+    [(BUSY, signal.SIGTERM, "60"), (BUSY, signal.SIGINT, "60"), (STUCK, signal.SIGTERM, "0.1")],
+)
+def test_a_signal_ends_a_mode_with_its_status_also_while_it_compiles(work, number, grace):
+    """With 60 s of grace nobody insists: the handler alone ends the process."""
+    work = f"print(1, flush=True)\n{work}"
+    work = f"from cddistill import main\nmain.app.run = lambda *_, **__: exec({work!r})\nmain.run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", work],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CDDISTILL_GRACE": grace},
+        stdout=-1,
+        stderr=-2,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(number)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (128 + number, "")
+
+
+def test_hosts_end_together(monkeypatch):
+    """A host whose mode has ended waits for the others: see also two_hosts.py."""
+    waited = []
+    monkeypatch.setattr(main, "main", lambda _: 143)
+    monkeypatch.setattr(sharding, "wait_for_others", lambda: waited.append(True))
+    assert main.guarded(None) == 143
+    assert waited == [True]

@@ -36,7 +36,7 @@ def settings(teacher, **changes):
 def run(teacher, tmp_path_factory):
     """A finished run's workdir."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(settings(teacher), workdir)
+    train.train(settings(teacher, profile=(3, 4)), workdir)
     return workdir
 
 
@@ -60,8 +60,27 @@ def test_a_run_writes_config_metrics_checkpoints_samples_and_report(run):
     assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} >= {"4", "6"}
     assert Image.open(run / "samples" / "000006.png").size[0] > 100
     report = (run / "report.html").read_text()
-    for word in ("bicubic", "student, 1 step", "student, 2 steps", "PSNR", "±"):
+    for word in ("bicubic", "student, 1 step", "student, 2 steps", "PSNR", "±", "time per step", "(goodput)"):
         assert word in report
+
+
+def test_a_run_says_where_its_time_went(run):
+    for record in (r for r in records(run) if "student/loss" in r):
+        assert record["time/step_ms"] > 0.0
+        assert record["time/images_per_s"] > 0.0
+        assert 0.0 <= record["time/data_wait"] <= 1.0
+        assert 0.0 < record["time/goodput"] < 1.0
+        assert "time/mfu" not in record  # the peak of a CPU is not known
+    known = json.loads((run / "goodput.json").read_text())
+    assert (known["from_step"], known["step"], known["steps"]) == (0, 6, 6)
+    assert all(known["seconds"][kind] > 0.0 for kind in ("step", "start", "compile", "evaluation", "checkpoint"))
+
+
+def test_a_profile_of_the_steps_asked_for_is_written(run):
+    (trace,) = run.glob("profile/plugins/profile/*/*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in found.planes for line in plane.lines for event in line.events]
+    assert {dict(event.stats)["step_num"] for event in events if event.name == "train"} == {3, 4}
 
 
 def test_resuming_is_bit_exact(run, teacher, tmp_path):
@@ -71,7 +90,7 @@ def test_resuming_is_bit_exact(run, teacher, tmp_path):
     for a, b in zip(weights(run, 6, teacher), weights(tmp_path, 6, teacher), strict=True):
         np.testing.assert_array_equal(a, b)
     keep = lambda workdir: [
-        {k: v for k, v in r.items() if k != "time"} for r in records(workdir) if "student/loss" in r
+        {k: v for k, v in r.items() if not k.startswith("time")} for r in records(workdir) if "student/loss" in r
     ]
     assert keep(run) == keep(tmp_path)
 
@@ -161,7 +180,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_train
 from cddistill import train
 settings = test_train.settings({str(teacher)!r}, steps=10_000, checkpoint_every=5, eval_every=100_000)
-train.train(settings, pathlib.Path({str(workdir)!r}))
+sys.exit(train.train(settings, pathlib.Path({str(workdir)!r})))
 """
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
     return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=-1, stderr=-2, text=True)
@@ -177,12 +196,12 @@ def wait_for_checkpoint(process, workdir):
 
 
 def test_sigterm_leaves_a_complete_checkpoint(teacher, tmp_path):
-    """Of the last step, and exit status 0. What SIGKILL leaves: test_kills.py."""
+    """Of the last step, and status 143, which is no success. What SIGKILL leaves: test_kills.py."""
     process = command(teacher, tmp_path)
     wait_for_checkpoint(process, tmp_path)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()
-    assert process.returncode == 0, out
+    assert process.returncode == 143, out
     assert "the same command resumes" in out
     stopped = int(out.split("stopped at step ")[1].split(";")[0])
     assert (tmp_path / "checkpoints" / str(stopped)).is_dir()

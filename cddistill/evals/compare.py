@@ -1,16 +1,13 @@
 """Evaluate a trained run on the test split: student, teacher, baseline and references, as scores and a report."""
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-import cddistill
-from cddistill import data, generate, health, io, pipeline, sharding
+from cddistill import clock, data, environment, generate, health, io, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.evals import grids, regions, report, stored
 from cddistill.evals.scores import RECONSTRUCTION, STUDENT, Row, Scores, evaluate, markdown, mean_and_error
@@ -47,7 +44,8 @@ def evaluate_and_report(
         metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
         config=config,
         timings=timings,
-        versions=versions(),
+        times=clock.table(workdir),
+        versions=environment.versions(),
         notes=[*notes(parts, step), *health_notes(workdir, parts.experiment.method.health_rules())],
     )
     print(f"report: {page}" + " (report.html, of more images, is kept)" * bool(suffix), flush=True)
@@ -185,11 +183,3 @@ def health_notes(workdir: Path, rules: health.Rules) -> list[str]:
     alarms = health.diagnose(records := health.read(workdir / "metrics.jsonl"), rules)
     lines = [f"Health: {alarm.name} from step {alarm.step} on: {alarm.words}." for alarm in alarms]
     return lines or ["Health: no sign of a failing run in its metrics."] * bool(records)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages and the devices that produced the scores."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    device = jax.devices()[0]
-    packages = {"cddistill": cddistill.__version__} | {name: importlib.metadata.version(name) for name in names}
-    return packages | {"python": platform.python_version(), "devices": f"{jax.device_count()} x {device.device_kind}"}

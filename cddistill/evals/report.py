@@ -37,13 +37,15 @@ def write_report(
     metrics_path=None,
     config: Mapping | None = None,
     timings: Mapping[str, float | int] | None = None,
+    times: Sequence[tuple[str, float, float]] = (),
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> pathlib.Path:
     """Write a self-contained HTML file atomically and return its path.
 
     `grids` are (caption, bytes of a PNG file or uint8 [h,w,3]). `metrics_path` is a metrics.jsonl: each line has "step"
-    and "<turn>/<metric>" numbers. `timings` are in seconds unless the name ends in a unit ("peak memory, GB").
+    and "<turn>/<metric>" numbers. `timings` are in seconds unless the name ends in a unit ("peak memory, GB"). `times`
+    are (what, seconds, share of all time) of training: see `clock.table`.
     """
     import jinja2
 
@@ -56,6 +58,7 @@ def write_report(
         speed=speed_figures(rows),
         curves=curves(metrics_path) if metrics_path else None,
         timings=[quantity(name, value) for name, value in (timings or {}).items()],
+        times=[(what, quantity(what, seconds)[1], f"{share:.1%}") for what, seconds, share in times],
         config=io.flatten(config or {}),
         versions=dict(versions or {}),
         notes=list(notes),
@@ -147,7 +150,7 @@ def data_url(image: bytes | np.ndarray) -> str:
 
 def curves(path) -> dict:
     """Figures of logged metrics: {"turns": {turn: [(metric, last value, svg), ...]}, "more": number not shown}."""
-    series = read_metrics(path)
+    series = dict(sorted(read_metrics(path).items(), key=lambda item: item[0].startswith("time/")))  # these last
     turns = {}
     for name in list(series)[:MOST_CURVES]:
         steps, values = series[name]

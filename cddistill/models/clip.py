@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cddistill.models.attention import attention
-from cddistill.models.configured import Configured, Entries, Epsilon, Layers
+from cddistill.models.configured import Configured, Entries, Epsilon, Layers, rematerialised
 from cddistill.typed import Width, brief, within
 
 
@@ -214,7 +214,7 @@ class CLIPTextModel(Configured):
         """The submodule "text_model"."""
         norm = partial(nn.LayerNorm, self.layer_norm_eps, dtype=self.dtype, use_fast_variance=False)
         layer = partial(
-            nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer,
+            rematerialised(CLIPEncoderLayer, self.remat),
             partial(CLIPAttention, self.num_attention_heads, self.dtype),
             partial(CLIPMLP, self.intermediate_size, self.hidden_act, self.dtype),
             norm,

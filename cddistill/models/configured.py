@@ -6,6 +6,7 @@ import typing
 from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from cddistill.typed import HELD, Limit, Width, brief, within
@@ -34,7 +35,7 @@ class Configured(nn.Module):
     """Base of all ported networks. The fields below belong to a run; a subclass adds the keys of its config.json."""
 
     dtype: Any = jnp.float32
-    remat: bool = False  # recompute each block's activations in the backward pass
+    remat: bool | str = False  # recompute each block's activations in the backward pass; a text: a policy of POLICIES
     flash: bool = True  # use fused attention kernels, which have no second derivative
 
     supported: ClassVar[dict] = {}  # {option: supported values}, for fields and other options
@@ -75,6 +76,28 @@ class Configured(nn.Module):
 
     def check(self):
         """Raise ValueError for options that contradict each other."""
+
+
+def products_saveable(primitive, *avals, **params) -> bool:
+    """Keep what convolutions and matrix products with weights give; norms and activations are cheap to recompute."""
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *avals, **params)
+
+
+POLICIES = {  # what rematerialised blocks keep for the backward pass besides their inputs; most have JAX's names
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "products_saveable": products_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload_dots": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
+def rematerialised(cls, remat: bool | str):
+    """The class of a block, whose activations the backward pass recomputes if remat is True or a key of POLICIES."""
+    if not remat:
+        return cls
+    return nn.remat(cls, policy=None if remat is True else POLICIES[remat])
 
 
 def as_tuple(value):

@@ -63,7 +63,7 @@ def from_torch(path, x):
 
 
 def load(
-    folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool = False, flash: bool = True, place=None,
+    folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool | str = False, flash: bool = True, place=None,
     expect=(),
 ):  # fmt: skip
     """Load a network: a Denoiser, Autoencoder or Net, by the class that config.json names.
@@ -76,7 +76,8 @@ def load(
             1.x's (scaled-linear betas, eps), and a warning says so.
         dtype: compute type of the layers. Weights are float32, whatever the file's type; kernels are [h, w, in, out] or
             [in, out].
-        remat: recompute activations in the backward pass, which saves memory.
+        remat: recompute activations in the backward pass, which saves memory; a key of `configured.POLICIES` says which
+            are kept.
         flash: allow fused attention kernels, which have no second derivatives.
         place: place(path, array) puts each weight on a device as it is read, so there is never a second copy of the
             network; the default is the first device.
@@ -178,7 +179,7 @@ def abstract(config: dict):
 
 def init(
     config: dict, seed: int = 0, schedule=None, predicts: str | None = None, zero_out: bool = True, dtype=jnp.float32,
-    remat: bool = False, flash: bool = True,
+    remat: bool | str = False, flash: bool = True,
 ) -> Denoiser:  # fmt: skip
     """A randomly initialised denoiser, with float32 weights as PyTorch's layers initialise them.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cddistill.models.attention import attention
 from cddistill.models.blocks import DecoderLevel, GroupNorm, conv
+from cddistill.models.configured import rematerialised
 
 ROOT_HALF = 0.5**0.5  # preserves the variance in a sum of two
 
@@ -40,12 +41,12 @@ class Style:
     eps: float
     taps: tuple[int, ...]  # the resampling filter along one axis
     dtype: Any
-    remat: bool
+    remat: bool | str
     flash: bool
 
     def block(self, width: int, name: str, attends: bool = False, resample: str = ""):
         """A residual block, rematerialised if remat is set."""
-        return (nn.remat(UNetBlock) if self.remat else UNetBlock)(self, width, attends, resample, name=name)
+        return rematerialised(UNetBlock, self.remat)(self, width, attends, resample, name=name)
 
     def norm(self, x, name: str):
         """Group normalisation, groups of at least four channels. Call inside a compact module."""

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cddistill.models.blocks import conv
-from cddistill.models.configured import Blocks, Configured, Scale, Shift, Widths, check_layers
+from cddistill.models.configured import Blocks, Configured, Scale, Shift, Widths, check_layers, rematerialised
 from cddistill.models.vae import check_images, check_latents
 from cddistill.typed import Width
 
@@ -38,11 +38,11 @@ class Layers(nn.Module):
     width: int
     features: int  # output channels
     dtype: Any
-    remat: bool
+    remat: bool | str
 
     def stage(self, h, first: int, num_blocks: int):
         """Blocks at the Sequential's positions from `first`: (feature, next position)."""
-        block = nn.remat(AutoencoderTinyBlock) if self.remat else AutoencoderTinyBlock
+        block = rematerialised(AutoencoderTinyBlock, self.remat)
         for i in range(first, first + num_blocks):
             h = block(self.dtype, name=f"layers_{i}")(h)
         return h, first + num_blocks

@@ -26,7 +26,7 @@ from cddistill.models.blocks import (
     conv,
     sinusoid,
 )
-from cddistill.models.configured import Blocks, Configured, Entries, Epsilon, Kernel, Sizes, Widths
+from cddistill.models.configured import Blocks, Configured, Entries, Epsilon, Kernel, Sizes, Widths, rematerialised
 from cddistill.models.unet_options import (
     DECODER_LISTS,
     DOWN_BLOCKS,
@@ -172,7 +172,7 @@ class Encoder(Configured):
 
     def block(self, cls):
         """The block's class, rematerialised if remat is set."""
-        return nn.remat(cls) if self.remat else cls
+        return rematerialised(cls, self.remat)
 
     @property
     def text_widths(self) -> list[int]:

@@ -19,7 +19,17 @@ import numpy as np
 
 from cddistill.models.attention import SpatialAttention
 from cddistill.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv
-from cddistill.models.configured import Blocks, Configured, Scale, Shift, Sizes, Widths, check_groups, check_layers
+from cddistill.models.configured import (
+    Blocks,
+    Configured,
+    Scale,
+    Shift,
+    Sizes,
+    Widths,
+    check_groups,
+    check_layers,
+    rematerialised,
+)
 from cddistill.typed import Width
 
 EPS = 1e-6  # of every norm
@@ -63,12 +73,12 @@ class Coder(nn.Module):
     groups: int
     attention: bool
     dtype: Any
-    remat: bool
+    remat: bool | str
     flash: bool
 
     def block(self, cls):
         """The block's class, rematerialised if remat is set."""
-        return nn.remat(cls) if self.remat else cls
+        return rematerialised(cls, self.remat)
 
     def resnet(self, i):
         """Constructor of the resnets of width i."""
