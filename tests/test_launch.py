@@ -43,7 +43,7 @@ class World:
         bin_.mkdir()
         (bin_ / "fake").write_text(FAKE)
         (bin_ / "fake").chmod(0o755)
-        for name in ("gcloud", "xpk", "srun", "scontrol", "squeue", "docker", "sleep", "python"):
+        for name in ("git", "gcloud", "xpk", "srun", "scontrol", "squeue", "docker", "sleep", "python"):
             (bin_ / name).symlink_to("fake")
         (folder / "home" / "cddistill" / ".venv" / "bin").mkdir(parents=True)
         (folder / "home" / "cddistill" / ".venv" / "bin" / "python").symlink_to(bin_ / "python")
@@ -213,6 +213,7 @@ def test_several_slices_are_one_request_and_every_node_is_set_up(world):
     assert {"--node-count=2", "--node-prefix=sr"} < {*world.calls("create")[0]}
     assert world.launch("tpu", "setup", *TPU[:2], "--slices=2")[0] == 0
     assert [call[6] for call in world.calls("scp")] == ["sr-0:", "sr-1:"]
+    assert [call[-1] for call in world.calls("git")] == ["HEAD"]
     assert [call[5] for call in world.calls("ssh")] == ["sr-0", "sr-1"]
     assert all(call[-2] == "--worker=all" and "uv pip install" in call[-1] for call in world.calls("ssh"))
 
@@ -421,6 +422,11 @@ def test_jaxlib_knows_every_flag_for_gpus(world, unknown):
 def test_libtpu_knows_every_flag(world, generation):
     given = flags(world, "LIBTPU_INIT_ARGS", generation)[0] if generation else "--xla_nonsense=true"
     topology = "from jax.experimental import topologies; topologies.get_topology_desc('v5e:2x2', 'tpu')"
-    env = os.environ | {"LIBTPU_INIT_ARGS": given, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": ""}
+    env = os.environ | {
+        "LIBTPU_INIT_ARGS": given,
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "",
+    }
     done = subprocess.run([sys.executable, "-c", topology], env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == bool(generation), done.stderr

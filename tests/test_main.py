@@ -348,28 +348,26 @@ def test_damage_of_what_ships_with_the_package_says_to_reinstall(tmp_path, monke
 # ---- signals
 
 STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # in C for minutes, as XLA's compiler is
-BUSY = "while True: pass"
 
 
-@pytest.mark.parametrize(
-    ("work", "number", "grace"),
-    [(BUSY, signal.SIGTERM, "60"), (BUSY, signal.SIGINT, "60"), (STUCK, signal.SIGTERM, "0.1")],
-)
-def test_a_signal_ends_a_mode_with_its_status_also_while_it_compiles(work, number, grace):
-    """With 60 s of grace nobody insists: the handler alone ends the process."""
-    work = f"print(1, flush=True)\n{work}"
-    work = f"from cddistill import main\nmain.app.run = lambda *_, **__: exec({work!r})\nmain.run()"
+def test_sigterm_ends_the_program_while_it_compiles():
+    """Python then runs no handler. What a handler does is in test_trust.py."""
+    stuck = f"print(1, flush=True); {STUCK}"
+    work = f"from cddistill import main\nmain.app.run = lambda *_, **__: exec({stuck!r})\nmain.run()"
     process = subprocess.Popen(
         [sys.executable, "-c", work],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CDDISTILL_GRACE": grace},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CDDISTILL_GRACE": "0.1"},
         stdout=-1,
         stderr=-2,
         text=True,
     )
     process.stdout.readline()
-    process.send_signal(number)
-    out, _ = process.communicate()
-    assert (process.returncode, out) == (128 + number, "")
+    process.send_signal(signal.SIGTERM)
+    try:
+        out, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (143, "")
 
 
 def test_hosts_end_together(monkeypatch):

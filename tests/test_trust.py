@@ -136,12 +136,13 @@ def test_ctrl_c_ends_quietly_while_modules_or_the_config_are_loaded(tmp_path, wh
     assert child.returncode == 130
 
 
-def test_ctrl_c_ends_quietly_anywhere_else_and_tidies_up(monkeypatch, capfd, tmp_path):
-    before, ended, timers = signal.getsignal(signal.SIGINT), [], []
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_quietly_anywhere_else_and_tidy_up(number, status, monkeypatch, capfd, tmp_path):
+    before, ended, timers = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)}, [], []
 
     def run(*args, **kwargs):
         with lock.held(tmp_path):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             raise AssertionError("not reached")
 
     monkeypatch.setattr(main.app, "run", run)
@@ -150,11 +151,12 @@ def test_ctrl_c_ends_quietly_anywhere_else_and_tidies_up(monkeypatch, capfd, tmp
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     try:
         main.run()
-        assert ended == [130]
-        assert timers == [(2.0, os._exit, [130])]  # if the exception is lost
-        os.kill(os.getpid(), signal.SIGINT)  # while the interpreter shuts down
-        assert ended == [130, 130]
+        assert ended == [status]
+        assert timers == [(2.0, os._exit, [status])]  # if the exception is lost
+        os.kill(os.getpid(), number)  # while the interpreter shuts down
+        assert ended == [status, status]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(-1)
+        [signal.signal(*old) for old in before.items()]
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
