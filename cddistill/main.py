@@ -33,7 +33,7 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
 }
 OF_ASSETS = ("data", "models")  # parts of the package with embedded images and weights
-MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
+MODES = ("train", "evaluate", "sample", "export", "encode", "pairs", "plan")
 CONFIG = flags.DEFINE_string("config", None, "Experiment file, e.g. configs/ccd_sr.py or configs/ccd_sr.py:sd21.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
@@ -52,12 +52,15 @@ OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
-    "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
+    "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
-OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
+TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
+MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
-    "output": ("sample", "export", "encode", "pairs"),
+    **dict.fromkeys(("topology", "device-memory"), ("plan",)),
+    "output": ("sample", "export", "encode", "pairs", "plan"),
     "checkpoint": ("evaluate", "sample", "export"),
 }
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
@@ -70,8 +73,12 @@ def main(settings):
     from cddistill import api, commands, config, sharding, train
 
     experiment = config.resolve(settings)
+    if MODE.value == "plan":  # before a device is touched
+        return commands.plan_run(
+            settings, TOPOLOGY.value, MEMORY.value, OUTPUT.value or f"{default_workdir()}/plan.json"
+        )
     sharding.initialize()
-    check_devices()
+    sharding.check_devices()
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(settings, workdir)
@@ -108,23 +115,6 @@ def default_workdir() -> pathlib.Path:
     """runs/ccd_sr for configs/ccd_sr.py, runs/ccd_sr-sd21 for configs/ccd_sr.py:sd21."""
     path, _, variant = CONFIG.value.partition(":")
     return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, variant)))
-
-
-def check_devices() -> None:
-    """ValueError if JAX_PLATFORMS asks for devices that are not there; JAX's own error is a traceback."""
-    import jax
-
-    asked = os.environ.get("JAX_PLATFORMS")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        if not asked:
-            raise
-        why = f" ({str(error).partition(' (set JAX')[0]})" if str(error) else ""
-        raise ValueError(
-            f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here{why}: unset it to use those that there "
-            "are, or install what they need, such as pip install 'cddistill[gpu]'"
-        ) from error
 
 
 # ---- from arguments to a config

@@ -30,6 +30,21 @@ def initialize() -> None:
         jax.distributed.initialize(coordinator, processes, index)
 
 
+def check_devices() -> None:
+    """ValueError if JAX_PLATFORMS asks for devices that are not there; JAX's own error is a traceback."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        if not asked:
+            raise
+        why = f" ({str(error).partition(' (set JAX')[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here{why}: unset it to use those that there "
+            "are, or install what they need, such as pip install 'cddistill[gpu]'"
+        ) from error
+
+
 def is_host0() -> bool:
     """Whether this is the process that writes the run's files."""
     return jax.process_index() == 0
@@ -88,6 +103,11 @@ def by_shape(mesh, tree, min_elements: int = 2**18):
         return NamedSharding(mesh, P(*("fsdp" if i == axes[0] else None for i in range(x.ndim))))
 
     return jax.tree.map(rule, tree)
+
+
+def laid_out(tree, layout):
+    """The shapes of a tree with the shardings `layout`, as jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
 
 class Driver(NamedTuple):

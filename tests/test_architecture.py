@@ -4,8 +4,8 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals"},
-    {"net", "storage", "lock"},
+    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"},
+    {"net", "storage", "lock", "targets"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},
@@ -14,8 +14,8 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"config"},
     {"checkpoint", "checks", "log", "encoders"},
     {"build"},
-    {"generate"},
-    {"evals", "precompute", "export"},
+    {"generate", "outline"},
+    {"evals", "precompute", "export", "plan"},
     {"train"},
     {"commands"},
     {"api"},

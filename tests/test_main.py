@@ -263,7 +263,7 @@ def test_the_version_is_printed(parsed, capsys):
 @pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow), "abacus"])
 def test_devices_that_are_not_there_are_one_sentence(platform):
     done = subprocess.run(
-        [sys.executable, "-c", "from cddistill import main; main.check_devices()"],
+        [sys.executable, "-c", "from cddistill import sharding; sharding.check_devices()"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform},
         capture_output=True,
         text=True,
