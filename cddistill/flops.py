@@ -44,7 +44,8 @@ def repeats(name: str, params: dict[str, Any]) -> float:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        return math.prod(n for axis, n in params["mesh"].shape.items() if axis in params["manual_axes"])
+        axes = params.get("newly_manual_axes") or params["manual_axes"]  # JAX's name for it changes
+        return math.prod(n for axis, n in params["mesh"].shape.items() if axis in axes)
     return 1
 
 

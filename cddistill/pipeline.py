@@ -109,7 +109,8 @@ class Pipeline:
         if size is None:
             raise ValueError(f'{self.name} does not say its size: add "sample_size" to the denoiser\'s config.json')
         height, width = (size, size) if isinstance(size, int) else size
-        return height, width, module.out_channels
+        channels = getattr(module, "out_channels", None) or module.img_channels  # EDM's networks have one number
+        return height, width, channels
 
     @property
     def null_label(self) -> int:

@@ -46,7 +46,7 @@ def plan(experiment: Experiment, target: Target, compile: bool = True) -> dict[s
     mesh = sharding.make_mesh(experiment.run.fsdp, target.devices)
     run = outline(experiment, mesh)
     held = resident(run, mesh)
-    rows = [measure(program, mesh, target, compile) for program in programs(run)]
+    rows = [measure(program, mesh, target, compile) for program in programs(run, sampled=compile)]
     total = sum(held.values())
     for row in rows:
         row["peak"] = None if row["temporaries"] is None else total + row["batch"] + row["temporaries"] + row["new"]
@@ -57,12 +57,18 @@ def plan(experiment: Experiment, target: Target, compile: bool = True) -> dict[s
                    "memory": target.memory, "compiler": target.compiler if compile else None},
         "steps": experiment.run.steps, "batch_size": experiment.run.batch_size,
         "weights": numbers(run), "held": held, "programs": rows, "peak": peak,
-        "fits": None if peak is None or limit is None else bool(peak <= limit),
+        "fits": fits(sum(held.values()), peak, limit),
         "utilisation": UTILISATION, **hours(rows, mesh.size, target), "notes": notes(rows, target, compile),
     }  # fmt: skip
-    too_large = limit is not None and (sum(held.values()) if peak is None else peak) > limit
-    found["changes"] = changes(experiment, target, run, found, limit) if too_large else []
+    found["changes"] = changes(experiment, target, run, found, limit) if found["fits"] is False else []
     return found
+
+
+def fits(held: int, peak: int | None, limit: float | None) -> bool | None:
+    """Whether a device has enough memory; None if that is not known: what stays in it alone may already be too much."""
+    if limit is None or (peak is None and held <= limit):
+        return None
+    return bool((peak or held) <= limit)
 
 
 # ---- what stays in memory
@@ -99,7 +105,7 @@ def numbers(run: Outline) -> dict[str, int]:
 # ---- programs
 
 
-def programs(run: Outline) -> Iterator[Program]:
+def programs(run: Outline, sampled: bool = True) -> Iterator[Program]:
     """The programs of a run: one for each set of turns that some step plays; that which encodes; the sampler's."""
     parts, (experiment, mesh) = run.parts, run.parts[:2]
     turns, driver = experiment.method.turns(), parts.driver()
@@ -115,7 +121,7 @@ def programs(run: Outline) -> Iterator[Program]:
         given = encoders.inputs(run.loaded)
         traced = driver.by_row(encode.at_step).trace(encode.networks(parts.frozen), given, np.int32(0))
         yield Program("encode", experiment.run.steps, traced, 0, local(given))
-    if isinstance(experiment.method, Generator):
+    if sampled and isinstance(experiment.method, Generator):
         yield sampler(run, mesh)
 
 

@@ -103,6 +103,7 @@ D2G = "--config=configs/dmd2_emoji.py"
         ([SR, "--mode=play"], "unknown --mode 'play': known: train, evaluate, sample"),
         ([SR, "--prompt=a"], "--prompt is for --mode=sample, not train"),
         ([SR, "--mode=evaluate", "--output=x"], "--output is for --mode=sample or export or encode or pairs"),
+        ([SR, "--topology=h100:8"], "--topology is for --mode=plan, not train: leave it out"),
         ([SR, "--mode=encode", "--checkpoint=best"], "--checkpoint is for --mode=evaluate or sample or export"),
         ([SR, "--config.steps=1.5"], "config.steps must be a whole number, not '1.5'"),
         ([SR, "--config.steps="], "config.steps must be a whole number, not ''"),
