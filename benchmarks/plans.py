@@ -1,14 +1,17 @@
 """The plans of all published configs: what each takes of its devices, as the table of docs/scale.md.
 
-    python benchmarks/plans.py                                    all of CONFIGS, by arithmetic: minutes
-    python benchmarks/plans.py --compile --only dmd2_imagenet64   also temporaries, peak and collectives: long
-    python benchmarks/plans.py --write                            puts the table into docs/scale.md
+    python benchmarks/plans.py --depth bytes                      all of CONFIGS: weights, optimiser; minutes
+    python benchmarks/plans.py                                    also FLOPs and hours: minutes for each on a CPU
+    python benchmarks/plans.py --depth compiled --only dmd2_sd15  also temporaries, peak and collectives: long
+    python benchmarks/plans.py --write --json plans               puts the table, with plans that are in the folder
+                                                                  plans already, into docs/scale.md
 
 Nothing runs, and no weights or data are needed. Devices are ours: eight GPUs or a slice of 64 TPUs.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -28,13 +31,13 @@ HEADER = (
 )
 
 
-def found(name: str, topology: str, compile: bool) -> dict:
+def found(name: str, topology: str, depth: str) -> dict:
     """The plan of a config, "dmd2_sdxl:one"."""
     file, _, variant = name.partition(":")
     settings = main.load_config(f"{ROOT}/configs/{file}.py{f':{variant}' * bool(variant)}")
     experiment = config.resolve(settings)
     trained = {net for turn in experiment.method.turns().values() for net in turn.moves}
-    made = plan.plan(experiment, targets.target(topology), compile)
+    made = plan.plan(experiment, targets.target(topology), depth)
     return made | {"config": name, "trained": sum(n for net, n in made["weights"].items() if net in trained)}
 
 
@@ -43,14 +46,15 @@ def row(made: dict) -> str:
     gb = lambda n: f"{n / 1e9:.2f}"
     held, device = made["held"], made["device"]
     frozen = sum(size for name, size in held.items() if name.startswith("frozen"))
-    gradients = max(x["gradients"] for x in made["programs"])
-    whole = [sum(x["runs"] * x["flops"] for x in made["programs"]) / made["steps"]]  # mean over steps
-    step = f"{made['hours'] * 3600 / made['steps']:.2f}"
+    gradients, cost = made["gradients"], [""] * 4
+    if made["programs"]:
+        flops = sum(x["runs"] * x["flops"] for x in made["programs"]) / made["steps"]  # the mean over steps
+        cost = [f"{flops * device['number'] / 1e12:,.0f}", f"{made['hours'] * 3600 / made['steps']:.2f}",
+                f"{made['hours']:,.0f}", f"{made['chip_hours']:,.0f}"]  # fmt: skip
     cells = [
         made["config"], f"{device['number']} {device['kind']}, fsdp {device['fsdp']}", f"{made['trained'] / 1e6:,.0f}",
         gb(held["trained weights"]), gb(held["EMA"]), gb(held["optimiser"]), gb(frozen), gb(gradients),
-        gb(sum(held.values()) + gradients), f"{whole[0] * device['number'] / 1e12:,.0f}", step,
-        f"{made['hours']:,.0f}", f"{made['chip_hours']:,.0f}",
+        gb(sum(held.values()) + gradients), *cost,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 
@@ -66,25 +70,27 @@ def run():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[*CONFIGS])
     parser.add_argument("--topology", help="instead of those in CONFIGS")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--depth", choices=("bytes", "flops", "compiled"), default="flops")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path, help="a folder for the plans")
     args = parser.parse_args()
-    if not (args.compile and args.topology):  # as many as the largest needs, before there are any
+    if not (args.depth == "compiled" and args.topology):  # as many as the largest needs, before there are any
         targets.target("cpu:64")
     table = HEADER
     print(table, end="", flush=True)
     for name in args.only:
         start = time.monotonic()
-        made = found(name, args.topology or CONFIGS[name], args.compile)
+        file = args.json and args.json / f"{name.replace(':', '-')}.json"
+        known = file and file.is_file()
+        made = json.loads(file.read_text()) if known else found(name, args.topology or CONFIGS[name], args.depth)
         table += row(made)
         print(row(made), end="", flush=True)
-        if args.compile:
+        if args.depth == "compiled":
             print(plan.described(made), flush=True)
-        if args.json:
+        if file:
             args.json.mkdir(parents=True, exist_ok=True)
-            (args.json / f"{name.replace(':', '-')}.json").write_text(json.dumps(made, indent=2))
-        print(f"<!-- {time.monotonic() - start:.0f} s -->", flush=True)
+            file.write_text(json.dumps(made, indent=2))
+        print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     if args.write:
         write(table)
 

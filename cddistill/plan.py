@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from cddistill.outline import Outline, outline
 from cddistill.step import active, select
 from cddistill.targets import Target
 
+Depth = Literal["bytes", "flops", "compiled"]
 UTILISATION = 0.4  # ours: the share of a device's peak FLOP/s that hours are computed with
 USABLE = 0.9  # ours: the share of a device's memory that a program can have; the runtime and fragments take the rest
 SAMPLED = 64  # images that are sampled at a time, see `generate.sample`
@@ -37,28 +38,32 @@ class Program(NamedTuple):
     batch: int  # bytes on a device of what it is given besides weights and optimiser
 
 
-def plan(experiment: Experiment, target: Target, compile: bool = True) -> dict[str, Any]:
+def plan(experiment: Experiment, target: Target, depth: Depth = "compiled") -> dict[str, Any]:
     """What the run takes, as plain values for plan.json; bytes and FLOPs are those of one device.
 
-    Without compile only arithmetic is done, and temporaries, peak and collectives are None. Raises ValueError as
+    depth is how far it goes: the "bytes" of weights and optimiser, from shapes; "flops", from traced programs, too;
+    temporaries, peak and collectives only of "compiled" ones. What is missing is None. Raises ValueError as
     `outline.outline`.
     """
     mesh = sharding.make_mesh(experiment.run.fsdp, target.devices)
     run = outline(experiment, mesh)
     held = resident(run, mesh)
-    rows = [measure(program, mesh, target, compile) for program in programs(run, sampled=compile)]
+    compile = depth == "compiled"
+    traced = () if depth == "bytes" else programs(run, sampled=compile)
+    rows = [measure(program, mesh, target, compile) for program in traced]
     total = sum(held.values())
     for row in rows:
         row["peak"] = None if row["temporaries"] is None else total + row["batch"] + row["temporaries"] + row["new"]
-    peak = max((row["peak"] for row in rows), key=lambda x: x or 0)
+    peak = max(row["peak"] for row in rows) if compile else None
     limit = target.memory and USABLE * target.memory
     found = {
         "device": {"kind": target.kind, "number": mesh.size, "data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"],
                    "memory": target.memory, "compiler": target.compiler if compile else None},
         "steps": experiment.run.steps, "batch_size": experiment.run.batch_size,
-        "weights": numbers(run), "held": held, "programs": rows, "peak": peak,
+        "weights": numbers(run), "held": held, "gradients": gradients(run, experiment.method.turns()),
+        "programs": rows, "peak": peak,
         "fits": fits(sum(held.values()), peak, limit),
-        "utilisation": UTILISATION, **hours(rows, mesh.size, target), "notes": notes(rows, target, compile),
+        "utilisation": UTILISATION, **hours(rows, mesh.size, target), "notes": notes(rows, target, depth),
     }  # fmt: skip
     found["changes"] = changes(experiment, target, run, found, limit) if found["fits"] is False else []
     return found
@@ -95,6 +100,11 @@ def resident(run: Outline, mesh) -> dict[str, int]:
     }
 
 
+def gradients(run: Outline, turns) -> int:
+    """Bytes on one device of the gradients of these turns: one turn's at a time."""
+    return max(local(select(run.parts.abstract.nets, turn.moves)) for turn in turns.values())
+
+
 def numbers(run: Outline) -> dict[str, int]:
     """How many weights each network has, over all devices."""
     nets = run.parts.abstract.nets | run.parts.frozen
@@ -114,9 +124,9 @@ def programs(run: Outline, sampled: bool = True) -> Iterator[Program]:
     for play, times in plays.most_common():
         if not play:
             continue
-        gradients = max(local(select(state.nets, turns[name].moves)) for name in play if name in turns)
         traced = driver.step.trace(state, parts.frozen, parts.batch, play)
-        yield Program(f"train: {' + '.join(play)}", times, traced, gradients, batch)
+        played = {name: turn for name, turn in turns.items() if name in play}
+        yield Program(f"train: {' + '.join(play)}", times, traced, gradients(run, played), batch)
     if encode := parts.encoders:
         given = encoders.inputs(run.loaded)
         traced = driver.by_row(encode.at_step).trace(encode.networks(parts.frozen), given, np.int32(0))
@@ -146,6 +156,7 @@ def measure(program: Program, mesh, target: Target, compile: bool) -> dict[str, 
     return row | {"bounds": bounds(row, target)}
 
 
+UNKNOWN = {"peak": None, "temporaries": None}  # of a program that was not traced
 COMPILED = ("temporaries", "new", "arguments", "flops_compiler", "bytes_accessed", "collectives")
 
 
@@ -187,7 +198,7 @@ def bounds(row: dict[str, Any], target: Target) -> dict[str, float | None]:
 def hours(rows: list[dict[str, Any]], devices: int, target: Target) -> dict[str, float | None]:
     """Hours of the whole training at UTILISATION, and in hours of one chip; evaluation and checkpoints left out."""
     total = sum(row["runs"] * row["flops"] for row in rows)
-    wall = target.peak and total / (UTILISATION * target.peak.flops) / 3600
+    wall = total / (UTILISATION * target.peak.flops) / 3600 if target.peak and rows else None
     return {"hours": wall, "chip_hours": wall and wall * devices}
 
 
@@ -200,7 +211,8 @@ def changes(experiment: Experiment, target: Target, run: Outline, found: dict, l
     The bytes of weights and optimiser are exact. Of temporaries, only remat is compiled; other values are estimates.
     """
     now, settings = sum(found["held"].values()), experiment.run
-    largest = max(found["programs"], key=lambda row: row["peak"] or 0)
+    rows = found["programs"] or [UNKNOWN | {"gradients": found["gradients"]}]
+    largest = max(rows, key=lambda row: row["peak"] or 0)
     activations = max((largest["temporaries"] or 0) - largest["gradients"], 0)
     devices, made = run.parts.mesh.size, []
 
@@ -252,11 +264,12 @@ def temporaries(experiment: Experiment, target: Target, name: str) -> int:
 # ---- in words
 
 
-def notes(rows: list[dict[str, Any]], target: Target, compile: bool) -> list[str]:
+def notes(rows: list[dict[str, Any]], target: Target, depth: Depth) -> list[str]:
     """What to know about the numbers."""
     said = [f"hours are FLOPs at {UTILISATION:.0%} of the peak (ours), without evaluation, checkpoints and input"]
+    compile = depth == "compiled"
     if not compile:
-        said.append("nothing was compiled: temporaries, peak and collectives are missing")
+        said.append(f"nothing was compiled{', or traced' * (depth == 'bytes')}: what that would show is missing")
     elif target.compiler == "cpu" and target.kind != "cpu":
         said.append(
             "compiled by XLA's compiler for CPUs: temporaries and collectives of a GPU or TPU differ, as do its "

@@ -219,7 +219,7 @@ def test_impossible_devices_are_refused(topology, memory, sentence):
 )
 def test_what_cannot_be_planned_is_refused(folder, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        plan.plan(experiment(folder, **changes), cpus(), compile=False)
+        plan.plan(experiment(folder, **changes), cpus(), "bytes")
 
 
 # ---- against a measurement
