@@ -74,9 +74,8 @@ def main(settings):
 
     experiment = config.resolve(settings)
     if MODE.value == "plan":  # before a device is touched
-        return commands.plan_run(
-            settings, TOPOLOGY.value, MEMORY.value, OUTPUT.value or f"{default_workdir()}/plan.json"
-        )
+        output = OUTPUT.value or f"{WORKDIR.value or default_workdir()}/plan.json"
+        return commands.plan_run(settings, TOPOLOGY.value, MEMORY.value, output)
     sharding.initialize()
     sharding.check_devices()
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
