@@ -258,6 +258,7 @@ def test_the_planned_peak_is_that_of_a_step_on_a_cpu(tmp_path):
     """Within 10 %: what lies in memory, and what a step adds to it at its worst."""
     (tmp_path / "unet").mkdir()
     wide = WIDE | {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
+    wide |= {"_class_name": "UNet2DConditionModel"}
     (tmp_path / "unet" / "config.json").write_text(json.dumps(wide))
     found = subprocess.run([sys.executable, "-c", STEP, tmp_path], capture_output=True, text=True, check=True)
     measured, planned, temporaries = map(int, found.stdout.split())
