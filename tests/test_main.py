@@ -100,7 +100,7 @@ D2G = "--config=configs/dmd2_emoji.py"
         ([SR, "--wokdir=x"], "unknown option --wokdir: did you mean --workdir?"),
         (["--lr=3"], "unknown option --lr: did you mean --config.optim.lr?"),
         ([SR, "--mode=smaple"], "unknown --mode 'smaple': did you mean 'sample'?"),
-        ([SR, "--mode=play"], "unknown --mode 'play': known: train, evaluate, sample"),
+        ([SR, "--mode=zzz"], "unknown --mode 'zzz': known: train, evaluate, sample"),
         ([SR, "--prompt=a"], "--prompt is for --mode=sample, not train"),
         ([SR, "--mode=evaluate", "--output=x"], "--output is for --mode=sample or export or encode or pairs"),
         ([SR, "--topology=h100:8"], "--topology is for --mode=plan, not train: leave it out"),
