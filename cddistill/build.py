@@ -74,23 +74,19 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
         method.check_train_steps(run.steps)
         checks.check_required_data(experiment, requires)
     checks.check_splits(experiment.data, splits or {})
-    frozen = load_denoisers(experiment, teacher) if requires.teacher else {}
-    encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
-    frozen |= encoders.networks(teacher) if encode else {"autoencoder": teacher.autoencoder}
-    if requires.text_encoder:
-        frozen["teacher_text_encoder"] = teacher.text_encoder
+    if requires.teacher and experiment.data.pairs:
+        checks.check_pairs(experiment, teacher)
+    frozen, encode = networks(experiment, teacher)
     if training or not isinstance(method, Generator):
         frozen |= {role: load() for role, load in requires.nets.items()}
     frozen = sharding.put(frozen, sharding.by_shape(mesh, frozen))
-    batch = batch_shapes(experiment, encode, frozen)
+    batch = encoded_shapes(encode, frozen, loaded_shapes(experiment, encode, checks.first_rows(experiment.data)))
     if requires.teacher:
         checks.check_teacher(experiment, requires, frozen, batch)
         checks.check_table(experiment, requires, teacher)
         checks.check_encoded(experiment, teacher)
         checks.check_exportable(experiment, teacher)
-    shapes = jax.eval_shape(functools.partial(initial, experiment, batch), frozen)
-    layout = sharding.by_shape(mesh, shapes)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    abstract = abstract_state(experiment, mesh, batch, frozen)
     unloaded = dataclasses.replace(teacher)  # its networks are in `frozen`: what it holds would stay in memory, too
     return Parts(experiment, mesh, rows, unloaded, frozen, abstract, batch, encode)
 
@@ -100,14 +96,23 @@ def place(mesh, path, x):
     return sharding.put(x, sharding.by_shape(mesh, x))
 
 
-def load_denoisers(experiment: Experiment, teacher: Pipeline) -> dict[str, Any]:
-    """The teacher and, if there is one, its ControlNet."""
-    if experiment.data.pairs:
-        checks.check_pairs(experiment, teacher)
-    frozen = {"teacher": teacher.denoiser}
-    if experiment.run.controlnet:
-        frozen["controlnet"] = teacher.controlnet(experiment.run.controlnet)
-    return frozen
+def networks(experiment: Experiment, teacher: Pipeline) -> tuple[dict[str, Any], Encoders | None]:
+    """(the teacher's networks that the run freezes, by role; how images and captions are encoded, if they are)."""
+    requires, controlnet = experiment.method.requires(), experiment.run.controlnet
+    frozen = {"teacher": teacher.denoiser} if requires.teacher else {}
+    if requires.teacher and controlnet:
+        frozen["controlnet"] = teacher.controlnet(controlnet)
+    encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
+    frozen |= encoders.networks(teacher) if encode else {"autoencoder": teacher.autoencoder}
+    if requires.text_encoder:
+        frozen["teacher_text_encoder"] = teacher.text_encoder
+    return frozen, encode
+
+
+def abstract_state(experiment: Experiment, mesh, batch, frozen) -> TrainState:
+    """Shapes of the state at step 0, laid out on the mesh; frozen nets may be shapes, too."""
+    shapes = jax.eval_shape(functools.partial(initial, experiment, batch), frozen)
+    return sharding.laid_out(shapes, sharding.by_shape(mesh, shapes))
 
 
 def make_optimizers(experiment: Experiment):
@@ -134,11 +139,14 @@ def open_checkpoints(workdir: Path, experiment: Experiment, read_only: bool = Fa
     return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)
 
 
-def batch_shapes(experiment: Experiment, encode: Encoders | None, frozen):
-    """Shapes of the global batch, as losses see it."""
-    size, rows = experiment.run.batch_size, checks.first_rows(experiment.data)
-    rows = encode.tokenized(rows) if encode else without_captions(rows)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
+def loaded_shapes(experiment: Experiment, encode: Encoders | None, rows):
+    """Shapes of the global batch as it is loaded, from some rows of the data with their captions."""
+    size, rows = experiment.run.batch_size, encode.tokenized(rows) if encode else without_captions(rows)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
+
+
+def encoded_shapes(encode: Encoders | None, frozen, batch):
+    """Shapes of the global batch as losses see it, from those of `loaded_shapes`."""
     if encode is None:
         return batch
     made = jax.eval_shape(encode.at_step, encode.networks(frozen), encoders.inputs(batch), 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cddistill import checkpoint, config, data, export, generate, io, lock
+from cddistill import checkpoint, config, data, export, generate, io, lock, plan, targets
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
@@ -80,6 +80,11 @@ def make_pairs(settings, output: Path) -> None:
     """Write pairs of noise and the teacher's x0: see `pairs.make_pairs`."""
     prepare(pairs.make_pairs, settings, output)
     print(f"pairs in {output}: use them with --config.data.pairs={output}")
+
+
+def plan_run(settings, topology: str, memory: str, output: str) -> None:
+    """Print what a run would take of its devices, and write it as JSON: see `plan.plan`."""
+    plan.plan_run(settings, targets.target(topology, memory), Path(output).expanduser())
 
 
 def prepare(write: Callable, settings, output: Path) -> None:

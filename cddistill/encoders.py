@@ -124,7 +124,8 @@ def make(experiment: Experiment, teacher: Pipeline) -> Encoders:
     if vae.params is not None:
         check_size(run.teacher, vae, config.size)
         if config.task.conditional:
-            z = jax.eval_shape(vae.encode, jax.ShapeDtypeStruct((1, config.size, config.size, 3), np.float32))
+            image = jax.ShapeDtypeStruct((1, config.size, config.size, 3), np.float32)
+            z = jax.eval_shape(Autoencoder.encode, vae, image)
             condition = config.task.encode if teacher.takes_latent_condition(requires, z.shape[-1]) else None
     how = {"condition": condition, "tokens": requires.text_encoder, "sampled": run.encode_sample, "seed": run.seed}
     if prompts is None:

@@ -32,7 +32,7 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
 }
 OF_ASSETS = ("data", "models")  # parts of the package with embedded images and weights
-MODES = ("train", "evaluate", "sample", "export", "encode", "pairs")
+MODES = ("train", "evaluate", "sample", "export", "encode", "pairs", "plan")
 CONFIG = flags.DEFINE_string(
     "config", None, "Experiment: configs/ccd_sr.py or configs/ccd_sr.py:sd21; cddistill:ccd_sr, that of the package."
 )
@@ -53,12 +53,15 @@ OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
-    "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs.",
+    "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
-OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
+TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
+MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
-    "output": ("sample", "export", "encode", "pairs"),
+    **dict.fromkeys(("topology", "device-memory"), ("plan",)),
+    "output": ("sample", "export", "encode", "pairs", "plan"),
     "checkpoint": ("evaluate", "sample", "export"),
 }
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
@@ -71,6 +74,9 @@ def main(settings):
     from cddistill import api, commands, config, sharding, train
 
     experiment = config.resolve(settings)
+    if MODE.value == "plan":  # before a device is touched
+        output = OUTPUT.value or f"{WORKDIR.value or default_workdir()}/plan.json"
+        return commands.plan_run(settings, TOPOLOGY.value, MEMORY.value, output)
     sharding.initialize(training=MODE.value == "train")
     sharding.check_devices()
     workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value

@@ -45,6 +45,7 @@ class Requires(NamedTuple):
     """What a method needs besides the nets that it trains; it is loaded and checked before the first step."""
 
     nets: Mapping[str, Callable[[], Any]] = {}  # functions that load further frozen nets, by role: n.<role>
+    outlines: Mapping[str, Callable[[], Any]] = {}  # the same nets with shapes for weights, for a plan without files
     teacher: bool = True  # n.teacher, the denoiser of config.teacher
     images: bool = True  # real images in batch["x0"]; False: prompts are enough
     pairs: bool = False  # batch["pairs"], noise and the teacher's output for it, from data.pairs

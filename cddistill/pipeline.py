@@ -37,12 +37,13 @@ class Pipeline:
     decoding: Mapping[str, int] = dataclasses.field(default_factory=dict)  # fields of Autoencoder
     place: Callable | None = None  # (path, array) -> array on devices, called for each weight as it is read
     random_seed: int | None = None  # initialise the denoiser at random instead of reading its weights
+    shapes: bool = False  # networks of jax.ShapeDtypeStruct, from config.json files alone; a LoRA does not change them
 
     @functools.cached_property
     def stored(self) -> Denoiser:
         """The denoiser without the LoRA."""
-        if self.random_seed is None:
-            return models.load(self.name, self.subfolder, place=self.place, expect=DENOISERS, **self.options)
+        if self.random_seed is None or self.shapes:
+            return self.load(self.name, self.subfolder, DENOISERS)
         config, scheduler = self.denoiser_config, schedulers.scheduler_file(self.root)
         how = schedulers.read_scheduler(scheduler) if scheduler.is_file() else ()  # or what the network implies
         return models.init(config, self.random_seed, *how, **self.options)
@@ -57,23 +58,22 @@ class Pipeline:
     @functools.cached_property
     def loras(self) -> dict[str, Net]:
         """The LoRA's part for the denoiser, {"unet": ...}; {} if there is none."""
-        return lora.read_lora_for(self.lora, {"unet": self.stored}) if self.lora else {}
+        return lora.read_lora_for(self.lora, {"unet": self.stored}) if self.lora and not self.shapes else {}
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
         """The VAE; the identity for pixel models, which have none."""
         if not self.has("vae"):
             return Autoencoder()
-        vae = models.load(self.name, "vae", place=self.place, expect=models.AUTOENCODERS, **self.options)
-        return vae.replace(**self.decoding)
+        return self.load(self.name, "vae", models.AUTOENCODERS).replace(**self.decoding)
 
     @functools.cached_property
     def prompts(self) -> Prompts | None:
         """Tokenizers and text encoders with the LoRA merged in; None for a teacher without text."""
         if not self.has("text_encoder"):
             return None
-        prompts = load_prompts(self.name, jnp.dtype(self.options.get("dtype", "float32")))
-        return prompts.with_lora(self.lora, self.lora_scale) if self.lora else prompts
+        prompts = load_prompts(self.name, jnp.dtype(self.options.get("dtype", "float32")), self.shapes)
+        return prompts.with_lora(self.lora, self.lora_scale) if self.lora and not self.shapes else prompts
 
     @property
     def text_encoder(self) -> Net:
@@ -85,7 +85,11 @@ class Pipeline:
 
     def controlnet(self, folder: str) -> Net:
         """A ControlNet from a folder of its own, with this pipeline's options."""
-        return models.load(folder, "controlnet", expect=models.CONTROLNETS, place=self.place, **self.options)
+        return self.load(folder, "controlnet", models.CONTROLNETS)
+
+    def load(self, folder: str, part: str, expect: tuple[type, ...]):
+        """A network of one of the classes `expect`, with this pipeline's options."""
+        return models.load(folder, part, place=self.place, expect=expect, shapes=self.shapes, **self.options)
 
     def sampling(self) -> Sampling:
         """How the folder's scheduler samples."""
@@ -104,7 +108,8 @@ class Pipeline:
         if size is None:
             raise ValueError(f'{self.name} does not say its size: add "sample_size" to the denoiser\'s config.json')
         height, width = (size, size) if isinstance(size, int) else size
-        return height, width, module.out_channels
+        channels = getattr(module, "out_channels", None) or module.img_channels  # EDM's networks have one number
+        return height, width, channels
 
     @property
     def null_label(self) -> int:

@@ -118,6 +118,11 @@ def by_shape(mesh, tree, min_elements: int = 2**18):
     return jax.tree.map(rule, tree)
 
 
+def laid_out(tree, layout):
+    """The shapes of a tree with the shardings `layout`, as jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+
 class Driver(NamedTuple):
     """How one pure step runs on the devices. Every function takes and returns pytrees."""
 

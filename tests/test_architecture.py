@@ -4,8 +4,11 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "devices", "memory", "profiling"},
-    {"net", "storage", "lock", "environment"},
+    {
+        *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
+        *("memory", "profiling"),
+    },
+    {"net", "storage", "lock", "environment", "targets"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},
@@ -14,8 +17,8 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"config"},
     {"checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
-    {"generate"},
-    {"evals", "precompute", "export"},
+    {"generate", "outline"},
+    {"evals", "precompute", "export", "plan"},
     {"train"},
     {"commands"},
     {"api"},

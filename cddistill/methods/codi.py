@@ -94,7 +94,8 @@ class CoDi(Generator):
             "lpips": {"lpips": functools.partial(lpips.load, "vgg")},
             "latent_lpips": {"latent_lpips": functools.partial(latent_lpips.required, "method.signal", self.metric)},
         }
-        return Requires(nets.get(self.signal, {}), condition=adapter.condition_space(self.adapter))
+        outlines = {"latent_lpips": functools.partial(latent_lpips.outline, self.metric)}
+        return Requires(nets.get(self.signal, {}), outlines, condition=adapter.condition_space(self.adapter))
 
     def exports(self):
         return adapter.exports(self.adapter, self.freeze_backbone)

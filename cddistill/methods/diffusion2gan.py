@@ -102,7 +102,9 @@ class Diffusion2GAN(Generator):
             nets["latent_lpips"] = functools.partial(
                 latent_lpips.required, "method.regression", self.metric, self.family
             )
-        return Requires(nets, images=False, pairs=True, condition=adapter.condition_space(self.adapter))
+        outlines = {"latent_lpips": functools.partial(latent_lpips.outline, self.metric, self.family)}
+        condition = adapter.condition_space(self.adapter)
+        return Requires(nets, outlines, images=False, pairs=True, condition=condition)
 
     def exports(self):
         return dict(zip(("unet", "controlnet"), self.parts(), strict=False))

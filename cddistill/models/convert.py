@@ -64,7 +64,7 @@ def from_torch(path, x):
 
 def load(
     folder, subfolder: str = "unet", dtype=jnp.float32, remat: bool | str = False, flash: bool = True, place=None,
-    expect=(),
+    expect=(), shapes: bool = False,
 ):  # fmt: skip
     """Load a network: a Denoiser, Autoencoder or Net, by the class that config.json names.
 
@@ -82,6 +82,7 @@ def load(
         place: place(path, array) puts each weight on a device as it is read, so there is never a second copy of the
             network; the default is the first device.
         expect: classes, one of which the network must have; empty for any.
+        shapes: jax.ShapeDtypeStruct in place of weights, of which no file is needed.
 
     Raises ValueError naming the file or key for anything missing, truncated, misshapen, unsupported or unexpected.
     """
@@ -93,10 +94,10 @@ def load(
         weight_shapes(module)  # options that do not fit together; kept for `read_params`
     except ValueError as error:
         raise ValueError(f"{config_file(path)}: {error}") from error
-    if form := path.is_dir() and folders.foreign_format(sorted(path.iterdir())):
+    if not shapes and (form := path.is_dir() and folders.foreign_format(sorted(path.iterdir()))):
         raise ValueError(form)
     process = read_schedule(module, root) if isinstance(module, DENOISERS) else ()  # before weights are read
-    return as_net(module, read_params(path, module, place), process)
+    return as_net(module, weight_shapes(module) if shapes else read_params(path, module, place), process)
 
 
 def open_config(folder, subfolder: str) -> tuple[Path, Path, dict]:

@@ -36,9 +36,13 @@ class Prompts:
         return with_sizes(embed(self.family, self.nets, self.tokenize(texts)), **sizes)
 
     def null(self, n: int, **sizes) -> dict:
-        """The text of n images for the empty prompt, with the same sizes as the prompt's."""
-        one = embed(self.family, self.nets, self.tokenize([""]))
-        one = jax.tree.map(jnp.zeros_like, one) if self.zero_null else one
+        """The text of n images for the empty prompt, with the same sizes as the prompt's; zeros if nets are shapes."""
+        ids = self.tokenize([""])
+        if self.zero_null or any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.nets)):
+            shapes = jax.eval_shape(functools.partial(embed, self.family), self.nets, ids)
+            one = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        else:
+            one = embed(self.family, self.nets, ids)
         return with_sizes(jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), one), **sizes)
 
     def with_lora(self, path, scale: float = 1.0) -> "Prompts":
@@ -104,11 +108,21 @@ def time_ids(n: int, target_size=(1024, 1024), original_size=None, crop=(0, 0)) 
     return np.concatenate([np.broadcast_to(np.asarray(pair, np.float32), (n, 2)) for pair in parts.values()], axis=1)
 
 
-def load_prompts(folder, dtype=jnp.float32) -> Prompts:
+class Unworded:
+    """Stands in for a tokenizer where only shapes count: every id is 0."""
+
+    model_max_length = 2**30
+
+    def __call__(self, texts, max_length: int, **how) -> dict:
+        return {"input_ids": np.zeros((len(texts), max_length), np.int32)}
+
+
+def load_prompts(folder, dtype=jnp.float32, shapes: bool = False) -> Prompts:
     """Load the tokenizers and text encoders of a diffusers pipeline: Stable Diffusion 1.x, 2.x or XL.
 
     folder is a path or a Hub id with model_index.json, tokenizer(_2)/ and text_encoder(_2)/; dtype is the compute type
-    of the encoders' layers. Raises ValueError naming what is missing or unsupported.
+    of the encoders' layers. shapes: as in `models.load`, and without tokenizers. Raises ValueError naming what is
+    missing or unsupported.
     """
     from cddistill import models
 
@@ -116,7 +130,8 @@ def load_prompts(folder, dtype=jnp.float32) -> Prompts:
     index = io.read_json(root / "model_index.json")
     encoders = sorted(k for k, v in index.items() if k.startswith("text_encoder") and v and v[-1])  # or [null, null]
     family = family_of(tuple(encoders), root)
-    tokenizers = tuple(tokenizer.load(root / name.replace("text_encoder", "tokenizer")) for name in encoders)
-    nets = tuple(models.load(folder, name, dtype=dtype) for name in encoders)
+    places = [root / name.replace("text_encoder", "tokenizer") for name in encoders]
+    tokenizers = tuple(Unworded() if shapes else tokenizer.load(place) for place in places)
+    nets = tuple(models.load(folder, name, dtype=dtype, shapes=shapes) for name in encoders)
     zero_null = family.zero_null and index.get("force_zeros_for_empty_prompt", True)
     return Prompts(tokenizers, nets, zero_null, family)

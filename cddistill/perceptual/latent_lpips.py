@@ -7,6 +7,7 @@ LPIPS' max-pools only, and its features are taken after them, not before.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -130,10 +131,7 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     trained, heads included. Raises ValueError naming the file if it is missing, truncated, of another family or holds
     anything but the expected weights.
     """
-    embedded, given = folders.ASSETS / path, Path(path).expanduser()
-    if embedded.is_dir():
-        checksums.check_shipped(embedded)
-    file = next((folder / FILE for folder in (embedded, given) if folder.is_dir()), given)
+    file = _file(path)
     if not file.is_file():
         published = f"download {family or '<family>'}_latest_vgg16_tuned.pth of the package elatentlpips"
         own = f"make one for the family {family} with configs/latent_lpips.py"
@@ -151,6 +149,14 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
     )
 
 
+def _file(path) -> Path:
+    """The file of weights that `load` reads for a path; it may be missing."""
+    embedded, given = folders.ASSETS / path, Path(path).expanduser()
+    if embedded.is_dir():
+        checksums.check_shipped(embedded)
+    return next((folder / FILE for folder in (embedded, given) if folder.is_dir()), given)
+
+
 def required(option: str, metric: str, family: str = "") -> Net:
     """`load` for an option of a method. Raises ValueError, naming the option, if no weights are given."""
     if not metric:
@@ -159,6 +165,20 @@ def required(option: str, metric: str, family: str = "") -> Net:
             f"pipeline that has its own, such as pocket; {option}='lpips' needs none"
         )
     return load(metric, family)
+
+
+def outline(metric: str, family: str = "") -> Net:
+    """The net of a file with jax.ShapeDtypeStruct for its weights; the published one of its family if it is missing."""
+    if _file(metric).is_file():
+        return jax.eval_shape(functools.partial(load, metric, family))
+    family = _family(Path(metric), "", family)
+    layout = Layout(FAMILIES[family], tuple(stage[-1] for stage in VGG))
+
+    def params():
+        convs = init_convs(jax.random.key(0), layout.channels, layout.widths)
+        return {"convs": [layer[:2] for layer in convs], "heads": [jnp.zeros(width) for width in layout.widths]}
+
+    return Net(jax.eval_shape(params), LatentLPIPS(family, layout.pools, layout.pooled, layout.groups))
 
 
 def save(net: Net, path) -> Path:
