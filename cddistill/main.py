@@ -72,7 +72,7 @@ def main(settings):
     experiment = config.resolve(settings)
     sharding.initialize()
     check_devices()
-    workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
+    workdir, which = io.path(WORKDIR.value or default_workdir()), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(settings, workdir)
     if MODE.value == "evaluate":
@@ -81,14 +81,14 @@ def main(settings):
     if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
-        return commands.encode_data(settings, pathlib.Path(output))
+        return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
-        return commands.make_pairs(settings, pathlib.Path(output))
+        return commands.make_pairs(settings, io.path(output))
     if MODE.value == "export":
         return commands.export_run(settings, workdir, output, which)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
-    source = INPUT.value and os.path.expanduser(INPUT.value)
+    source = INPUT.value and str(io.local(INPUT.value))
     wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
     return api.sample_run(settings, workdir, output, which, *wanted)
 

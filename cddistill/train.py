@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import time
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 
@@ -23,7 +23,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
-def train(settings, workdir: Path) -> None:
+def train(settings, workdir: PurePath) -> None:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
     Returns early, with a checkpoint, on SIGTERM. Raises ValueError for bad input before the first step,
@@ -38,7 +38,7 @@ def train(settings, workdir: Path) -> None:
         train_alone(experiment, plain, workdir, began)
 
 
-def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> None:
+def train_alone(experiment: config.Experiment, plain: dict, workdir: PurePath, began: float) -> None:
     """As `train`, in a workdir that no other process writes."""
     run = experiment.run
     parts = prepare(workdir, experiment, plain)
@@ -62,7 +62,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
 
 
 @contextlib.contextmanager
-def naming_checkpoint(workdir: Path):
+def naming_checkpoint(workdir: PurePath):
     """An error of the disk, such as a full one, says what to resume from."""
     try:
         yield
@@ -74,7 +74,7 @@ def naming_checkpoint(workdir: Path):
         raise OSError(error.errno, said, *[error.filename] * bool(error.filename)) from error
 
 
-def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
+def prepare(workdir: PurePath, experiment: config.Experiment, plain: dict) -> Parts:
     """Build the run, and record its config and inputs, once it is known that they are those of the workdir."""
     resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
     if resumes:  # before the first checkpoint, another config may still be tried
@@ -98,7 +98,7 @@ def start(parts, checkpoints):
         return checkpoints.restore(parts.abstract)
     state = parts.init()
     source = parts.experiment.run.init_from_run
-    return init_from_run(parts, state, Path(source)) if source else state
+    return init_from_run(parts, state, io.path(source)) if source else state
 
 
 def loop(parts, state, workdir, checkpoints, stop, began):
@@ -123,6 +123,7 @@ def loop(parts, state, workdir, checkpoints, stop, began):
             if step % run.eval_every == 0:
                 scores = look(driver.get_state(state), step, workdir, writer)
             if last or step % run.checkpoint_every == 0:
+                writer.flush()  # the records up to a checkpoint are never lost
                 checkpoints.save(step, driver.get_state(state), metrics=scores)
             if stopping:
                 break
@@ -160,7 +161,7 @@ class Recorder:
             self.writer.write_scalars(step, self.means.take())
 
 
-def init_from_run(parts, state, workdir: Path):
+def init_from_run(parts, state, workdir: PurePath):
     """The state at step 0 with the trained weights of another run, of all nets that both have."""
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(
@@ -178,7 +179,7 @@ def init_from_run(parts, state, workdir: Path):
 # ---- paths that change
 
 
-def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
+def check_inputs(workdir: PurePath, parts, plain: dict, keys: set[str]) -> None:
     """Raises ValueError if one of the paths `keys` in the config changed, and something else lies there than before.
 
     The networks that a run starts from must have the same weights (`input_weights`), its data the same files
@@ -203,7 +204,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
         )
 
 
-def read_inputs(workdir: Path) -> dict[str, dict]:
+def read_inputs(workdir: PurePath) -> dict[str, dict]:
     """What `record_inputs` wrote. Raises ValueError if it is damaged."""
     found = io.read_json(workdir / INPUTS, "delete it", paths=dict, weights=dict, data=dict)
     for key, value in io.flatten(found).items():
@@ -223,7 +224,7 @@ def input_weights(parts) -> dict[str, str]:
     return found | ({"teacher": dataclasses.replace(parts.pipeline).weights} if run.lora else {})
 
 
-def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
+def record_inputs(workdir: PurePath, parts, plain: dict, old: dict) -> None:
     """Write inputs.json: where a run's inputs lie and their fingerprints, for `check_inputs`; and one example.
 
     `old` is what was recorded when the run started, whose fingerprints stay.
@@ -251,7 +252,8 @@ def overview(parts) -> str:
 def cache_programs() -> None:
     """Keep compiled programs in the user's cache, so that the next start is quick."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cddistill" / "programs"))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/cddistill/programs"))
+    io.path(jax.config.jax_compilation_cache_dir)  # which may be on an object store: JAX, too, uses etils for these
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
+    {"remote"},
     {"diffusion", "sharding", "io", "typed", "health", "checksums", "signals"},
     {"net", "storage", "lock"},
     {"models", "method"},
