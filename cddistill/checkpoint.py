@@ -237,7 +237,7 @@ class Checkpoints:
             return
         if sharding.is_host0():
             for step in steps:
-                (self.folder / str(step)).rename(self.folder / f"{step}.unreadable-{time.time_ns()}")
+                io.move(self.folder / str(step), self.folder / f"{step}.unreadable-{time.time_ns()}")
                 self.place.forget(step)
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()

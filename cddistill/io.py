@@ -136,6 +136,14 @@ def mirror(folder: PurePath) -> tuple[Path, Callable]:
     return copied.folder, copied.push
 
 
+def move(place: PurePath, target: PurePath) -> None:
+    """Rename a folder; on an object store, its objects one by one."""
+    if is_remote(place):
+        remote.move(place, target)
+    else:
+        place.rename(target)
+
+
 def sizes(root) -> dict[str, int]:
     """{name: bytes} of all files below a folder, in order of names; {".": bytes} of a single file."""
     root = path(root)

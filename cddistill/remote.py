@@ -17,22 +17,10 @@ from pathlib import Path, PurePath
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PACKAGES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # scheme: package, extra
-ATTEMPTS = 8  # of a request that is answered with 408, 429 or 5xx, or whose connection fails
+ATTEMPTS = 8  # of a request to S3 that is answered with 429 or 5xx, or whose connection fails
 PART_EVERY, MOST_PARTS = 30.0, 64  # of what grows: s between two parts; parts, after which they are joined
 MIRROR_EVERY = 300.0  # s between two copies of files that grow
-STALLED = 60  # s without a byte, after which a connection counts as failed
-OPTIONS = {  # of fsspec's clients; what others have written, hosts and earlier runs, is seen at once
-    "gcs": {"use_listings_cache": False, "requests_timeout": STALLED},
-    "s3": {
-        "use_listings_cache": False,
-        "config_kwargs": {
-            "retries": {"mode": "standard", "max_attempts": ATTEMPTS},
-            "connect_timeout": STALLED,
-            "read_timeout": STALLED,
-        },
-    },
-}
-
+STALLED = 60.0  # s without a byte, after which a connection counts as failed
 
 def path(text: str) -> PurePath:
     """The path of an object or folder, as etils has them. Raises ValueError as `io.path` does."""
@@ -55,8 +43,26 @@ def configure() -> None:
     import fsspec
 
     os.environ.setdefault("EPATH_USE_TF", "false")  # etils prefers TensorFlow's client where that is installed
-    for protocol, options in OPTIONS.items():
-        fsspec.config.conf[protocol] = options | fsspec.config.conf.get(protocol, {})
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks by gRPC first, with rights of its own
+    for protocol, options in {"gcs": gcs_options, "s3": s3_options}.items():
+        fsspec.config.conf[protocol] = options() | fsspec.config.conf.get(protocol, {})
+
+
+def gcs_options() -> dict:
+    """Options of gcsfs, which tries a request 6 times, for half a minute."""
+    if not importlib.util.find_spec("aiohttp"):  # no gcsfs either
+        return {}
+    import aiohttp
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+    return {"use_listings_cache": False, "requests_timeout": limits, "session_kwargs": {"timeout": limits}}
+
+
+def s3_options() -> dict:
+    """Options of s3fs and of botocore below it."""
+    retries = {"mode": "standard", "max_attempts": ATTEMPTS}
+    limits = {"retries": retries, "connect_timeout": STALLED, "read_timeout": STALLED}
+    return {"use_listings_cache": False, "config_kwargs": limits}  # what others write is seen at once
 
 
 def client(place: PurePath):
@@ -103,6 +109,16 @@ def rewrite(file: PurePath, content: bytes) -> None:
     if not file.exists():
         raise FileNotFoundError(str(file))
     put(file, content)
+
+
+def move(place: PurePath, target: PurePath) -> None:
+    """Copy all objects below `place` to the same names below `target`, and remove them."""
+    names = [*objects(place)]
+    with naming(place):
+        fs, root = client(place)
+        _, end = client(target)
+        fs.copy([f"{root}/{name}" for name in names], [f"{end}/{name}" for name in names])
+        fs.rm([f"{root}/{name}" for name in names])
 
 
 def check_writable(folder: PurePath, flag: str) -> None:
@@ -168,7 +184,7 @@ def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[st
 
 
 def upload(folder: Path, place: PurePath, last: str, known: dict | None = None) -> dict[str, tuple[int, int]]:
-    """Copy the files of a local folder below `place`; those whose name ends in `last` after the others, deep ones first.
+    """Copy the files of a local folder below `place`; names that end in `last` after the others, deep ones first.
 
     Files with the same stamp as in `known` are there. Returns the folder's `stamps`.
     """
@@ -200,9 +216,9 @@ def fetch(place: PurePath) -> Path:
     there = objects(place)
     if not there:
         raise ValueError(f"there is nothing at {place}: check its name")
-    version = lambda x: next((str(x[key]) for key in ("ETag", "etag", "generation", "md5Hash", "mtime") if key in x), "")
-    said = "\n".join(f"{name}\0{x['size']}\0{version(x)}" for name, x in there.items())
-    target = cache() / hashlib.sha256(f"{place}\n{said}".encode()).hexdigest()[:16] / place.name
+    versions = ("ETag", "etag", "generation", "md5Hash", "mtime")  # of the two clients, and of emulators
+    said = [(name, x["size"], *(str(x.get(key)) for key in versions)) for name, x in there.items()]
+    target = cache() / hashlib.sha256(f"{place} {said}".encode()).hexdigest()[:16] / place.name
     if not target.exists():
         draft = target.parent.with_name(f".{secrets.token_hex(8)}.tmp")
         try:

@@ -112,7 +112,7 @@ def set_aside_metrics(folder: PurePath, name: str | None) -> None:
         for path in folder.glob(f"*/{METRICS}"):
             if metric(path.parents[1], name) is None:
                 logging.warning("%s is damaged: this checkpoint is not ranked", path)
-                path.rename(path.with_name("metrics.unreadable"))
+                path.rename(path.with_name("metrics.unreadable"))  # a single file, which stores copy
     if name is not None and jax.process_count() > 1:
         multihost_utils.sync_global_devices("metrics are renamed")
 
@@ -177,8 +177,8 @@ class Bucket(Place):
     def __init__(self, folder: PurePath):
         if jax.process_count() > 1:
             raise ValueError(
-                f"{folder}: checkpoints of several hosts need a folder that all of them mount (gcsfuse, s3fs, Filestore, "
-                "FSx): set --workdir to one there"
+                f"{folder} cannot be the workdir of a run on several hosts: set --workdir to a folder that all of them "
+                "mount, of a file system or, by gcsfuse or Mountpoint, of this bucket"
             )
         self.folder, self.kept = folder, tempfile.TemporaryDirectory(prefix="cddistill-checkpoints-")
         self.path, self.fetched = self.kept.name, set()
