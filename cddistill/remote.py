@@ -22,6 +22,7 @@ PART_EVERY, MOST_PARTS = 30.0, 64  # of what grows: s between two parts; parts, 
 MIRROR_EVERY = 300.0  # s between two copies of files that grow
 STALLED = 60.0  # s without a byte, after which a connection counts as failed
 
+
 def path(text: str) -> PurePath:
     """The path of an object or folder, as etils has them. Raises ValueError as `io.path` does."""
     scheme = SCHEME.match(text)[0]
@@ -60,7 +61,7 @@ def gcs_options() -> dict:
 
 def s3_options() -> dict:
     """Options of s3fs and of botocore below it."""
-    retries = {"mode": "standard", "max_attempts": ATTEMPTS}
+    retries = {"mode": "legacy", "max_attempts": ATTEMPTS}  # "standard" takes 429 without a code for final
     limits = {"retries": retries, "connect_timeout": STALLED, "read_timeout": STALLED}
     return {"use_listings_cache": False, "config_kwargs": limits}  # what others write is seen at once
 

@@ -1,4 +1,4 @@
-"""Servers of the two object stores on this machine, moto's for S3 and an emulator for GCS, behind a proxy with faults."""
+"""Servers of both object stores on this machine, moto's for S3 and an emulator for GCS, behind proxies with faults."""
 
 import contextlib
 import http.server
