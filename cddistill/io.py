@@ -103,7 +103,7 @@ def rewrite(file: PurePath, content: bytes) -> None:
 def read_changed(file: PurePath) -> tuple[bytes, str]:
     """A file's bytes and, where its writing may leave these the same, its time of change."""
     if is_remote(file):
-        return file.read_bytes(), ""
+        return remote.read(file), ""
     with file.open("rb") as opened:  # a network file system looks for changes when a file is opened
         return opened.read(), str(os.fstat(opened.fileno()).st_mtime_ns)
 
@@ -181,7 +181,8 @@ def made_for(target: PurePath, keep: bool = False):
     """A folder in which the content of `target` is made; on an object store a scratch folder, uploaded in the end.
 
     *.json at the top goes last, so that a folder with its manifest is whole. With `keep` the scratch folder starts with
-    what is there, and is uploaded after an error, too: the same command can go on.
+    what is there, and is uploaded after an error, too, and its *.safetensors, which have that name when they are whole,
+    every minute: the same command can go on.
     """
     if not is_remote(target):
         yield target
@@ -190,7 +191,8 @@ def made_for(target: PurePath, keep: bool = False):
         known = remote.download(target, folder, lambda name: not name.startswith(".")) if keep else {}
         whole = False
         try:
-            yield folder
+            with remote.uploading(folder, target, ".safetensors", known) if keep else contextlib.nullcontext():
+                yield folder
             whole = True
         finally:
             if keep or whole:

@@ -136,12 +136,12 @@ def named(owner: dict) -> str:
 def beat(path: PurePath, token: str, stop: threading.Event) -> None:
     """Rewrite the lock file until `stop`, and end the process if another has taken the lock over."""
     while not stop.wait(BEAT):
-        owner, _ = read(path)
-        if owner.get("token") not in (token, None):
-            said = f"{path.parent} was taken over by {named(owner)}, as this process gave no sign of life"
-            print(f"cddistill: {said}: this one stops", file=sys.stderr, flush=True)
-            os._exit(1)
-        with contextlib.suppress(OSError):  # gone with its folder: saving will say so
+        with contextlib.suppress(OSError):  # gone with its folder, or out of reach: saving will say so
+            owner, _ = read(path)
+            if owner.get("token") not in (token, None):
+                said = f"{path.parent} was taken over by {named(owner)}, as this process gave no sign of life"
+                print(f"cddistill: {said}: this one stops", file=sys.stderr, flush=True)
+                os._exit(1)
             io.rewrite(path, content(token))
 
 

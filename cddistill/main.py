@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, lock, typed
+from cddistill import io, lock, remote, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -366,8 +366,9 @@ def guarded(settings):
     """`main`, with expected errors as one sentence; any other keeps its traceback."""
     try:
         return main(settings)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("CDDISTILL_TRACEBACK"):
+    except Exception as error:
+        expected = isinstance(error, ValueError | FloatingPointError | OSError) or remote.of_client(error)
+        if not expected or os.environ.get("CDDISTILL_TRACEBACK"):
             raise
         fail(error)
 

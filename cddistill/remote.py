@@ -12,13 +12,16 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path, PurePath
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PACKAGES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # scheme: package, extra
+CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
 ATTEMPTS = 8  # of a request to S3 that is answered with 429 or 5xx, or whose connection fails
 PART_EVERY, MOST_PARTS = 30.0, 64  # of what grows: s between two parts; parts, after which they are joined
+WHOLE_EVERY = 60.0  # s between two looks for files of --mode=pairs that are whole
 MIRROR_EVERY = 300.0  # s between two copies of files that grow
 STALLED = 60.0  # s without a byte, after which a connection counts as failed
 
@@ -85,11 +88,22 @@ def naming(place: PurePath):
         raise OSError(getattr(error, "errno", None) or 5, said, str(place)) from error
 
 
+def of_client(error: BaseException) -> bool:
+    """Whether an error is one of a client of an object store: credentials, networks, refusals."""
+    return type(error).__module__.partition(".")[0] in CLIENTS
+
+
 def put(file: PurePath, content: bytes) -> None:
     """Write an object: no reader finds half of it."""
     with naming(file):
         fs, name = client(file)
         fs.pipe_file(name, content)
+
+
+def read(file: PurePath) -> bytes:
+    """An object's bytes."""
+    with naming(file):
+        return file.read_bytes()
 
 
 def create(file: PurePath, content: bytes) -> bool:
@@ -184,12 +198,13 @@ def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[st
     return stamps(folder)
 
 
-def upload(folder: Path, place: PurePath, last: str, known: dict | None = None) -> dict[str, tuple[int, int]]:
+def upload(folder: Path, place: PurePath, last: str, known: dict | None = None, only=None) -> dict:
     """Copy the files of a local folder below `place`; names that end in `last` after the others, deep ones first.
 
-    Files with the same stamp as in `known` are there. Returns the folder's `stamps`.
+    Files with the same stamp as in `known` are there. `only` are the stamps of some files, by default those of all;
+    they are returned.
     """
-    now = stamps(folder)
+    now = stamps(folder) if only is None else only
     names = [name for name in now if name not in (known or {}) or now[name] != known[name]]
     closing = sorted((name for name in names if name.endswith(last)), key=lambda name: (-name.count("/"), name))
     fs, root = client(place)
@@ -199,6 +214,27 @@ def upload(folder: Path, place: PurePath, last: str, known: dict | None = None) 
         for name in closing:
             fs.put_file(str(folder / name), f"{root}/{name}")
     return now
+
+
+@contextlib.contextmanager
+def uploading(folder: Path, place: PurePath, suffix: str, known: dict):
+    """Every WHOLE_EVERY seconds, copy new files that end in a suffix; their stamps are added to `known`."""
+    stop = threading.Event()
+
+    def work():
+        while not stop.wait(WHOLE_EVERY):
+            new = {name: stamp for name, stamp in stamps(folder).items() if name.endswith(suffix)}
+            with contextlib.suppress(OSError):  # what is left goes with the rest, which says so
+                upload(folder, place, last=suffix, known=known, only=new)
+                known.update(new)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def cache() -> Path:

@@ -184,6 +184,7 @@ class Bucket(Place):
         self.path, self.fetched = self.kept.name, set()
         self.pool, self.pending = concurrent.futures.ThreadPoolExecutor(1), []
         for step in self.steps():
+            self.scratch(step).mkdir()
             remote.download(folder / str(step), self.scratch(step), (METRICS, "_CHECKPOINT_METADATA").__contains__)
 
     def scratch(self, step: int) -> Path:
