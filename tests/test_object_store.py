@@ -16,6 +16,7 @@ import pytest
 from cddistill import checkpoint, commands, config, io, lock, remote, train
 from cddistill.build import build, open_checkpoints
 from cddistill.data import digests
+from cddistill.data.ode_pairs import OdePairs
 from cddistill.log import JsonlWriter
 
 PACKAGES = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
@@ -73,12 +74,13 @@ def test_an_object_is_written_whole_created_once_and_rewritten_only_if_it_is_the
 
 
 @needs_servers
-def test_a_precondition_decides_between_two_that_create_at_once(bucket, monkeypatch):
-    """gcp-storage-emulator knows none: there, what is read back decides."""
-    io.write_atomic(bucket / "lock", b"theirs")
-    monkeypatch.setattr(type(bucket), "exists", lambda self: False)
-    if str(bucket).startswith("s3://"):
-        assert not io.create(bucket / "lock", b"mine")
+def test_a_precondition_decides_between_two_that_create_at_once(proxies, monkeypatch):
+    """On S3: the emulator of GCS knows none, so that there what is read back decides."""
+    file = io.path("s3://bucket/precondition")
+    io.write_atomic(file, b"theirs")
+    monkeypatch.setattr(type(file), "exists", lambda self: False)
+    assert not io.create(file, b"mine")
+    assert file.read_bytes() == b"theirs"
 
 
 @needs_servers
@@ -217,43 +219,22 @@ def settings(teacher):
     return c
 
 
-def work(mode, teacher, workdir, output):
-    """What a child does."""
-    c, workdir = settings(teacher), io.path(workdir)
-    print("begins", flush=True)
-    match mode:
-        case "train":
-            train.train(c, workdir)
-        case "evaluate":
-            commands.evaluate_run(c, workdir)
-        case "export":
-            commands.export_run(c, workdir, output)
-        case "pairs":
-            c = config.defaults("dmd2")
-            c.update(teacher=str(teacher), num_pairs=16, pairs_shard=8, teacher_steps=(2,))
-            c.data.size = 8
-            commands.make_pairs(c, io.path(output))
-
-
-def child(folder, *arguments):
-    """A process that works in an empty folder, which is its home, too."""
-    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_object_store; "
-    script += f"test_object_store.work(*{[str(x) for x in arguments]!r})"
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "HOME": str(folder)}
-    root = os.path.dirname(os.path.dirname(__file__))
-    env |= {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+def child(folder, teacher, workdir):
+    """A process that trains, with an empty folder as its own and as its home."""
+    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_object_store as t; "
+    script += f"t.train.train(t.settings({str(teacher)!r}), t.io.path({str(workdir)!r}))"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # as in this process: bits are compared
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HOME": str(folder)}
+    env |= {
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
+    }
     folder.mkdir(exist_ok=True)
     log = folder.with_name(f"{folder.name}.log").open("w")
     return subprocess.Popen([sys.executable, "-c", script], env=env, cwd=folder, stdout=log, stderr=log)
 
 
-def finish(process, folder):
-    """Wait for a child, and say what it said if it failed."""
-    assert process.wait(600) == 0, folder.with_name(f"{folder.name}.log").read_text()[-3000:]
-
-
 def trained(teacher, workdir):
-    """All weights of a run and what it has logged, without times."""
+    """The state at the end of a run, and what it has logged, without times."""
     experiment = config.resolve(settings(teacher))
     with contextlib.closing(open_checkpoints(workdir, experiment, read_only=True)) as checkpoints:
         state = checkpoints.restore(build(experiment).abstract)
@@ -262,11 +243,11 @@ def trained(teacher, workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, teacher):
-    """The same run in a local folder."""
+def undisturbed(tmp_path_factory, teacher, one_device):
+    """The same run in a local folder, and its export."""
     folder = tmp_path_factory.mktemp("local")
-    finish(child(folder / "cwd", "train", teacher, folder / "run", ""), folder / "cwd")
-    finish(child(folder / "cwd", "export", teacher, folder / "run", folder / "export"), folder / "cwd")
+    train.train(settings(teacher), folder / "run")
+    commands.export_run(settings(teacher), folder / "run", str(folder / "export"))
     return folder
 
 
@@ -277,27 +258,36 @@ def test_a_run_on_a_store_is_killed_resumed_evaluated_and_exported_as_a_local_on
 ):
     remote.upload(pathlib.Path(teacher), bucket / "teacher", last=".json")
     run, cwd, there = bucket / "run", tmp_path / "cwd", str(bucket / "teacher")
-    killed = child(cwd, "train", there, run, "")
+    killed = child(cwd, there, run)
     while checkpoint.latest_step(run / "checkpoints") is None and killed.poll() is None:
         time.sleep(0.1)
     killed.kill()
     killed.wait()
-    assert checkpoint.latest_step(run / "checkpoints") in (2, 4, 6)
+    said = cwd.with_name("cwd.log").read_text()[-2000:]
+    assert checkpoint.latest_step(run / "checkpoints") in (2, 4, 6), said
+    assert [p.name for p in cwd.iterdir() if p.name != ".cache"] == []  # nothing but scratch
     proxies[str(bucket)[:5]].inject(503, 429, 503)
-    finish(child(cwd, "train", there, run, ""), cwd)
-    expected, found = trained(teacher, undisturbed / "run"), trained(teacher, run)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    finish(child(cwd, "evaluate", there, run, ""), cwd)
+    train.train(settings(there), run)
+    jax.tree.map(np.testing.assert_array_equal, trained(there, run), trained(teacher, undisturbed / "run"))
+    (run / "report.html").unlink()
+    commands.evaluate_run(settings(there), run)
     names = set(io.sizes(run))
     assert {"config.json", "inputs.json", "example.npz", "scores.json", "report.html", "metrics.jsonl"} <= names
     assert any(name.startswith("tensorboard/events") for name in names)
     assert "samples/000006.png" in names
     assert not any(".lock" in name or ".part-" in name for name in names)
-    finish(child(cwd, "export", there, run, bucket / "export"), cwd)
+    commands.export_run(settings(there), run, str(bucket / "export"))
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (bucket / "export" / weights).read_bytes() == (undisturbed / "export" / weights).read_bytes()
-    finish(child(cwd, "pairs", there, run, bucket / "pairs"), cwd)
-    assert {"manifest.json", "null.safetensors", "00000000.safetensors", "00000001.safetensors"} == {
-        *io.sizes(bucket / "pairs")
-    }
-    assert [p.name for p in cwd.iterdir() if p.name != ".cache"] == []  # nothing but scratch
+
+
+@needs_servers
+@pytest.mark.slow
+def test_pairs_and_their_reader_work_on_a_store(bucket, teacher):
+    c = config.defaults("dmd2")
+    c.update(teacher=str(teacher), num_pairs=16, pairs_shard=8, teacher_steps=(2,))
+    c.data.size = 8
+    commands.make_pairs(c, bucket / "pairs")
+    there = {"manifest.json", "null.safetensors", "00000000.safetensors", "00000001.safetensors"}
+    assert {*io.sizes(bucket / "pairs")} == there
+    assert len(OdePairs(str(bucket / "pairs"))) == 16
