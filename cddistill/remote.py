@@ -107,7 +107,10 @@ def read(file: PurePath) -> bytes:
 
 
 def create(file: PurePath, content: bytes) -> bool:
-    """Write an object, unless there is one: by a precondition and, for stores that ignore it, by reading it again."""
+    """Write an object, unless there is one: by a precondition and, for stores that ignore it, by reading it again.
+
+    That also tells an object of others from one's own, whose answer was lost and which was put a second time.
+    """
     if file.exists():
         return False
     with naming(file):
@@ -115,7 +118,7 @@ def create(file: PurePath, content: bytes) -> bool:
         try:
             fs.pipe_file(name, content, mode="create")
         except FileExistsError:
-            return False
+            return bool(content) and fs.cat_file(name) == content
         return fs.cat_file(name) == content
 
 
