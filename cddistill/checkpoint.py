@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from io import BytesIO
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import flax.traverse_util
@@ -43,11 +43,11 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 3, best_metric: str | None = None, best_mode: str = "min", read_only=False):
         if keep < 1 or best_mode not in ("min", "max"):
             raise ValueError(f"keep={keep} must be at least 1, and best_mode={best_mode!r} 'min' or 'max'")
-        self.folder = Path(os.path.abspath(Path(folder).expanduser()))
+        self.folder = io.absolute(folder)
         if not read_only:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            io.make_folder(self.folder)
             storage.set_aside_metrics(self.folder, best_metric)
-        self.place = storage.Place(self.folder)
+        self.place = storage.place(self.folder)
         self.best_metric, self.best_mode, self.read_only = best_metric, best_mode, read_only
         policy = [keepers.LatestN(keep)]
         rank = None
@@ -108,20 +108,23 @@ class Checkpoints:
         if metrics is not None and self.best_metric and self.best_metric not in metrics:
             raise ValueError(f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}")
         with self.writing():
-            if not self.folder.is_dir():
-                raise FileNotFoundError
+            self.place.check()
+            self.place.wait()
             if step not in self.manager.all_steps():
                 items = {STATE: ocp.args.PyTreeSave(state), storage.ITEM: storage.Sums(by_name(state))}
                 self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+                self.place.publish(step, self.manager)
 
     def wait(self) -> None:
         """Wait until every save is on disk. Raises OSError if one failed."""
         with self.writing():
             self.manager.wait_until_finished()
+            self.place.wait()
 
     def close(self) -> None:
         """Wait, then release orbax's threads."""
         with self.writing():
+            self.place.wait()
             self.manager.close()
         self.place.close()
 
@@ -152,6 +155,7 @@ class Checkpoints:
         """Names of the nets in the newest checkpoint with a description; none if there is no such checkpoint."""
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
+                self.place.fetch(step)
                 names = by_name(self.manager.item_metadata(step)[STATE].tree)
             except Exception as error:  # as in `verified`
                 logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), one_line(error))
@@ -198,6 +202,7 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}{others}")
         reasons = {}
         for s in there if step is None else [step]:
+            self.place.fetch(s)
             state, reasons[s] = self.verified(s, read)
             if state is not None:
                 del reasons[s]
@@ -232,19 +237,19 @@ class Checkpoints:
             return
         if sharding.is_host0():
             for step in steps:
-                (self.folder / str(step)).rename(self.folder / f"{step}.unreadable-{time.time_ns()}")
+                io.move(self.folder / str(step), self.folder / f"{step}.unreadable-{time.time_ns()}")
+                self.place.forget(step)
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
         logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())
 
 
-def latest_step(folder: Path) -> int | None:
+def latest_step(folder: PurePath) -> int | None:
     """The step of the newest complete checkpoint in a folder, which is named after it; None if there is none."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    return max(storage.steps(folder), default=None)
 
 
-def last_good(folder: Path) -> str:
+def last_good(folder: PurePath) -> str:
     """The path of the newest complete checkpoint in a folder, or "none yet", for messages."""
     step = latest_step(folder)
     return "none yet" if step is None else str(folder / str(step))
@@ -282,12 +287,12 @@ def check_same(path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
 def write_config(workdir, config: dict[str, Any]) -> None:
     """Record a config (nested dicts) as workdir/config.json, atomically; only host 0 writes."""
     if sharding.is_host0():
-        io.write_json(Path(workdir) / "config.json", config)
+        io.write_json(io.path(workdir) / "config.json", config)
 
 
 def has_steps(workdir) -> bool:
     """Whether a run has saved a checkpoint, readable or not."""
-    return any(p.name.partition(".")[0].isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
+    return any(p.name.partition(".")[0].isdigit() for p in (io.path(workdir) / "checkpoints").glob("*"))
 
 
 def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -296,7 +301,7 @@ def changed(workdir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     Two texts are one value if they are the same path, one relative and the other absolute, say. An option that is newer
     than the run had its default.
     """
-    path = Path(workdir) / "config.json"
+    path = io.path(workdir) / "config.json"
     if not path.exists():
         return {}
     groups = dict.fromkeys(("method", "data", "optim"), dict | None)
@@ -315,7 +320,7 @@ def options_now(stored: dict[str, Any]) -> dict[str, Any]:
 
 def same_path(a, b) -> bool:
     """Whether two values are texts that name one place."""
-    real = [os.path.realpath(os.path.expanduser(x)) for x in (a, b) if isinstance(x, str) and x]
+    real = [x if "://" in x else os.path.realpath(os.path.expanduser(x)) for x in (a, b) if isinstance(x, str) and x]
     return len(real) == 2 and real[0] == real[1]
 
 
@@ -338,7 +343,7 @@ def write_example(workdir, example: dict[str, Any]) -> None:
     if sharding.is_host0():
         file = BytesIO()
         np.savez_compressed(file, **io.flatten(example))
-        io.write_atomic(Path(workdir) / "example.npz", file.getvalue())
+        io.write_atomic(io.path(workdir) / "example.npz", file.getvalue())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +383,7 @@ def data_or_example(workdir, config: DataConfig) -> DataConfig:
     A run can be loaded, sampled and exported where its data is not. Raises the data's own ValueError for runs that
     have kept none.
     """
-    file = Path(workdir) / "example.npz"
+    file = io.path(workdir) / "example.npz"
     try:
         for split in ("train", "validation"):
             data.load(config, split)
@@ -387,5 +392,6 @@ def data_or_example(workdir, config: DataConfig) -> DataConfig:
             raise
     else:
         return config
+    file = io.local(file)
     kept = KeptExample(str(file.resolve()), file.stat().st_mtime_ns)
     return dataclasses.replace(config, source=kept, path="")

@@ -8,7 +8,7 @@ import queue
 import statistics
 import threading
 import time
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +53,7 @@ class Clock:
     `began` is when the session began (time.monotonic). With `writes`, they are kept in workdir/FILE.
     """
 
-    def __init__(self, workdir: Path, first: int, began: float, batch_size: int, writes: bool = True):
+    def __init__(self, workdir: PurePath, first: int, began: float, batch_size: int, writes: bool = True):
         self.workdir, self.first, self.batch_size, self.writes = workdir, first, batch_size, writes
         self.past, now = read(workdir), time.monotonic()
         if self.past is None:
@@ -203,9 +203,9 @@ def summary(steps: list[Done], batch_size: int, peak: float | None) -> dict[str,
 # ---- goodput
 
 
-def read(workdir: Path) -> dict | None:
+def read(workdir: PurePath) -> dict | None:
     """What `Clock.write` wrote, None if there is nothing. Raises ValueError if it is damaged."""
-    path, number = Path(workdir) / FILE, int | float
+    path, number = io.path(workdir) / FILE, int | float
     if not path.is_file():
         return None
     kinds = {"started": number, "until": number, "from_step": int, "step": int, "steps": int, "seconds": dict}
@@ -226,7 +226,7 @@ def goodput(times: dict) -> float:
     return kept(times) / max(times["until"] - times["started"], 1e-9)
 
 
-def table(workdir: Path) -> list[tuple[str, float, float]]:
+def table(workdir: PurePath) -> list[tuple[str, float, float]]:
     """(what, seconds, share of the wall time) since the run's first start, up to its last step; [] if not known."""
     if (times := read(workdir)) is None:
         return []

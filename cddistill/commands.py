@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from cddistill.train import cache_programs, check_inputs
 
 
 def finished(
-    settings, workdir: Path, which: str = "latest", split: str | None = "validation"
+    settings, workdir: PurePath, which: str = "latest", split: str | None = "validation"
 ) -> tuple[Parts, TrainState]:
     """(parts, trained weights) of a run: of its "latest" or "best" checkpoint, or of the one of a step, "2000".
 
@@ -46,15 +46,15 @@ def finished(
     return parts, checkpoints.restore_weights(parts.abstract, step=step)
 
 
-def evaluate_run(settings, workdir: Path, which: str = "latest") -> None:
+def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     """Score a checkpoint on the test split and write the report again."""
     parts, state = finished(settings, workdir, which, "test")
     compare.evaluate_and_report(parts, state, workdir, {}, config.plain(settings))
 
 
-def export_run(settings, workdir: Path, output: str, which: str = "latest") -> None:
+def export_run(settings, workdir: PurePath, output: str, which: str = "latest") -> None:
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`."""
-    target = Path(output)
+    target = io.path(output)
     file = target.suffix in export.FILES
     if not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
@@ -63,20 +63,21 @@ def export_run(settings, workdir: Path, output: str, which: str = "latest") -> N
     io.ensure_writable(target.parent if file else target, "--output")
     write = lambda path: export.export(parts, state, str(path), config.plain(settings), compare.read_scores(workdir))
     if file:
-        found = write(target)
+        with io.made_for(target.parent) as folder:
+            found = write(folder / target.name)
     else:
         with lock.held(target, "--output"), io.draft_of(target) as draft:
             found = write(draft)
     print(f"exported to {output}; {found}")
 
 
-def encode_data(settings, output: Path) -> None:
+def encode_data(settings, output: PurePath) -> None:
     """Write a data set as latents and text embeddings: see `encode.encode`."""
     prepare(encode.encode, settings, output)
     print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
 
 
-def make_pairs(settings, output: Path) -> None:
+def make_pairs(settings, output: PurePath) -> None:
     """Write pairs of noise and the teacher's x0: see `pairs.make_pairs`."""
     prepare(pairs.make_pairs, settings, output)
     print(f"pairs in {output}: use them with --config.data.pairs={output}")
@@ -84,23 +85,23 @@ def make_pairs(settings, output: Path) -> None:
 
 def plan_run(settings, topology: str, memory: str, output: str) -> None:
     """Print what a run would take of its devices, and write it as JSON: see `plan.plan`."""
-    plan.plan_run(settings, targets.target(topology, memory), Path(output).expanduser())
+    plan.plan_run(settings, targets.target(topology, memory), io.path(output))
 
 
-def prepare(write: Callable, settings, output: Path) -> None:
+def prepare(write: Callable, settings, output: PurePath) -> None:
     """write(experiment, output, config), once the output is known to be writable, and no other process writes it."""
     experiment = config.resolve(settings)
     io.ensure_writable(output, "--output")
-    with lock.held(output, "--output", jax.process_index()):
+    with lock.held(output, "--output", jax.process_index()), io.made_for(output, keep=True) as folder:
         cache_programs(output)
-        write(experiment, output, config.plain(settings))
+        write(experiment, folder, config.plain(settings))
 
 
 # ---- sampling
 
 
 def sample(
-    settings, workdir: Path, source: str | None, output: str, which: str = "latest", n: int | None = None,
+    settings, workdir: PurePath, source: str | None, output: str, which: str = "latest", n: int | None = None,
     tiled: bool = False,
 ) -> None:  # fmt: skip
     """Generate images with a trained student: for each image in `source`, its condition, n in a row (1) or, for a
@@ -147,7 +148,7 @@ def conclude(n: int, steps: int, method: Generator, output: str) -> None:
     print(f"{n} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
 
 
-def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[Path], n: int) -> None:
+def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[PurePath], n: int) -> None:
     """Images [h, w, c], n of each kind, to files, an equal number in each: one as it is, several as a grid with a row
     for each kind. names are those of the files in messages. Those in one file must be of one size."""
     each = len(images) // len(outputs)

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import socket
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def describe() -> dict[str, Any]:
     return {"versions": versions(), "hosts": hosts(), "platform": platform.platform(), "variables": variables}
 
 
-def record(workdir: Path, step: int) -> None:
+def record(workdir: PurePath, step: int) -> None:
     """Add the environment of a run that starts, or resumes, at this step to environment.json, if it is another.
 
     Every host must call this; host 0 writes its own. Raises ValueError if the file is damaged.

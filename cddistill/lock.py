@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cddistill import io, signals
 
@@ -27,13 +27,13 @@ class InUse(OSError):
 
 
 @contextlib.contextmanager
-def held(folder: Path, flag: str = "--workdir", index: int = 0):
+def held(folder, flag: str = "--workdir", index: int = 0):
     """Hold the lock of a folder that exists, in the name of the process with this number in its run.
 
     Raises InUse, naming the owner and the flag that chooses another folder, if another process holds it. A lock whose
     owner is gone is taken over; on another machine, that takes SILENT seconds to find out.
     """
-    path = Path(folder) / (f".lock-{index}" if index else ".lock")
+    path = io.path(folder) / (f".lock-{index}" if index else ".lock")
     token = take(path, flag)
     stop = threading.Event()
     thread = threading.Thread(target=beat, args=(path, token, stop), daemon=True)
@@ -47,10 +47,10 @@ def held(folder: Path, flag: str = "--workdir", index: int = 0):
         release(path, token)
 
 
-def take(path: Path, flag: str) -> str:
+def take(path: PurePath, flag: str) -> str:
     """Create the lock file, or replace one whose owner is gone; returns its token."""
     token = secrets.token_hex(8)
-    while not create(path, content(token)):
+    while not io.create(path, content(token)):
         if (left := abandoned(path)) is None:
             raise InUse(in_use(path, flag))
         if left and replace(path, content(token), left):
@@ -58,34 +58,17 @@ def take(path: Path, flag: str) -> str:
     return token
 
 
-def create(path: Path, text: bytes) -> bool:
-    """Write a file, unless there is one: of several processes, one succeeds."""
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        with io.naming(path), os.fdopen(handle, "wb") as file:
-            file.write(text)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return True
-
-
-def replace(path: Path, text: bytes, left: bytes) -> bool:
+def replace(path: PurePath, text: bytes, left: bytes) -> bool:
     """Write a lock file instead of the one whose owner is gone, `left`, unless another process has done so."""
     marker, end = path.with_name(f"{path.name}.takeover"), time.monotonic() + SILENT
-    while not create(marker, b""):
+    while not io.create(marker, b""):
         if time.monotonic() > end:
             marker.unlink(missing_ok=True)  # of a process that was killed right here
         time.sleep(0.01)
     try:
         if read(path)[1] != left:
             return False
-        draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-        draft.write_bytes(text)
-        os.replace(draft, path)
+        io.write_atomic(path, text)
         return True
     finally:
         marker.unlink(missing_ok=True)
@@ -106,20 +89,19 @@ def now() -> str:
 SINCE = now()
 
 
-def read(path: Path) -> tuple[dict, bytes]:
+def read(path: PurePath) -> tuple[dict, bytes]:
     """(owner, the file's bytes and time of change); ({}, ...) for a file that is being written, or gone."""
     try:
-        with path.open("rb") as file:  # a network file system looks for changes when a file is opened
-            found, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        found, changed = io.read_changed(path)
         owner = json.loads(found)
     except FileNotFoundError:
         return {}, b""
     except ValueError:
-        return {}, found + str(changed).encode()
-    return owner if isinstance(owner, dict) else {}, found + str(changed).encode()
+        return {}, found + changed.encode()
+    return owner if isinstance(owner, dict) else {}, found + changed.encode()
 
 
-def abandoned(path: Path) -> bytes | None:
+def abandoned(path: PurePath) -> bytes | None:
     """What is in a lock file whose owner is gone, as `read` gives it, b"" if there is none; None if the owner lives."""
     owner, before = read(path)
     if owner.get("place") == place():
@@ -137,7 +119,7 @@ def abandoned(path: Path) -> bytes | None:
     return before
 
 
-def in_use(path: Path, flag: str) -> str:
+def in_use(path: PurePath, flag: str) -> str:
     """The sentence for a folder that another process writes."""
     owner, _ = read(path)
     return (
@@ -152,19 +134,19 @@ def named(owner: dict) -> str:
     return f"process {pid} on {host}, started {since}"
 
 
-def beat(path: Path, token: str, stop: threading.Event) -> None:
+def beat(path: PurePath, token: str, stop: threading.Event) -> None:
     """Rewrite the lock file until `stop`, and end the process if another has taken the lock over."""
     while not stop.wait(BEAT):
-        owner, _ = read(path)
-        if owner.get("token") not in (token, None):
-            said = f"{path.parent} was taken over by {named(owner)}, as this process gave no sign of life"
-            print(f"cddistill: {said}: this one stops", file=sys.stderr, flush=True)
-            os._exit(1)
-        with contextlib.suppress(OSError), path.open("r+b") as file:  # gone with its folder: saving will say so
-            file.write(content(token))
+        with contextlib.suppress(OSError):  # gone with its folder, or out of reach: saving will say so
+            owner, _ = read(path)
+            if owner.get("token") not in (token, None):
+                said = f"{path.parent} was taken over by {named(owner)}, as this process gave no sign of life"
+                print(f"cddistill: {said}: this one stops", file=sys.stderr, flush=True)
+                os._exit(1)
+            io.rewrite(path, content(token))
 
 
-def release(path: Path, token: str) -> None:
+def release(path: PurePath, token: str) -> None:
     """Remove the lock file, if it is still one's own."""
     if read(path)[0].get("token") == token:
         path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import datetime
 import json
 import logging
 import math
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -37,19 +36,22 @@ class JsonlWriter(MetricWriter):
     """
 
     def __init__(self, workdir, first_step: int = 0):
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        path = io.path(workdir) / "metrics.jsonl"
+        *lines, last = io.read_appended(path).split(b"\n")
         found = [(line, health.record(line)) for line in [*lines, last] if line]
         if damaged := sum(record is None for line, record in found if line is not last):
             logging.warning("%s has %d damaged lines, which are left out", path, damaged)
         kept = [line + b"\n" for line, record in found if record and record["step"] <= first_step]
         io.write_atomic(path, b"".join(kept))
-        self.file = path.open("a", encoding="utf-8")
+        self.file = io.append_to(path)
 
     def write_scalars(self, step, scalars):
         values = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}  # JSON has no NaN
         with io.naming(self.file.name):
             self.file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **values}) + "\n")
+
+    def flush(self):
+        with io.naming(self.file.name):
             self.file.flush()
 
     def close(self):
@@ -61,8 +63,8 @@ class TensorBoardWriter(MetricWriter):
     """Event files in workdir/tensorboard. Records of an earlier run after `first_step` are hidden."""
 
     def __init__(self, workdir, first_step: int = 0):
-        folder = str(pathlib.Path(workdir) / "tensorboard")
-        self.writer = tensorboardX.SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+        folder, self.push = io.mirror(io.path(workdir) / "tensorboard")
+        self.writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def write_scalars(self, step, scalars):
         for name, value in scalars.items():
@@ -74,9 +76,11 @@ class TensorBoardWriter(MetricWriter):
 
     def flush(self):
         self.writer.flush()
+        self.push()
 
     def close(self):
         self.writer.close()
+        self.push(final=True)
 
 
 class Terminal(MetricWriter):
@@ -122,7 +126,7 @@ class HealthWriter(MetricWriter):
         self.console = console
         self.monitor = health.Monitor(rules)
         if first_step:
-            for record in health.read(pathlib.Path(workdir) / "metrics.jsonl"):
+            for record in health.read(io.joined(io.path(workdir) / "metrics.jsonl")):
                 self.monitor.examine(record)
 
     def write_scalars(self, step, scalars):

@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import cddistill
-from cddistill import io, lock, memory, signals, typed
+from cddistill import io, lock, memory, remote, signals, typed
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place to write to",
@@ -79,7 +79,7 @@ def main(settings):
         return commands.plan_run(settings, TOPOLOGY.value, MEMORY.value, output)
     sharding.initialize(training=MODE.value == "train")
     sharding.check_devices()
-    workdir, which = pathlib.Path(WORKDIR.value or default_workdir()).expanduser(), CHECKPOINT.value
+    workdir, which = io.path(WORKDIR.value or default_workdir()), CHECKPOINT.value
     if MODE.value == "train":
         return train.train(settings, workdir)
     if MODE.value == "evaluate":
@@ -88,14 +88,14 @@ def main(settings):
     if not output:
         raise ValueError(f"--mode={MODE.value} needs --output")
     if MODE.value == "encode":
-        return commands.encode_data(settings, pathlib.Path(output))
+        return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
-        return commands.make_pairs(settings, pathlib.Path(output))
+        return commands.make_pairs(settings, io.path(output))
     if MODE.value == "export":
         return commands.export_run(settings, workdir, output, which)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
-    source = INPUT.value and os.path.expanduser(INPUT.value)
+    source = INPUT.value and str(io.local(INPUT.value))
     wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
     return api.sample_run(settings, workdir, output, which, *wanted)
 
@@ -370,9 +370,10 @@ def guarded(settings):
 
         sharding.wait_for_others()
         return status
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+    except Exception as error:
         full = isinstance(error, RuntimeError) and memory.EXHAUSTED in str(error)  # as JAX says it
-        if os.environ.get("CDDISTILL_TRACEBACK") or (isinstance(error, RuntimeError) and not full):
+        expected = isinstance(error, ValueError | FloatingPointError | OSError) or full or remote.of_client(error)
+        if not expected or os.environ.get("CDDISTILL_TRACEBACK"):
             raise
         fail(ValueError(memory.exhausted(str(error), MODE.value, settings.to_dict())) if full else error)
 

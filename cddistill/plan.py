@@ -6,7 +6,7 @@ The run's own programs are traced and compiled from shapes: no weights, no data 
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -320,7 +320,7 @@ def described(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
 
 
-def plan_run(settings, target: Target, output: Path) -> None:
+def plan_run(settings, target: Target, output: PurePath) -> None:
     """Print the plan of a config, and write it as JSON."""
     experiment = config.resolve(settings)
     if not experiment.method.turns():

@@ -1,9 +1,11 @@
 """A trace of some train steps, as jax.profiler writes it, for xprof and TensorBoard's profile plugin."""
 
 import contextlib
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
+
+from cddistill import io
 
 
 def check(steps: tuple[int, ...], total: int) -> None:
@@ -17,9 +19,10 @@ def check(steps: tuple[int, ...], total: int) -> None:
 class Profile:
     """Traces steps (first, last), or () for none, to workdir/profile, but not those before a resumed run's start."""
 
-    def __init__(self, steps: tuple[int, ...], workdir: Path):
+    def __init__(self, steps: tuple[int, ...], workdir: PurePath):
         self.first, self.last = steps or (1, 0)
-        self.folder, self.on = Path(workdir) / "profile", False
+        self.place, self.on = io.path(workdir) / "profile", False
+        self.folder, self.push = io.mirror(self.place)
 
     def before(self, step: int):
         """Begin the trace if this step is the first of it. The context is a name for the step in the trace."""
@@ -41,4 +44,5 @@ class Profile:
         if self.on:
             self.on = False
             jax.profiler.stop_trace()
-            print(f"profile of steps {self.first} to {self.last}: {self.folder} (view it with xprof)", flush=True)
+            self.push(final=True)
+            print(f"profile of steps {self.first} to {self.last}: {self.place} (view it with xprof)", flush=True)

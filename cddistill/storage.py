@@ -1,21 +1,25 @@
 """What orbax lacks: a checksum of each array beside the arrays, and folders of any name."""
 
+import concurrent.futures
 import json
 import logging
 import math
 import os
 import re
-from pathlib import Path
+import shutil
+import tempfile
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cddistill import checksums
+from cddistill import checksums, io, remote
 
 ITEM = "checksums"  # the sub-folder of a checkpoint: a file of each host, {"hosts": 1, "sums": {"step": "0f..."}}
 METRICS = "metrics/metrics"  # a JSON object
+COMMITTED = "commit_success.txt"  # in checkpoints on object stores, as orbax itself writes it there
 UNUSUAL = re.compile(r"[][*?\\\udc80-\udcff]")  # the last are bytes that are not UTF-8
 
 
@@ -47,7 +51,7 @@ class Sums(ocp.args.CheckpointArgs):
         self.arrays = arrays
 
 
-def read_sums(folder: Path) -> dict[str, int] | None:
+def read_sums(folder: PurePath) -> dict[str, int] | None:
     """The sums in a checkpoint's sub-folder ITEM, of all hosts that saved; None if it has none, as older ones.
 
     Raises OSError if they are damaged or not of all hosts.
@@ -93,7 +97,7 @@ def difference(expected: dict[str, int], found: dict[str, int]) -> str:
 # ---- metrics, as orbax keeps them
 
 
-def metric(folder: Path, name: str) -> float | None:
+def metric(folder: PurePath, name: str) -> float | None:
     """A metric of the checkpoint in a folder; None if it has none that is a finite number."""
     try:
         value = json.loads((folder / METRICS).read_text("utf-8"))[name]
@@ -102,26 +106,27 @@ def metric(folder: Path, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def set_aside_metrics(folder: Path, name: str | None) -> None:
+def set_aside_metrics(folder: PurePath, name: str | None) -> None:
     """Rename the files of metrics by which a checkpoint cannot be ranked: orbax would not start."""
     if name is not None and jax.process_index() == 0:
         for path in folder.glob(f"*/{METRICS}"):
             if metric(path.parents[1], name) is None:
                 logging.warning("%s is damaged: this checkpoint is not ranked", path)
-                path.rename(path.with_name("metrics.unreadable"))
+                path.rename(path.with_name("metrics.unreadable"))  # a single file, which stores copy
     if name is not None and jax.process_count() > 1:
         multihost_utils.sync_global_devices("metrics are renamed")
 
 
 class Place:
-    """A folder by a path without characters that orbax, etils or tensorstore take for something else.
+    """A folder of checkpoints by a path that orbax can use.
 
-    Those are the wildcards of glob, a backslash and bytes that are not UTF-8. A folder with such a character in its own
-    path is reached through this process's handle of it (on Linux).
+    orbax, etils and tensorstore take some characters for something else: the wildcards of glob, a backslash and bytes
+    that are not UTF-8. A folder with such a character in its own path is reached through this process's handle of it
+    (on Linux).
     """
 
     def __init__(self, folder: Path):
-        self.handle, self.path = None, str(folder)
+        self.folder, self.handle, self.path = folder, None, str(folder)
         if UNUSUAL.search(self.path) and folder.is_dir():
             self.open(folder)
 
@@ -134,8 +139,106 @@ class Place:
         else:
             os.close(handle)
 
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints."""
+        return steps(self.folder)
+
+    def check(self) -> None:
+        """FileNotFoundError if the folder has been removed."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError
+
+    def fetch(self, step: int) -> None:
+        """Make a checkpoint readable: it is."""
+
+    def publish(self, step: int, manager: ocp.CheckpointManager) -> None:
+        """Keep a checkpoint that orbax has begun to write: it does."""
+
+    def wait(self) -> None:
+        """Wait until what was published is kept."""
+
+    def forget(self, step: int) -> None:
+        """Take note that a checkpoint was renamed."""
+
     def close(self) -> None:
         """Give the handle back."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
+
+
+class Bucket(Place):
+    """A folder of checkpoints on an object store: orbax works in a scratch folder, and whole checkpoints are copied.
+
+    That is the same for all stores. A checkpoint is complete if it has the file COMMITTED, which is copied last. Of the
+    others on the store, the scratch folder has what ranks them until they are read.
+    """
+
+    def __init__(self, folder: PurePath):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{folder} cannot be the workdir of a run on several hosts: set --workdir to a folder that all of them "
+                "mount, of a file system or, by gcsfuse or Mountpoint, of this bucket"
+            )
+        self.folder, self.kept = folder, tempfile.TemporaryDirectory(prefix="cddistill-checkpoints-")
+        self.path, self.fetched = self.kept.name, set()
+        self.pool, self.pending = concurrent.futures.ThreadPoolExecutor(1), []
+        for step in self.steps():
+            self.scratch(step).mkdir()
+            remote.download(folder / str(step), self.scratch(step), (METRICS, "_CHECKPOINT_METADATA").__contains__)
+
+    def scratch(self, step: int) -> Path:
+        """Where orbax has a checkpoint."""
+        return Path(self.path) / str(step)
+
+    def check(self) -> None:
+        """A folder on an object store cannot be missed: it is a part of names."""
+
+    def fetch(self, step: int) -> None:
+        """Copy a checkpoint to the scratch folder, unless that was done. OSError if it cannot be."""
+        if step not in self.fetched:
+            remote.download(self.folder / str(step), self.scratch(step))
+            self.fetched.add(step)
+
+    def publish(self, step: int, manager: ocp.CheckpointManager) -> None:
+        """Copy a checkpoint to the store in the background, as soon as orbax has written it."""
+        self.pending.append(self.pool.submit(self.copy, step, manager))
+
+    def copy(self, step: int, manager: ocp.CheckpointManager) -> None:
+        """Copy one checkpoint, and delete those that orbax has deleted."""
+        manager.wait_until_finished()
+        committed = self.scratch(step) / COMMITTED
+        committed.touch()
+        remote.upload(self.scratch(step), self.folder / str(step), last=COMMITTED)
+        self.fetched.add(step)
+        for old in self.steps():
+            if not self.scratch(old).exists():
+                (self.folder / str(old) / COMMITTED).unlink()  # first: the rest is no checkpoint
+                (self.folder / str(old)).rmtree()
+
+    def wait(self) -> None:
+        """Raises what kept a checkpoint from being copied."""
+        while self.pending:
+            self.pending.pop(0).result()
+
+    def forget(self, step: int) -> None:
+        """Remove a checkpoint from the scratch folder."""
+        shutil.rmtree(self.scratch(step), ignore_errors=True)
+        self.fetched.discard(step)
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        self.pool.shutdown()
+        self.kept.cleanup()
+
+
+def place(folder: PurePath) -> Place:
+    """The folder as orbax can use it."""
+    return Bucket(folder) if io.is_remote(folder) else Place(folder)
+
+
+def steps(folder: PurePath) -> list[int]:
+    """The steps of the complete checkpoints in a folder, which are named after them."""
+    names = [p.name for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+    whole = lambda name: not io.is_remote(folder) or (folder / name / COMMITTED).exists()
+    return sorted(int(name) for name in names if whole(name))

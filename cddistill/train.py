@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import time
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 
@@ -36,7 +36,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "scores.json", "report.html")  # of what a run writes, in order
 
 
-def train(settings, workdir: Path) -> int:
+def train(settings, workdir: PurePath) -> int:
     """Train to config.steps, resuming from what the workdir holds; then evaluate and write report.html.
 
     Returns the exit status: 0 or, if a signal stopped it before the last step or the report, 143 for SIGTERM and
@@ -53,7 +53,7 @@ def train(settings, workdir: Path) -> int:
         return train_alone(experiment, plain, workdir, began)
 
 
-def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began: float) -> int:
+def train_alone(experiment: config.Experiment, plain: dict, workdir: PurePath, began: float) -> int:
     """As `train`, in a workdir that no other process writes."""
     run = experiment.run
     parts = prepare(workdir, experiment, plain)
@@ -79,7 +79,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: Path, began
 
 
 @contextlib.contextmanager
-def naming_checkpoint(workdir: Path):
+def naming_checkpoint(workdir: PurePath):
     """An error of the disk, such as a full one, says what to resume from."""
     try:
         yield
@@ -91,7 +91,7 @@ def naming_checkpoint(workdir: Path):
         raise OSError(error.errno, said, *[error.filename] * bool(error.filename)) from error
 
 
-def prepare(workdir: Path, experiment: config.Experiment, plain: dict) -> Parts:
+def prepare(workdir: PurePath, experiment: config.Experiment, plain: dict) -> Parts:
     """Build the run, and record its config and inputs, once it is known that they are those of the workdir."""
     resumes, paths, old = checkpoint.has_steps(workdir), config.paths(experiment), {}
     if resumes:  # before the first checkpoint, another config may still be tried
@@ -115,7 +115,7 @@ def start(parts, checkpoints):
         return checkpoints.restore(parts.abstract)
     state = parts.init()
     source = parts.experiment.run.init_from_run
-    return init_from_run(parts, state, Path(source)) if source else state
+    return init_from_run(parts, state, io.path(source)) if source else state
 
 
 def loop(parts, state, workdir, checkpoints, stop, began):
@@ -146,6 +146,7 @@ def loop(parts, state, workdir, checkpoints, stop, began):
                 stopping = stop.asked
             if saves or stopping:
                 with times.spending("checkpoint"):
+                    writer.flush()  # the records up to a checkpoint are never lost
                     checkpoints.save(step, driver.get_state(state), metrics=scores)
                 times.write()
             if stopping:
@@ -187,7 +188,7 @@ class Recorder:
             self.writer.write_scalars(step, self.means.take() | self.times.take(step))
 
 
-def init_from_run(parts, state, workdir: Path):
+def init_from_run(parts, state, workdir: PurePath):
     """The state at step 0 with the trained weights of another run, of all nets that both have."""
     if not (workdir / "checkpoints").is_dir():
         raise ValueError(
@@ -205,7 +206,7 @@ def init_from_run(parts, state, workdir: Path):
 # ---- paths that change
 
 
-def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
+def check_inputs(workdir: PurePath, parts, plain: dict, keys: set[str]) -> None:
     """Raises ValueError if one of the paths `keys` in the config changed, and something else lies there than before.
 
     The networks that a run starts from must have the same weights (`input_weights`), its data the same files
@@ -230,7 +231,7 @@ def check_inputs(workdir: Path, parts, plain: dict, keys: set[str]) -> None:
         )
 
 
-def read_inputs(workdir: Path) -> dict[str, dict]:
+def read_inputs(workdir: PurePath) -> dict[str, dict]:
     """What `record_inputs` wrote. Raises ValueError if it is damaged."""
     found = io.read_json(workdir / INPUTS, "delete it", paths=dict, weights=dict, data=dict)
     for key, value in io.flatten(found).items():
@@ -250,7 +251,7 @@ def input_weights(parts) -> dict[str, str]:
     return found | ({"teacher": dataclasses.replace(parts.pipeline).weights} if run.lora else {})
 
 
-def record_inputs(workdir: Path, parts, plain: dict, old: dict) -> None:
+def record_inputs(workdir: PurePath, parts, plain: dict, old: dict) -> None:
     """Write inputs.json: where a run's inputs lie and their fingerprints, for `check_inputs`; and one example.
 
     `old` is what was recorded when the run started, whose fingerprints stay.
@@ -275,15 +276,16 @@ def overview(parts) -> str:
     return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def cache_programs(folder: Path) -> None:
+def cache_programs(folder: PurePath) -> None:
     """Keep compiled programs in JAX_COMPILATION_CACHE_DIR, so that the next start is quick.
 
     The default is the user's cache or, with several hosts, a place in this folder, which all of them must see: only the
     first host writes programs, and each reads them.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        own = Path.home() / ".cache" / "cddistill" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder / ".programs" if jax.process_count() > 1 else own))
+        own = os.path.expanduser("~/.cache/cddistill/programs")
+        jax.config.update("jax_compilation_cache_dir", str(folder / ".programs") if jax.process_count() > 1 else own)
+    io.path(jax.config.jax_compilation_cache_dir)  # which may be on an object store: JAX, too, uses etils for these
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

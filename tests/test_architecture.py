@@ -4,11 +4,12 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
+    {"remote"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
-        *("memory", "profiling"),
+        "memory",
     },
-    {"net", "storage", "lock", "environment", "targets"},
+    {"net", "storage", "lock", "environment", "profiling", "targets"},
     {"models", "method"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from cddistill import io
+
 
 def of_files(root: Path, names: Iterable[str], times: bool = True) -> str:
     """Files by name, size and, with `times`, time of change, in this order: "12 files (0f1e2d3c4b5a6978)".
@@ -24,18 +26,15 @@ def of_path(path: str) -> str:
 
     From the names and sizes of the files, and the first 4 kB of the first 1,000 of them: data sets are large.
     """
-    root = Path(path)
-    if not path or not root.exists():
+    if not path or not (io.is_remote(path) or Path(path).exists()):
         return path
-    inside = lambda p: p.relative_to(root).as_posix()
-    files = [root] if root.is_file() else sorted((p for p in root.rglob("*") if p.is_file()), key=inside)
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    hidden = lambda name: name != "." and any(part.startswith(".") for part in name.split("/"))
+    files = {name: size for name, size in io.sizes(path).items() if not hidden(name)}
+    starts = iter(io.heads(path, [*files][:1000], 4096))
     digest = hashlib.sha256()
-    for i, file in enumerate(files):
-        digest.update(os.fsencode(f"{inside(file)} {file.stat().st_size}\n"))
-        if i < 1000:
-            with file.open("rb") as opened:
-                digest.update(opened.read(4096))
+    for name, size in files.items():
+        digest.update(os.fsencode(f"{name} {size}\n"))
+        digest.update(next(starts, b""))
     return digest.hexdigest()[:16]
 
 

@@ -6,13 +6,15 @@ import os
 import time
 from pathlib import Path
 
+from cddistill import io
+
 PROGRESS_EVERY = 10  # seconds between progress messages
 SKIPPED = ("__MACOSX", "@eaDir", "lost+found")  # besides hidden ones: folders of archives, file managers, file systems
 
 
 def data_path(path: str, what: str) -> Path:
     """The folder data.path. Raises ValueError if it is no folder; `what` it should be, "a folder of images"."""
-    root = Path(path).expanduser()
+    root = io.local(path)
     if path and root.is_dir():
         return root
     wrong = "is not a folder"

@@ -51,7 +51,7 @@ def shard_rows(manifest: dict, k: int) -> range:
 
 def read_manifest(folder) -> dict:
     """The content of manifest.json. Raises ValueError if it is missing, damaged or of another format version."""
-    path = Path(folder) / MANIFEST
+    path = io.path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"there is no {MANIFEST} in {folder}: data.pairs must be a folder written by --mode=pairs")
     if (version := io.read_json(path, REMEDY, format=int)["format"]) != FORMAT:
@@ -127,7 +127,8 @@ class OdePairs:
     """
 
     def __init__(self, folder, skip_bad: bool = False):
-        self.folder, self.manifest, self.skip_bad = Path(folder), read_manifest(folder), skip_bad
+        folder = io.local(folder)
+        self.folder, self.manifest, self.skip_bad = folder, read_manifest(folder), skip_bad
         self.check_presence()
         null, header = read_header(self.folder / NULL)
         check_bytes(self.folder / NULL, null, header)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ REPEATS = 8  # random draws averaged per image, for methods that are `Scored`
 
 
 def evaluate_and_report(
-    parts: Parts, state: TrainState, workdir: Path, timings: dict[str, float], config: dict
+    parts: Parts, state: TrainState, workdir: PurePath, timings: dict[str, float], config: dict
 ) -> list[Row]:
     """Score a trained run on the test split, print the table, write scores.json and report.html.
 
@@ -41,7 +41,7 @@ def evaluate_and_report(
         title=" ".join([config["method"]["name"], config["data"]["source"], config["data"]["task"]]),
         grids=figures,
         rows=rows,
-        metrics_path=path if (path := workdir / "metrics.jsonl").is_file() else None,
+        metrics_path=path if (path := io.joined(workdir / "metrics.jsonl")).is_file() else None,
         config=config,
         timings=timings,
         times=clock.table(workdir),
@@ -52,12 +52,12 @@ def evaluate_and_report(
     return rows
 
 
-def suffix_for(workdir: Path, n: int) -> str:
+def suffix_for(workdir: PurePath, n: int) -> str:
     """What the names of a report of n images end in: nothing, unless the workdir has one of more images."""
     return f"-{n}-images" if any(row["n"] > n for row in read_scores(workdir).values()) else ""
 
 
-def read_scores(workdir: Path) -> dict[str, dict]:
+def read_scores(workdir: PurePath) -> dict[str, dict]:
     """The rows of scores.json by name; {} if there is none. Raises ValueError if it is damaged."""
     path, remedy = workdir / "scores.json", "delete it, and evaluate again"
     rows = io.read_json(path, remedy) if path.is_file() else {}
@@ -178,8 +178,8 @@ def notes(parts: Parts, step: int) -> list[str]:
     return lines + [parts.experiment.data.source.note] * bool(parts.experiment.data.source.note)
 
 
-def health_notes(workdir: Path, rules: health.Rules) -> list[str]:
+def health_notes(workdir: PurePath, rules: health.Rules) -> list[str]:
     """The alarms of the health rules in the run's metrics."""
-    alarms = health.diagnose(records := health.read(workdir / "metrics.jsonl"), rules)
+    alarms = health.diagnose(records := health.read(io.joined(workdir / "metrics.jsonl")), rules)
     lines = [f"Health: {alarm.name} from step {alarm.step} on: {alarm.words}." for alarm in alarms]
     return lines or ["Health: no sign of a failing run in its metrics."] * bool(records)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -97,14 +97,14 @@ def image_suffix(path) -> str:
     return suffix
 
 
-def outputs(inputs: Sequence[Path], output, many: bool) -> list[Path]:
+def outputs(inputs: Sequence[Path], output, many: bool) -> list[PurePath]:
     """The file for each input's image: `output` itself or, with `many`, a file in that folder.
 
     a.jpg becomes a.png there; where another input would become that, too, all keep their suffix: a.jpg.png. Raises
     ValueError for a file name without a known suffix, for one where a folder is due, and if an input would be
     overwritten.
     """
-    output = Path(output)
+    output = io.path(output)
     if not many:
         image_suffix(output)
         chosen = [output]

@@ -1,7 +1,7 @@
 """Evaluation during training: an image grid of fixed validation examples, or the scores of a metric."""
 
 import functools
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ class Preview:
     def __init__(self, parts: Parts, n: int = generate.PREVIEWED):
         self.parts, self.n, self.batch, self.truth = parts, n, None, None
 
-    def __call__(self, state, step: int, workdir: Path, writer) -> dict[str, float]:
+    def __call__(self, state, step: int, workdir: PurePath, writer) -> dict[str, float]:
         """Write samples/<step>.png. The score uses the last of sample_steps: PSNR, or diversity without a condition."""
         if self.batch is None:
             self.load()
@@ -58,7 +58,7 @@ class Validation:
     def __init__(self, parts: Parts, n: int = 256):
         self.parts, self.n, self.batch = parts, n, None
 
-    def __call__(self, state, step: int, workdir: Path, writer) -> dict[str, float]:
+    def __call__(self, state, step: int, workdir: PurePath, writer) -> dict[str, float]:
         """The mean of each score; samples/<step>.png if the method shows pictures."""
         if self.batch is None:
             examples = data.examples(self.parts.experiment.data, "validation", self.n)

@@ -40,7 +40,7 @@ def write_report(
     times: Sequence[tuple[str, float, float]] = (),
     versions: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
-) -> pathlib.Path:
+) -> pathlib.PurePath:
     """Write a self-contained HTML file atomically and return its path.
 
     `grids` are (caption, bytes of a PNG file or uint8 [h,w,3]). `metrics_path` is a metrics.jsonl: each line has "step"
@@ -64,7 +64,7 @@ def write_report(
         notes=list(notes),
     )
     io.write_atomic(path, page)
-    return pathlib.Path(path)
+    return io.path(path)
 
 
 def headline(rows: Sequence[Row]) -> list[str]:

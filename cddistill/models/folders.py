@@ -55,7 +55,7 @@ def find(name, part: str) -> Path:
     from cddistill.models import single_file  # which imports this module
 
     embedded = {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
-    given = embedded.get(str(name), Path(name).expanduser())
+    given = embedded.get(str(name)) or (io.local(name) if io.is_remote(name) else Path(name).expanduser())
     path = given.resolve() if ".." in given.parts else given.absolute()
     if str(name) and path.exists():
         if ASSETS in path.parents:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from cddistill import io
 from cddistill.models import files, peft
 from cddistill.models.convert import abbreviate, from_torch, to_torch, torch_name, unflatten
 from cddistill.models.ldm import unet_names
@@ -212,7 +213,7 @@ def merge(path, nets: dict, scale: float = 1.0) -> dict:
 def read_parts(path) -> dict[str, Part]:
     """The parts of a LoRA by network; nothing but headers is read."""
     parts = {}
-    for file in lora_files(Path(path).expanduser()):
+    for file in lora_files(io.local(path)):
         arrays = bare_names(files.read(file).tensors, file)
         refuse_other_kinds(arrays, file)
         owners = {key: part_of(key, file) for key in arrays}
