@@ -175,7 +175,8 @@ def test_examples_are_deterministic():
     [
         (
             {"source": "emojis"},
-            "data.source='emojis' must be one of emoji, icons, icon_edits, scenes, mixture, folder, tfds, arrays",
+            "data.source='emojis' must be one of emoji, icons, icon_edits, scenes, mixture, folder, "
+            "webdataset, parquet, array_record, tfds, arrays",
         ),
         ({"task": "blur"}, "data.task='blur' must be one of none, sr, inpaint, edit, depth, canny"),
         ({"size": 0}, "data.size=0 must be at least 1"),

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import tarfile
 
@@ -17,7 +16,11 @@ from cddistill.data.indexed import divide
 from cddistill.data.sources import array_record
 
 N = 24
-SHARDS = {f"{split}-0000{k}": range(12 * i + 6 * k, 12 * i + 6 * k + 6) for i, split in enumerate(("train", "test")) for k in (0, 1)}
+SHARDS = {
+    f"{split}-0000{k}": range(12 * i + 6 * k, 12 * i + 6 * k + 6)
+    for i, split in enumerate(("train", "test"))
+    for k in (0, 1)
+}
 FORMATS = ("webdataset", "parquet", "array_record")
 
 
@@ -41,17 +44,23 @@ def tar(path, members):
 
 
 def webdataset(root, shard, numbers):
-    samples = ({f"{i:04}.png": PICTURES[i], f"{i:04}.txt": f"picture {i}".encode(), f"{i:04}.cls": b"%d" % (i % 9)} for i in numbers)
+    samples = (
+        {f"{i:04}.png": PICTURES[i], f"{i:04}.txt": f"picture {i}".encode(), f"{i:04}.cls": b"%d" % (i % 9)}
+        for i in numbers
+    )
     tar(root / f"{shard}.tar", {name: x for sample in samples for name, x in sample.items()})
 
 
 def parquet(root, shard, numbers):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     columns = {"jpg": [PICTURES[i] for i in numbers], "caption": [f"picture {i}" for i in numbers]}
-    table = pyarrow.table(columns | {"label": [i % 9 for i in numbers], "url": ["http://..."] * len(numbers)})
-    pyarrow.parquet.write_table(table, root / f"{shard}.parquet", row_group_size=4)
+    columns |= {"label": [i % 9 for i in numbers], "url": ["http://..."] * len(numbers)}
+    write_table(root / f"{shard}.parquet", columns, row_group_size=4)
+
+
+def write_table(path, columns, **options):
+    """Write {name: values} as a parquet file."""
+    table = pytest.importorskip("pyarrow").table(columns)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, **options)
 
 
 def array_records(root, shard, numbers):
@@ -143,22 +152,18 @@ def test_members_beside_the_image_are_read(tmp_path):
         "plain": b"of no sample",
     }
     tar(tmp_path / "a.tar", members)
-    first, second = (examples(of(tmp_path, split="all"), "train")[key] for key in ("caption", "label"))
-    assert {*zip(first, second.tolist(), strict=True)} == {("from json", 3), ("café", 9)}
-    elements = [load(of(tmp_path, split="all"), "train").source.element(i, None) for i in range(2)]
-    element = next(x for x in elements if x["label"] == 3)
+    source = load(of(tmp_path, split="all"), "train").source
+    element, other = sorted((source.element(i, None) for i in range(2)), key=lambda x: x["label"])
+    assert [(x["caption"], x["label"]) for x in (element, other)] == [("from json", 3), ("café", 9)]
     assert element["edited"].shape == (8, 8, 3)
     assert element["depth_map"].shape == (8, 8)
     assert not [*tmp_path.parent.glob("x*")]
 
 
 def test_rows_of_hugging_face_and_edits_are_read(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     images = [{"bytes": PICTURES[i], "path": f"{i}.png"} for i in range(3)]
     row = {"original_image": images[:1], "edited_image": images[1:2], "edit_prompt": ["make it red"]}
-    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "a.parquet")
+    write_table(tmp_path / "a.parquet", row)
     element = load(of(tmp_path, "parquet", split="all"), "train").source.element(0, None)
     assert element["instruction"] == "make it red"
     assert (element["image"] != element["edited"]).any()
@@ -176,7 +181,9 @@ def test_rows_are_split_and_ordered_as_names(rule, places):
     shards = [{"name": f"{place}/{k}", "rows": 40} for k, place in enumerate(places)]
     folders = {} if rule == "hash" else splits.split_folders(names)
     expected = splits.RULES[rule](names, folders)
-    found = divide(index_file.Index(None, shards, rows), [folders.get(place) for place in places] if folders else None, rule)
+    found = divide(
+        index_file.Index(None, shards, rows), [folders.get(place) for place in places] if folders else None, rule
+    )
     assert {split: [names[i] for i in part] for split, part in found.items()} == expected
 
 
@@ -186,7 +193,9 @@ def test_rows_are_split_and_ordered_as_names(rule, places):
 def scans(monkeypatch):
     """The shards that are read from now on."""
     seen, scan = [], SOURCES["webdataset"].format.scan
-    monkeypatch.setattr(type(SOURCES["webdataset"].format), "scan", lambda self, path, shard: seen.append(shard) or scan(path, shard))
+    monkeypatch.setattr(
+        type(SOURCES["webdataset"].format), "scan", lambda self, path, shard: seen.append(shard) or scan(path, shard)
+    )
     return seen
 
 
@@ -204,7 +213,7 @@ def test_an_index_is_built_once_and_a_changed_shard_is_read_again_and_named(tmp_
     fresh(root)
     before = fingerprint(of(root))
     assert sorted(seen) == sorted(f"{shard}.tar" for shard in SHARDS)
-    assert fresh(root).source.index.rows.filename.startswith(str(root / ".cddistill"))
+    assert fresh(root).source.index.rows.filename.parent == root / ".cddistill"
     assert len(seen) == 4
     webdataset(root, "train-00001", range(7, 12))
     os.utime(root / "train-00001.tar", (1, 1))
@@ -260,10 +269,10 @@ def cut(content, name="0002.png"):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda root: (root / "train-00000.tar").write_bytes(b"no tar"), r"1 of 4 shards .* train-00000.tar is no whole tar file"),
+        (lambda root: (root / "a.tar").write_bytes(b"no tar"), r"1 of 5 shards .* a.tar is no whole tar file"),
         (lambda root: (root / "a.tar").write_bytes(b""), "a.tar is no whole tar file"),
-        (lambda root: [path.unlink() for path in root.glob("*.tar")], "there is no shard in .*: expected a folder of WebD"),
-        (lambda root: [path.unlink() for path in root.glob("train*")], "the train split of .* is empty .*name shards like"),
+        (lambda root: [path.unlink() for path in root.glob("*.tar")], "there is no shard in .*: expected a folder of"),
+        (lambda root: [path.unlink() for path in root.glob("train*")], "the train split of .* is empty .*name shards"),
     ],
 )  # fmt: skip
 def test_shards_that_cannot_be_used_are_named(tmp_path, change, sentence):
@@ -284,11 +293,10 @@ def test_a_file_of_another_format_is_named(tmp_path, source, suffix):
 
 
 def test_columns_without_an_image_are_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "caption": ["y"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet has the columns caption, url, and images are expected under image or"):
+    write_table(tmp_path / "a.parquet", {"url": ["x"], "caption": ["y"]})
+    with pytest.raises(
+        ValueError, match="a.parquet has the columns caption, url, and images are expected under image or"
+    ):
         load(of(tmp_path, "parquet"), "train")
 
 

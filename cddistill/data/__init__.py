@@ -4,4 +4,15 @@ from cddistill.data.loader import DataConfig, batches, configure, defaults, exam
 from cddistill.data.sources import SOURCES
 from cddistill.data.tasks import TASKS
 
-__all__ = ["SOURCES", "TASKS", "DataConfig", "batches", "configure", "defaults", "examples", "fingerprint", "load", "order"]
+__all__ = [
+    "SOURCES",
+    "TASKS",
+    "DataConfig",
+    "batches",
+    "configure",
+    "defaults",
+    "examples",
+    "fingerprint",
+    "load",
+    "order",
+]

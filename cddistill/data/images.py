@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -128,7 +127,8 @@ def read_alpha(path):
 def read_map(path, name=None) -> Image.Image:
     """A depth map as a PIL image of floats (mode F), from a .npy file or an 8 or 16-bit image with equal channels.
 
-    path may also be an opened file or a PIL image. Raises ValueError, naming it, for anything else; pickled objects are never loaded.
+    path may also be an opened file or a PIL image. Raises ValueError, naming it, for anything else; pickled objects are
+    never loaded.
     """
     name = name or name_of(path)
     try:
@@ -148,7 +148,7 @@ def read_map(path, name=None) -> Image.Image:
 
 def stored_values(path) -> np.ndarray:
     """The numbers in a .npy file, an image file or a PIL image. ValueError for colours of a palette: they are none."""
-    if isinstance(path, io.BytesIO) and path.getbuffer()[:6] == b"\x93NUMPY" or isinstance(path, Path) and path.suffix.lower() == ".npy":
+    if is_npy(path):
         try:
             values = np.load(path, allow_pickle=False)
         except OSError:
@@ -162,6 +162,13 @@ def stored_values(path) -> np.ndarray:
         if image.mode in ("P", "PA"):
             raise ValueError("its pixels are colours of a palette; save it in 8 or 16-bit grey")
         return np.asarray(image)
+
+
+def is_npy(path) -> bool:
+    """Whether this is a .npy file: by its name, or if it is opened by its first bytes."""
+    if isinstance(path, io.BytesIO):
+        return bytes(path.getbuffer()[:6]) == b"\x93NUMPY"
+    return not isinstance(path, Image.Image) and path.suffix.lower() == ".npy"
 
 
 def from_array(array, name):

@@ -150,7 +150,7 @@ def read(place: Path, root: Path, suffix: str) -> Index | None:
         index = Index(root, content["shards"], rows)
         if rows.dtype != ROW or len(rows) != index.ends[-1]:
             raise ValueError(f"{content['rows']} has {len(rows)} rows of another number or type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the index {path} is damaged ({error}): {REBUILD}") from error
     return index
 

@@ -21,7 +21,9 @@ def shuffled(dataset, seed: int, window: int = 0) -> grain.MapDataset:
     if window:
         layout = getattr(dataset, "layout", lambda: None)()
         if layout is None:
-            raise ValueError(f"data.window={window} needs data in shards: set data.source to one of these, or window to 0")
+            raise ValueError(
+                f"data.window={window} needs data in shards: set data.source to one of these, or window to 0"
+            )
         positions = grain.MapDataset.range(sys.maxsize).map(ShardOrder(*layout, window, order))
     else:
         positions = grain.MapDataset.range(len(dataset)).shuffle(seed=order).repeat()
@@ -51,15 +53,14 @@ class ShardOrder:
     def shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and the number of positions up to and with each."""
         sizes = np.diff(self.ends, prepend=0)
-        drawn = permuted(len(sizes), self.seed, epoch)
-        shards = np.array([drawn[k] for k in range(len(sizes))], np.int64)
+        shards = permuted(len(sizes), self.seed, epoch)
         return shards, np.cumsum(sizes[shards])
 
 
 @functools.lru_cache(64)
-def permuted(n: int, *seed: int) -> grain.MapDataset:
-    """0 ... n - 1 in a pseudo-random order, any of which is known without the others."""
-    return grain.MapDataset.range(n).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+def permuted(n: int, *seed: int) -> np.ndarray:
+    """0 ... n - 1 in a pseudo-random order."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def digest(dataset, seed: int, window: int = 0) -> str:

@@ -53,12 +53,12 @@ class Tar:
                     key, field = parts(member.name)
                     if not member.isfile() or not key.rpartition("/")[2]:
                         continue
-                    if end > size:
-                        raise tarfile.ReadError("it ends before its last member does")
                     if not samples or samples[-1][0] != key:
                         samples.append((key, member.offset, [], []))
                     samples[-1][2].append(field)
                     samples[-1][3][:] = [end]
+                    if end > size:
+                        raise tarfile.ReadError("it ends before its last member does")
         except (tarfile.TarError, OSError) as error:
             if isinstance(error, OSError):
                 raise
