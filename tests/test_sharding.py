@@ -100,3 +100,14 @@ def test_collectives_carry_weights_and_no_activations(fsdp, each):
         moved.append(sum(total for _, total in collectives(program).values()))
     assert sum(x.nbytes for x in jax.tree.leaves(tiny.start("finetune").nets)) < moved[0]
     assert 0 <= moved[1] - moved[0] <= each * 16
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_hosts_that_differ_are_named(monkeypatch, alike):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    gathered = lambda mine: np.stack([mine, mine, mine if alike else mine + 1])
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
+    if alike:
+        return sharding.check_alike(lambda: "0f", "names of images")
+    with pytest.raises(ValueError, match="names of images of host 2 are others than those of host 0"):
+        sharding.check_alike(lambda: "0f", "names of images")

@@ -1,6 +1,6 @@
 """Data: sources of images or latents, tasks, splits, and batches that depend only on the seed and the position."""
 
-from cddistill.data.loader import DataConfig, batches, configure, defaults, examples, fingerprint, load, order
+from cddistill.data.loader import DataConfig, batches, configure, defaults, examples, fingerprint, load, order_digest
 from cddistill.data.sources import SOURCES
 from cddistill.data.tasks import TASKS
 
@@ -14,5 +14,5 @@ __all__ = [
     "examples",
     "fingerprint",
     "load",
-    "order",
+    "order_digest",
 ]

@@ -225,7 +225,7 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
 
-def order(config, split="train", *, seed):
+def order_digest(config, split="train", *, seed):
     """16 hexadecimal digits that hosts have in common if `batches` gives them the same examples in the same order."""
     return digest(load(config, split), seed, config.window)
 
