@@ -2,8 +2,8 @@
 
     python -m benchmarks.shards [--images=1000] [--pixels=256] [--batches=20]
 
-The same JPEGs, random pixels made smooth, lie in each format in shards of 100. Rows are read with the loader's threads in
-both orders, with files in the page cache: it is the work of the CPU that is compared, which a slow disk adds to.
+The same JPEGs, random pixels made smooth, lie in each format in shards of 100. Rows are read with the loader's threads
+in both orders, with files in the page cache: it is the work of the CPU that is compared, which a slow disk adds to.
 """
 
 import argparse

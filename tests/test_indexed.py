@@ -429,7 +429,7 @@ def test_an_index_of_many_rows_opens_without_a_python_object_for_each(tmp_path, 
     """benchmarks/index.py measures the same with 12 million rows."""
     import tracemalloc
 
-    n, shards = 200_000, 20
+    n, shards = 60_000, 6
     for k in range(shards):
         tar(tmp_path / f"{k:03}.tar", {"0.png": PICTURES[0]})
     size = (tmp_path / "000.tar").stat().st_size
