@@ -84,7 +84,8 @@ def check_some(check, n: int, what: str, skip_bad: bool) -> None:
     Raises ValueError also with skip_bad if all of these are bad.
     """
     some = sorted({i * (n - 1) // max(CHECKED - 1, 1) for i in range(CHECKED)} if n > CHECKED else range(n))
-    if not read_all(check, some, what if n <= CHECKED else f"checked {what} (of {n})", skip_bad):
+    patient = lambda i: patiently(check, i)
+    if not read_all(patient, some, what if n <= CHECKED else f"checked {what} (of {n})", skip_bad):
         raise ValueError(f"none of the {len(some)} checked {what} can be used: see the warnings above")
 
 

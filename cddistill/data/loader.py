@@ -41,6 +41,7 @@ class DataConfig:
     flip: bool = True  # mirror training images at random
     pairs: str = ""  # folder written by --mode=pairs; adds one pair of noise and x0 per row to each batch
     skip_bad: bool = False  # take the next image for an unreadable one, and skip bad pairs, instead of stopping
+    threads: Count = 4  # that read and decode images; the batches do not depend on it
     window: Natural = 0  # of data in shards: shuffle these, and so many images (10,000, say) of shards that follow
 
     def __post_init__(self):
@@ -220,7 +221,7 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
     stream = Steps(shuffled(load(config, split), seed, config.window), pairs, batch_size, index, prepare)
-    threads = 1 if config.source.precomputed else 4  # of rows that need no decoding, several only share one lock
+    threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
