@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits
+from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits, order_digest
 from cddistill.data.sources import arrays as sources
 from cddistill.data.sources import emoji, scenes
 
@@ -158,6 +158,13 @@ def test_every_epoch_is_a_new_permutation():
     other = [loader.shuffled(Numbers(), seed=6)[k] for k in range(23)]
     assert [i for i, _ in other] not in orders
     assert not {number for _, number in other} & {number for epoch in epochs for _, number in epoch}
+
+
+def test_a_hash_tells_orders_apart():
+    same, again, other, smaller = (order_digest(configure(), split, seed=s) for split, s in (
+        ("train", 1), ("train", 1), ("train", 2), ("test", 1)))  # fmt: skip
+    assert same == again
+    assert len({same, other, smaller}) == 3
 
 
 def test_examples_are_deterministic():

@@ -41,7 +41,12 @@ class Indexed(Source):
     def open(self, config, split):
         if self.needs and importlib.util.find_spec(self.needs) is None:
             raise ValueError(f"data.source {config.source_name} needs {self.needs}: pip install cddistill[data]")
-        return IndexedImages(scan(self, config.path, config.skip_bad), config, split, CROPS[self.crop], self.format)
+        try:
+            contents = scan(self, config.path, config.skip_bad)
+            return IndexedImages(contents, config, split, CROPS[self.crop], self.format)
+        except ValueError:
+            scan.cache_clear()  # the shards may be mended before the next attempt
+            raise
 
     def fingerprint(self, opened):
         return {"shards": of_values(stamp_of(shard) for shard in opened.index.shards)}

@@ -59,9 +59,10 @@ class Tar:
                     samples[-1][3][:] = [end]
                     if end > size:
                         raise tarfile.ReadError("it ends before its last member does")
-        except (tarfile.TarError, OSError) as error:
-            if isinstance(error, OSError):
-                raise
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(BLOCK).strip(b"\0"):  # tarfile takes any damaged header for the end
+                    raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
+        except tarfile.TarError as error:
             damaged = f"{shard} is no whole tar file ({error}): download it again"
             samples = samples[:-1]  # its last member may be elsewhere
         whole = [sample for sample in samples if "image" in sample[2]]
