@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits, order_digest
+from cddistill.data import DataConfig, batches, configure, examples, load, loader, order_digest, splits
 from cddistill.data.sources import arrays as sources
 from cddistill.data.sources import emoji, scenes
 
