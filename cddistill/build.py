@@ -51,6 +51,8 @@ class Parts(NamedTuple):
     def batches(self, driver: sharding.Driver, frozen: dict[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of steps `start`, start + 1 ... for driver.step, encoded by the driver's networks `frozen`."""
         run, encode = self.experiment.run, self.encoders
+        order = lambda: data.order_digest(self.experiment.data, seed=run.seed)
+        sharding.check_alike(order, "the number, names or order of the training images")
         own = {"prepare": encode.tokenized} if encode else {}
         stream = data.batches(
             self.experiment.data, batch_size=run.batch_size, seed=run.seed, start=start, rows=self.rows, **own

@@ -86,7 +86,7 @@ MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("profile", "decode_batch", "decode_tile"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype", "data.threads"),
     "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import flax.jax_utils
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -89,6 +91,15 @@ def local_rows(batch_size: int, accumulate: int = 1) -> slice:
         )
     rows = batch_size // hosts
     return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
+def check_alike(text: Callable[[], str], what: str) -> None:
+    """Raise ValueError, on every host, if the hosts of the run have different texts; `what` they are of, a plural."""
+    if jax.process_count() > 1:
+        mine = np.frombuffer(hashlib.sha256(text().encode()).digest()[:8], np.uint32)
+        others = multihost_utils.process_allgather(mine)
+        if odd := [host for host, other in enumerate(others) if (other != others[0]).any()]:
+            raise ValueError(f"{what} of host {odd[0]} are others than those of host 0: give each host the same")
 
 
 def replicated(mesh):

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from cddistill.data import DataConfig, batches, configure, examples, load, loader, splits
+from cddistill.data import DataConfig, batches, configure, examples, load, loader, order_digest, splits
 from cddistill.data.sources import arrays as sources
 from cddistill.data.sources import emoji, scenes
 
@@ -160,6 +160,13 @@ def test_every_epoch_is_a_new_permutation():
     assert not {number for _, number in other} & {number for epoch in epochs for _, number in epoch}
 
 
+def test_a_hash_tells_orders_apart():
+    same, again, other, smaller = (order_digest(configure(), split, seed=s) for split, s in (
+        ("train", 1), ("train", 1), ("train", 2), ("test", 1)))  # fmt: skip
+    assert same == again
+    assert len({same, other, smaller}) == 3
+
+
 def test_examples_are_deterministic():
     config = configure(task="sr", degradation="realesrgan")
     a, b = examples(config, "test", 5), examples(config, "test", 5)
@@ -175,7 +182,8 @@ def test_examples_are_deterministic():
     [
         (
             {"source": "emojis"},
-            "data.source='emojis' must be one of emoji, icons, icon_edits, scenes, mixture, folder, tfds, arrays",
+            "data.source='emojis' must be one of emoji, icons, icon_edits, scenes, mixture, folder, "
+            "webdataset, parquet, array_record, tfds, arrays",
         ),
         ({"task": "blur"}, "data.task='blur' must be one of none, sr, inpaint, edit, depth, canny"),
         ({"size": 0}, "data.size=0 must be at least 1"),

@@ -100,3 +100,13 @@ def test_collectives_carry_weights_and_no_activations(fsdp, each):
         moved.append(sum(total for _, total in collectives(program).values()))
     assert sum(x.nbytes for x in jax.tree.leaves(tiny.start("finetune").nets)) < moved[0]
     assert 0 <= moved[1] - moved[0] <= each * 16
+
+
+def test_hosts_that_differ_are_named(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    hosts = lambda *odd: lambda mine: np.stack([mine + (host in odd) for host in range(3)])
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", hosts())
+    sharding.check_alike(lambda: "0f", "names of images")
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", hosts(2))
+    with pytest.raises(ValueError, match="names of images of host 2 are others than those of host 0"):
+        sharding.check_alike(lambda: "0f", "names of images")

@@ -1,7 +1,18 @@
 """Data: sources of images or latents, tasks, splits, and batches that depend only on the seed and the position."""
 
-from cddistill.data.loader import DataConfig, batches, configure, defaults, examples, fingerprint, load
+from cddistill.data.loader import DataConfig, batches, configure, defaults, examples, fingerprint, load, order_digest
 from cddistill.data.sources import SOURCES
 from cddistill.data.tasks import TASKS
 
-__all__ = ["SOURCES", "TASKS", "DataConfig", "batches", "configure", "defaults", "examples", "fingerprint", "load"]
+__all__ = [
+    "SOURCES",
+    "TASKS",
+    "DataConfig",
+    "batches",
+    "configure",
+    "defaults",
+    "examples",
+    "fingerprint",
+    "load",
+    "order_digest",
+]

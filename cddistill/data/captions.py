@@ -224,14 +224,24 @@ def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:
     if not isinstance(row, dict):
         raise ValueError(f"it is a {type(row).__name__}")
     row = {key.strip().lower(): value for key, value in row.items()}
-    keys = [chosen(row, known) for known in (NAMES, CAPTIONS, ("label",), *FURTHER.values())]
-    name, caption, label, *further = (row.get(key) for key in keys)
-    if not isinstance(name, str):
+    key = chosen(row, NAMES)
+    if not isinstance(name := row.get(key), str):
         raise ValueError(f"it has no file name under {' or '.join(NAMES)}")
+    record, keys = facts(row)
+    return name, record, bool(keys), {*row} - {key, *keys}
+
+
+def facts(row: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """({"caption", "label" and those of FURTHER that have a value}, the keys for these) of a row with lower-case keys.
+
+    Raises ValueError for a value of another type, and text that is not UTF-8.
+    """
+    keys = [chosen(row, known) for known in (CAPTIONS, ("label",), *FURTHER.values())]
+    caption, label, *further = (row.get(key) for key in keys)
     record = {}
     if not blank(caption):
         if isinstance(caption, bool) or not isinstance(caption, str | int | float):
-            raise ValueError(f"{keys[1]} is {caption!r}; write one text")
+            raise ValueError(f"{keys[0]} is {caption!r}; write one text")
         record["caption"] = check_text(str(caption))
     if not blank(label):
         record["label"] = label_of(label)
@@ -240,7 +250,7 @@ def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:
             if not isinstance(value, str):
                 raise ValueError(f"{key} is {value!r}; write a text")
             record[key] = check_text(value)
-    return name, record, any(keys[1:]), {*row} - {*keys}
+    return record, {key for key in keys if key}
 
 
 def existing(spellings: Spellings, key: str, name: str, folder: str) -> str:

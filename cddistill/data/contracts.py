@@ -23,7 +23,11 @@ NULL_FILES = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_
 
 @runtime_checkable
 class Images(Protocol):
-    """One split of a source of images."""
+    """One split of a source of images.
+
+    It may also have `name(i)`, a text that identifies example i, and `layout()`, for data in shards: the positions in
+    the order in which they lie there, uint32 [n], and the number of them up to and with each shard, int [shards].
+    """
 
     num_labels: int  # 0 if there are no labels
 
@@ -40,7 +44,7 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, i: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """Example i, with the keys of `loader.Pixels.item`."""
+        """Example i, with the keys of `loader.Pixels.usable`."""
 
 
 @runtime_checkable

@@ -1,13 +1,12 @@
 """From pictures of any size to squares of data.size px: data.crop."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cddistill.data.images import fit, size_of
+from cddistill.data.images import fit
 
 TRIES = 100  # crops that are drawn until no depth map is constant in one, so that it says something
 
@@ -17,15 +16,29 @@ Element = dict[str, Any]  # `contracts.Element`, whose images may be PIL images 
 class Crop(NamedTuple):
     """A way to make squares: of an image when it is read, and of all images of an element when it is used."""
 
-    check: Callable[[Path, int, str], None]  # file, size, its name in messages: ValueError if it is too small
+    check: Callable[[tuple[int, int], int, str], None]  # its sides, size, its name: ValueError if it is too small
     keep: Callable[[Image.Image, int], Any]  # an image as it stays in memory
     cut: Callable[[Element, int, np.random.Generator | None], Element]  # the element, of which images become squares
     whole: Callable[[Element, int], Element]  # the same with all that any of its squares can show, for checks
 
 
-def check_size(path: Path, size: int, name: str) -> None:
+def kept(crop: Crop, size: int, name: str, image: Image.Image, others: dict[str, tuple[str, Image.Image]]) -> Element:
+    """The images of an element as they stay in memory. others are {"edited" or "depth": (its name, the image)}.
+
+    Raises ValueError for an image that is too small to be cropped, or another that has not its size.
+    """
+    crop.check(image.size, size, name)
+    for other_name, other in others.values():
+        if other.size != image.size:
+            sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
+            raise ValueError(f"{other_name} is {sizes} is {name}: save both at one size")
+    found = {"depth_map" if key == "depth" else key: crop.keep(other, size) for key, (_, other) in others.items()}
+    return {"image": crop.keep(image, size)} | found
+
+
+def check_size(sides: tuple[int, int], size: int, name: str) -> None:
     """ValueError for an image with a side below `size` px."""
-    if min(sides := size_of(path)) < size:
+    if min(sides) < size:
         shape = "{} x {} px".format(*sides)
         raise ValueError(f"{name} is {shape}, and data.size={size} is cropped: leave it out, or set data.crop=resize")
 

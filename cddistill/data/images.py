@@ -2,9 +2,12 @@
 
 import contextlib
 import importlib.util
+import io
 
 import numpy as np
 from PIL import Image
+
+from cddistill.data.listing import is_hiccup
 
 AVIF = (".avif",) if importlib.util.find_spec("PIL._avif") else ()  # not in every build of Pillow
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *AVIF)
@@ -87,9 +90,9 @@ def name_of(path) -> str:
 
 
 def read(path, name=None, fast=False):
-    """An image file or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
+    """An image file (its path, or it opened) or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
 
-    fast decodes a JPEG at 1/8 of its size, which finds the same errors.
+    fast decodes a JPEG at 1/8 of its size, which finds the same errors. Errors of the disk or the network pass.
     """
     name = name or name_of(path)
     try:
@@ -100,6 +103,8 @@ def read(path, name=None, fast=False):
                 file.draft(None, (1, 1))
             return to_rgb(file, name)
     except Exception as error:  # Pillow raises almost anything for broken files
+        if is_hiccup(error):
+            raise
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith(f"{name} ") else f"{name} cannot be read ({said})") from error
 
@@ -122,12 +127,15 @@ def read_alpha(path):
 def read_map(path, name=None) -> Image.Image:
     """A depth map as a PIL image of floats (mode F), from a .npy file or an 8 or 16-bit image with equal channels.
 
-    path may also be a PIL image. Raises ValueError, naming it, for anything else; pickled objects are never loaded.
+    path may also be an opened file or a PIL image. Raises ValueError, naming it, for anything else; pickled objects are
+    never loaded.
     """
     name = name or name_of(path)
     try:
         values = stored_values(path)
     except Exception as error:  # Pillow raises almost anything for broken files
+        if is_hiccup(error):
+            raise
         raise ValueError(f"{name} cannot be read ({error})") from error
     numbers = values.dtype.kind in "uif" and values.size > 0
     if numbers and values.ndim == 3 and (values.shape[2] == 1 or (values == values[..., :1]).all()):
@@ -140,7 +148,7 @@ def read_map(path, name=None) -> Image.Image:
 
 def stored_values(path) -> np.ndarray:
     """The numbers in a .npy file, an image file or a PIL image. ValueError for colours of a palette: they are none."""
-    if not isinstance(path, Image.Image) and path.suffix.lower() == ".npy":
+    if is_npy(path):
         try:
             values = np.load(path, allow_pickle=False)
         except OSError:
@@ -154,6 +162,13 @@ def stored_values(path) -> np.ndarray:
         if image.mode in ("P", "PA"):
             raise ValueError("its pixels are colours of a palette; save it in 8 or 16-bit grey")
         return np.asarray(image)
+
+
+def is_npy(path) -> bool:
+    """Whether this is a .npy file: by its name, or if it is opened by its first bytes."""
+    if isinstance(path, io.BytesIO):
+        return bytes(path.getbuffer()[:6]) == b"\x93NUMPY"
+    return not isinstance(path, Image.Image) and path.suffix.lower() == ".npy"
 
 
 def from_array(array, name):

@@ -1,6 +1,7 @@
 """The files below a folder: which there are, and reading all of them."""
 
 import concurrent.futures
+import errno
 import logging
 import os
 import time
@@ -10,6 +11,10 @@ from cddistill import io
 
 PROGRESS_EVERY = 10  # seconds between progress messages
 SKIPPED = ("__MACOSX", "@eaDir", "lost+found")  # besides hidden ones: folders of archives, file managers, file systems
+CHECKED = 256  # images of a split, evenly spaced, that are read when it is opened; the others when they are used
+HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ENOTCONN, errno.EAGAIN, errno.EHOSTDOWN}
+"""Errors of a disk or a network, not of a file: what is read once more may be there."""
+WAITS = (1, 5, 25)  # seconds before reading once more
 
 
 def data_path(path: str, what: str) -> Path:
@@ -73,6 +78,35 @@ def read_all(read, names, what: str, skip_bad: bool) -> dict:
                 last = time.monotonic()
     report_bad(bad, f"{len(bad)} of {len(names)} {what} cannot be used", skip_bad)
     return found
+
+
+def check_some(check, n: int, what: str, skip_bad: bool) -> None:
+    """Call check(i) for CHECKED of n positions, evenly spaced: all if there are not more; for the rest see `read_all`.
+
+    Raises ValueError also with skip_bad if all of these are bad.
+    """
+    some = sorted({i * (n - 1) // max(CHECKED - 1, 1) for i in range(CHECKED)} if n > CHECKED else range(n))
+    patient = lambda i: patiently(check, i)
+    if not read_all(patient, some, what if n <= CHECKED else f"checked {what} (of {n})", skip_bad):
+        raise ValueError(f"none of the {len(some)} checked {what} can be used: see the warnings above")
+
+
+def is_hiccup(error: Exception) -> bool:
+    """Whether an error says nothing of the data: see HICCUPS."""
+    return isinstance(error, OSError) and error.errno in HICCUPS
+
+
+def patiently(read, *args):
+    """read(*args), again after WAITS if the disk or the network fails."""
+    for wait in WAITS:
+        try:
+            return read(*args)
+        except OSError as error:
+            if not is_hiccup(error):
+                raise
+            logging.warning("%s: reading again in %d s", error, wait)
+            time.sleep(wait)
+    return read(*args)
 
 
 def attempt(function):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,12 +12,16 @@ import numpy as np
 
 from cddistill import typed
 from cddistill.data.contracts import Source, Task
+from cddistill.data.listing import patiently
 from cddistill.data.ode_pairs import OdePairs
+from cddistill.data.order import digest, shuffled
 from cddistill.data.sources import SOURCES
 from cddistill.data.splits import SPLITS
 from cddistill.data.tasks import TASKS
-from cddistill.typed import Count, within
+from cddistill.typed import Count, Natural, within
 
+REPLACED = 100  # bad items in a row that are replaced by the next
+OPTIONAL = ("name", "layout")  # of contracts.Images
 IMAGES = ("image", "depth", "depth_map", "edited", "mask")  # of an element, which are mirrored together
 KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless", "caption")  # keys of an item that a batch keeps
 
@@ -35,7 +40,9 @@ class DataConfig:
     num_classes: Count = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
     flip: bool = True  # mirror training images at random
     pairs: str = ""  # folder written by --mode=pairs; adds one pair of noise and x0 per row to each batch
-    skip_bad: bool = False  # skip unreadable images of a folder, or shards of pairs, instead of stopping
+    skip_bad: bool = False  # take the next image for an unreadable one, and skip bad pairs, instead of stopping
+    threads: Count = 4  # that read and decode images; the batches do not depend on it
+    window: Natural = 0  # of data in shards: shuffle these, and so many images (10,000, say) of shards that follow
 
     def __post_init__(self):
         for kind in REGISTRIES:
@@ -109,11 +116,36 @@ class Pixels:
     source: object  # contracts.Images
     config: DataConfig
     augment: bool
+    bad: set[int] = dataclasses.field(default_factory=set)  # positions that were named
 
     def __len__(self):
         return len(self.source)
 
+    def __getattr__(self, name):
+        """What only some sources have: `contracts.Images` lists it."""
+        if name in OPTIONAL:
+            return getattr(self.source, name)
+        raise AttributeError(name)
+
     def item(self, i, rng):
+        """`usable` item i, with data.skip_bad the next one for one that is bad: a choice of the data, not of hosts."""
+        for at in range(i, i + REPLACED):
+            try:
+                return patiently(self.usable, at % len(self), rng)
+            except ValueError as error:
+                if not self.config.skip_bad:
+                    raise
+                last = error
+                self.say_bad(at % len(self), error)
+        raise ValueError(f"{REPLACED} images one after another cannot be used, at last this: {last}")
+
+    def say_bad(self, i, error):
+        """Name an item that is replaced, once."""
+        if i not in self.bad:
+            self.bad.add(i)
+            logging.warning("%s; replaced by the next (%d so far)", error, len(self.bad))
+
+    def usable(self, i, rng):
         """x0 float32 [h,w,3] in [-1, 1]; the task's cond, float32 [h,w,c] in [0, 1]; text, null, label, caption."""
         config, task = self.config, self.config.task
         element = self.source.element(i, rng if self.augment else None)
@@ -188,23 +220,21 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
-    stream = Steps(shuffled(load(config, split), seed), pairs, batch_size, index, prepare)
-    threads = 1 if config.source.precomputed else 4  # of rows that need no decoding, several only share one lock
+    stream = Steps(shuffled(load(config, split), seed, config.window), pairs, batch_size, index, prepare)
+    threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
+
+
+def order_digest(config, split="train", *, seed):
+    """16 hexadecimal digits that hosts have in common if `batches` gives them the same examples in the same order."""
+    return digest(load(config, split), seed, config.window)
 
 
 @functools.lru_cache(maxsize=4)  # so that checksums are verified only once
 def load_pairs(folder, skip_bad=False):
     """The pairs in a folder, verified; see `OdePairs`."""
     return OdePairs(folder, skip_bad)
-
-
-def shuffled(dataset, seed):
-    """An endless stream of items. Each epoch has every item once, with a new order and new random choices."""
-    order, choices = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    positions = grain.MapDataset.range(len(dataset)).shuffle(seed=order).repeat()
-    return positions.random_map(dataset.item, seed=choices)
 
 
 @dataclasses.dataclass(frozen=True)

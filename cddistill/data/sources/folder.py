@@ -1,4 +1,4 @@
-"""A folder of images, optionally with captions and labels. Every file is checked once before the first step."""
+"""A folder of images, optionally with captions and labels. Some files are read before the first step."""
 
 import collections
 import dataclasses
@@ -13,10 +13,10 @@ from PIL import Image
 from cddistill import sharding
 from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
-from cddistill.data.crops import CROPS, Crop
+from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, is_image, read, read_map
-from cddistill.data.listing import data_path, files_below, read_all
+from cddistill.data.images import SUFFIXES, is_image, read, read_map, size_of
+from cddistill.data.listing import check_some, data_path, files_below
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
 CACHE_BYTES = 2**30  # of decoded images kept in memory
@@ -70,10 +70,15 @@ class FolderImages:
             )
         self.cache, self.room = {}, CACHE_BYTES
         self.further = any(FILES & record.keys() for record in self.records.values())
-        self.names = [*read_all(self.check, contents.parts[split], f"images in {self.root}", config.skip_bad)]
+        self.names = contents.parts[split]
+        check_some(lambda i: self.check(self.names[i]), len(self), f"images in {self.root}", config.skip_bad)
 
     def __len__(self):
         return len(self.names)
+
+    def name(self, i):
+        """The path of image i."""
+        return self.names[i]
 
     def element(self, i, rng):
         """Image i."""
@@ -95,16 +100,10 @@ class FolderImages:
 
         Raises ValueError, naming it, for a file that cannot be read or that has not the size of the image.
         """
-        image, record = read(self.root / name, name), self.record(name)
-        for key, read_file in (("edited", read), ("depth", read_map)):
-            if key in record:
-                path = record.pop(key)
-                other = read_file(self.root / path, path)
-                if other.size != image.size:
-                    sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
-                    raise ValueError(f"{path} is {sizes} is {name}: save both at one size")
-                record["depth_map" if key == "depth" else key] = self.crop.keep(other, self.size)
-        return {"image": self.crop.keep(image, self.size)} | record
+        record, readers = self.record(name), {"edited": read, "depth": read_map}
+        paths = {key: record.pop(key) for key in readers if key in record}
+        others = {key: (path, readers[key](self.root / path, path)) for key, path in paths.items()}
+        return kept(self.crop, self.size, name, read(self.root / name, name), others) | record
 
     def check(self, name):
         """Raise ValueError, naming it, for an image that cannot be used."""
@@ -112,7 +111,7 @@ class FolderImages:
             self.check_whole(name)
         else:
             read(self.root / name, name, fast=True)
-        self.crop.check(self.root / name, self.size, name)
+            self.crop.check(size_of(self.root / name), self.size, name)
 
     def check_whole(self, name):
         """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
