@@ -167,25 +167,30 @@ def codi_step(setup: Setup) -> Work:
     return steps_of(training("codi", setup))
 
 
+def calls(f: Callable, *given) -> Work:
+    """Calls of f on the same arguments."""
+    found = None
+
+    def run():
+        nonlocal found
+        found = f(*given)
+
+    return Work(run, lambda: jax.block_until_ready(found))
+
+
 def sampling_steps(setup: Setup, steps: int, decoder: dict | None = None) -> Work:
     """A batch by DDIM without guidance; decoder is the config of the VAE that decodes it."""
     mesh, latents = sharding.make_mesh(), arrays(setup)
     vae = autoencoder(decoder, setup.dtype) if decoder else Autoencoder()
     nets = denoiser(setup), vae
     nets = sharding.put(nets, sharding.by_shape(mesh, nets))
-    given, found = (latents["x0"], text_of(setup, latents["text"])), None
+    given = latents["x0"], text_of(setup, latents["text"])
 
     def sample(nets, z, text):
         net, vae = nets
         return vae.decode(sampling.ddim(lambda z, t: net(z, t, text), net.schedule, z, net.schedule.grid(steps)))
 
-    program = jax.jit(sharding.inside(mesh, sample))
-
-    def run():
-        nonlocal found
-        found = program(nets, *given)
-
-    return Work(run, lambda: jax.block_until_ready(found))
+    return calls(jax.jit(sharding.inside(mesh, sample)), nets, *given)
 
 
 def loader(folder: str, images: int) -> Work:
