@@ -134,11 +134,11 @@ def parity(given: Given) -> Iterator[dict]:
         ours, plain = both_ways(kernels[name]), both_ways(attention.xla)
         with jax.default_matmul_precision("highest"):
             right = both_ways(attention.xla)(*(x.astype(jnp.float32) for x in inputs))
-        error, usual = (errors(f(*inputs), right) for f in (ours, plain))
+        off, usual = (errors(f(*inputs), right) for f in (ours, plain))
         ms = [timed(jax_side.calls(f, *inputs), 2)["ms"] for f in (ours, plain)]
         eps = float(jnp.finfo(dtype).eps)
-        agrees = all(error[k] <= 2 * usual[k] + eps for k in error)
-        yield row | {"kernel": name, "error": error, "error_xla": usual, "agrees": agrees, "ms": ms[0], "ms_xla": ms[1]}
+        agrees = all(off[k] <= 2 * usual[k] + eps for k in off)
+        yield row | {"kernel": name, "off": off, "off_xla": usual, "agrees": agrees, "ms": ms[0], "ms_xla": ms[1]}
 
 
 def both_ways(attend: Callable) -> Callable:

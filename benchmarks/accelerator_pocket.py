@@ -72,6 +72,10 @@ def pocket(given, teacher: str = "pocket") -> Iterator[dict]:
         subprocess.run(command, check=True, stdout=sys.stderr)
         (latents / "complete").touch()
         yield {"work": "pocket, draw and encode the data", "seconds": clock()}
+    if given.seconds - clock() < 2 * EXPORT:
+        raise RuntimeError(
+            f"{given.seconds - clock():.0f} s are left, and training needs {2 * EXPORT}: give more --minutes"
+        )
     fields = FIELDS | {"teacher": teacher, "data.path": latents} | (TINY if given.tiny else {})
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "cddistill.main", CONFIG, f"--workdir={run}", *flags]
@@ -102,7 +106,10 @@ def steps_of(metrics: pathlib.Path) -> int:
 
 def progress(metrics: pathlib.Path, before: int, batch: int) -> dict:
     """Steps, last loss, and images/s between the first and the last record after step `before`."""
-    first, *_, last = [record for record in records(metrics) if record["step"] > before]
+    found = [record for record in records(metrics) if record["step"] > before]
+    if len(found) < 2:
+        raise RuntimeError(f"{metrics} has {len(found)} new records, too few for a rate: give more --minutes")
+    first, last = found[0], found[-1]
     images = (last["step"] - first["step"]) * batch
     row = {"work": "pocket, training", "batch": batch, "steps": last["step"], "loss": last["student/loss"]}
     return row | {"images_per_s": images / max(last["time"] - first["time"], 1e-9)}
