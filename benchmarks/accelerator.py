@@ -152,7 +152,11 @@ def environment(args) -> dict[str, str]:
     found |= {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(args.output).resolve() / "programs")} | os.environ
     root = str(pathlib.Path(__file__).parents[1])
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    tiny = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
+    tiny = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}",
+    }
     return found | tiny if args.tiny else found
 
 

@@ -37,13 +37,30 @@ class Given(NamedTuple):
     def setup(self, unet: str, batch: int, size: int = 64, **of_torch) -> shapes.Setup:
         """A published network in bfloat16, or a tiny one."""
         if self.tiny:
-            return shapes.Setup(shapes.tiny_unet(unet), 8, batch, "float32", **of_torch)
+            return shapes.Setup(shapes.tiny_unet(unet), 4, batch, "float32", **of_torch)
         return shapes.Setup(shapes.unet(unet), size, batch, "bfloat16", **of_torch)
 
     def guess(self, batch: int, gb: float) -> int:
         """A batch for devices of 80 GB, scaled to this one's memory, as a power of two."""
         scaled = max(batch * gb / 80, 1)
         return 2 if self.tiny else max(p for p in (2**i for i in range(20)) if p <= scaled * 1.2)
+
+    def timed(self, work: shapes.Work, images: int) -> dict:
+        """Milliseconds of a unit (min, median, max of three rounds of about a second) after a warm-up, and images/s."""
+        for _ in range(2):
+            start = time.perf_counter()
+            work.run()
+            work.wait()
+            one = time.perf_counter() - start
+        number, rounds = 1 if self.tiny else max(1, min(50, int(1 / one))), []
+        for _ in range(3):
+            start = time.perf_counter()
+            for _ in range(number):
+                work.run()
+            work.wait()
+            rounds.append((time.perf_counter() - start) / number)
+        median = statistics.median(rounds)
+        return {"ms": [1e3 * min(rounds), 1e3 * median, 1e3 * max(rounds)], "images_per_s": images / median}
 
 
 # ---- measuring
@@ -70,24 +87,6 @@ def largest(batch: int, attempt: Callable):
         batch //= 2  # after the clause: the error holds the arrays of its frames
         gc.collect()
         print(f"out of memory: trying a batch of {batch}", file=sys.stderr, flush=True)
-
-
-def timed(work: shapes.Work, images: int) -> dict:
-    """Milliseconds of a unit (min, median, max of three rounds of about a second) after a warm-up, and images/s."""
-    for _ in range(2):
-        start = time.perf_counter()
-        work.run()
-        work.wait()
-        one = time.perf_counter() - start
-    number, rounds = max(1, min(50, int(1 / one))), []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(number):
-            work.run()
-        work.wait()
-        rounds.append((time.perf_counter() - start) / number)
-    median = statistics.median(rounds)
-    return {"ms": [1e3 * min(rounds), 1e3 * median, 1e3 * max(rounds)], "images_per_s": images / median}
 
 
 def memory(what: str) -> float:
@@ -135,9 +134,8 @@ def parity(given: Given) -> Iterator[dict]:
         with jax.default_matmul_precision("highest"):
             right = both_ways(attention.xla)(*(x.astype(jnp.float32) for x in inputs))
         off, usual = (errors(f(*inputs), right) for f in (ours, plain))
-        ms = [timed(jax_side.calls(f, *inputs), 2)["ms"] for f in (ours, plain)]
-        eps = float(jnp.finfo(dtype).eps)
-        agrees = all(off[k] <= 2 * usual[k] + eps for k in off)
+        ms = [given.timed(jax_side.calls(f, *inputs), 2)["ms"] for f in (ours, plain)]
+        agrees = all(off[k] <= 2 * usual[k] + 1e-6 for k in off)  # which in float32 is that of another order of sums
         yield row | {"kernel": name, "off": off, "off_xla": usual, "agrees": agrees, "ms": ms[0], "ms_xla": ms[1]}
 
 
@@ -181,7 +179,7 @@ def turn_row(given: Given, parts, recipe: str, setup: shapes.Setup, play: tuple[
     jax.block_until_ready(state)
     first = time.perf_counter() - given.began
     row = {"work": f"{recipe}, {' + '.join(play)}", "batch": setup.batch, "compile_s": compile_s, "first_s": first}
-    row |= timed(shapes.Work(run, lambda: jax.block_until_ready((state, metrics))), setup.batch)
+    row |= given.timed(shapes.Work(run, lambda: jax.block_until_ready((state, metrics))), setup.batch)
     row |= rate(counted.result(), row["ms"][1] / 1e3, setup.dtype) | {"peak_gb": memory("peak_bytes_in_use")}
     return row, state
 
@@ -232,7 +230,7 @@ def torch_part(given: Given, name: str, unet: str, batch: int, images: int = 1, 
         work.run()
         work.wait()
         row = {"work": f"PyTorch {name}", "batch": batch, "first_s": time.perf_counter() - given.began}
-        row |= timed(work, images * batch) | {"options": {"channels_last": True, "torch.compile": compile}}
+        row |= given.timed(work, images * batch) | {"options": {"channels_last": True, "torch.compile": compile}}
         return row | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0}
 
     yield largest(given.guess(batch, gb), attempt)
@@ -252,4 +250,4 @@ def sample(given: Given) -> Iterator[dict]:
         work.run()
         work.wait()
         row = {"work": f"sampling in {steps} steps, VAE", "batch": setup.batch, "first_s": time.perf_counter() - start}
-        yield row | timed(work, setup.batch) | {"peak_gb": memory("peak_bytes_in_use")}
+        yield row | given.timed(work, setup.batch) | {"peak_gb": memory("peak_bytes_in_use")}
