@@ -176,7 +176,7 @@ def run(names: list[str], args, report: Callable[[str, dict], None]) -> None:
                 continue
             if following and left > LEAST:
                 waiting = Child(following, args)
-            for row in child.rows(min(PARTS[name].seconds, left)):
+            for row in child.rows(left if args.tiny else min(PARTS[name].seconds, left)):
                 report(name, row)
     finally:
         if waiting:

@@ -162,10 +162,11 @@ def turn_row(given: Given, parts, recipe: str, setup: shapes.Setup, play: tuple[
     """(row, the state after it) of one set of turns of a recipe."""
     import jax_side
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # counted while the compiler works
-        counted = pool.submit(jax_side.flops, recipe, setup, play)
-        start = time.perf_counter()
-        program = parts.driver.step.lower(parts.state, parts.frozen, parts.batch, play).compile()
+    start = time.perf_counter()
+    lowered = parts.driver.step.lower(parts.state, parts.frozen, parts.batch, play)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        counted = pool.submit(jax_side.flops, recipe, setup, play)  # while the compiler works
+        program = lowered.compile()
         compile_s = time.perf_counter() - start
     state, metrics = parts.state, None
 

@@ -56,6 +56,7 @@ def experiment_of(recipe: str, setup: Setup) -> config.Experiment:
     if recipe == "sdxl_lora":
         given = runpy.run_path(str(SDXL))["get_config"]("lora")
         found.method, found.optim = given.method, given.optim
+        found.method.lora_rank = min(found.method.lora_rank, setup.config["block_out_channels"][0] // 4)  # if tiny
         found.method.student_timesteps = (399,)  # of several steps, a random number is played in each turn
     return config.resolve(found)
 
