@@ -76,11 +76,12 @@ def out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory"))
 
 
-def largest(batch: int, attempt: Callable):
-    """attempt(batch), with half the batch as often as it is out of memory. Any other error is raised."""
+def largest(batch: int, attempt: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
+    """The rows of attempt(batch), with half the batch as often as it is out of memory. Other errors are raised."""
     while True:
         try:
-            return attempt(batch)
+            yield from attempt(batch)
+            return
         except Exception as error:
             if not out_of_memory(error) or batch == 1:
                 raise
@@ -190,26 +191,25 @@ def train_part(given: Given, recipe: str, unet: str, batch: int, size: int = 64,
     import jax_side
 
     def attempt(batch):
-        setup, rows = given.setup(unet, batch, size), []
+        setup = given.setup(unet, batch, size)
         parts = jax_side.training(recipe, setup, **options)
         for turn in parts.turns:
             row, state = turn_row(given, parts, recipe, setup, (turn,))
             parts = parts._replace(state=state)
-            rows.append(row | {"options": options})
-        return rows
+            yield row | {"options": options}
 
     yield from largest(given.guess(batch, memory("bytes_limit")), attempt)
 
 
 def dmd2(given: Given) -> Iterator[dict]:
     """DMD2's two turns, and the cycle that they make."""
-    rows = list(train_part(given, "dmd2", "sd15", 16))
-    yield from rows
-    ms = {row["work"].split()[-1]: row["ms"] for row in rows}
+    ms, batch = {}, 0
+    for row in train_part(given, "dmd2", "sd15", 16):
+        yield row
+        ms, batch = ms | {row["work"].split()[-1]: row["ms"]}, row["batch"]  # the last of a turn is of the last batch
     cycle = [shapes.RATIO * c + s for c, s in zip(ms["critic"], ms["student"], strict=True)]
-    images = shapes.RATIO * rows[0]["batch"]
-    yield {"work": "dmd2, cycle", "batch": rows[0]["batch"], "ms": cycle, "images_per_s": 1e3 * images / cycle[1],
-           "note": f"sum of {shapes.RATIO} turns of the critic and one of the student"}  # fmt: skip
+    row = {"work": "dmd2, cycle", "batch": batch, "ms": cycle, "images_per_s": 1e3 * shapes.RATIO * batch / cycle[1]}
+    yield row | {"note": f"sum of {shapes.RATIO} turns of the critic and one of the student"}
 
 
 def torch_part(given: Given, name: str, unet: str, batch: int, images: int = 1, compile: bool = True):
@@ -232,9 +232,9 @@ def torch_part(given: Given, name: str, unet: str, batch: int, images: int = 1, 
         work.wait()
         row = {"work": f"PyTorch {name}", "batch": batch, "first_s": time.perf_counter() - given.began}
         row |= given.timed(work, images * batch) | {"options": {"channels_last": True, "torch.compile": compile}}
-        return row | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0}
+        yield row | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0}
 
-    yield largest(given.guess(batch, gb), attempt)
+    yield from largest(given.guess(batch, gb), attempt)
 
 
 # ---- (6) sampling

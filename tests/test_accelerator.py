@@ -76,11 +76,23 @@ def test_a_batch_that_is_out_of_memory_is_halved():
     def attempt(batch):
         if batch > 8:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
-        return batch
+        yield {"batch": batch}
 
-    assert parts.largest(32, attempt) == 8
+    assert [*parts.largest(32, attempt)] == [{"batch": 8}]
     with pytest.raises(ZeroDivisionError):
-        parts.largest(32, lambda batch: batch // 0)
+        next(parts.largest(32, lambda batch: batch // 0))
+
+
+def test_a_cycle_of_dmd2_is_its_ratio_of_critic_turns_and_one_of_the_student(tmp_path, monkeypatch):
+    turns = [
+        (f"dmd2, {name}", batch, ms)
+        for batch, name, ms in ((4, "critic", 9.0), (2, "critic", 2.0), (2, "student", 5.0))
+    ]
+    rows = [{"work": work, "batch": batch, "ms": [ms] * 3} for work, batch, ms in turns]
+    monkeypatch.setattr(parts, "train_part", lambda *_: rows)
+    *_, cycle = parts.dmd2(parts.Given(True, tmp_path, 0.0, 60.0))
+    assert cycle["ms"] == [5 * 2.0 + 5.0] * 3
+    assert cycle["images_per_s"] == pytest.approx(5 * 2 / 15e-3)
 
 
 @pytest.mark.parametrize(
