@@ -58,21 +58,21 @@ def pocket(given) -> Iterator[dict]:
 
 
 UNET = {"recipe": "unet", "unet": "sd21"}
-UNET_TORCH = {"name": "unet_step", "unet": "sd21", "batch": 32}
-DMD2_TORCH = {"name": "dmd2_cycle", "unet": "sd15", "batch": 16, "images": shapes.RATIO}
+UNET_TORCH = {"name": "unet_step", "unet": "sd21", "batch": 16}
+DMD2_TORCH = {"name": "dmd2_cycle", "unet": "sd15", "batch": 8, "images": shapes.RATIO}
 train, theirs = (functools.partial(functools.partial, f) for f in (parts.train_part, parts.torch_part))
 PARTS = {  # the most valuable first; batches are guesses for 80 GB
     "parity": Part(60, parts.parity),
-    "unet": Part(160, train(**UNET, batch=32)),
+    "unet": Part(160, train(**UNET, batch=8)),
     "unet_torch": Part(130, theirs(**UNET_TORCH), "unet"),
     "dmd2": Part(220, parts.dmd2),
     "dmd2_torch": Part(220, theirs(**DMD2_TORCH), "dmd2"),
-    "unet_xla": Part(130, train(**UNET, batch=16, flash=False)),
-    "unet_remat": Part(130, train(**UNET, batch=64, remat=True)),
+    "unet_xla": Part(130, train(**UNET, batch=4, flash=False)),
+    "unet_remat": Part(130, train(**UNET, batch=16, remat=True)),
     "unet_torch_eager": Part(60, theirs(**UNET_TORCH, compile=False), "unet"),
-    "pe_codi": Part(150, train(recipe="pe_codi", unet="sd21", batch=16)),
-    "codi": Part(150, train(recipe="codi", unet="sd21", batch=16)),
-    "sdxl": Part(240, train(recipe="sdxl_lora", unet="sdxl", batch=4, size=128, remat=True)),
+    "pe_codi": Part(150, train(recipe="pe_codi", unet="sd21", batch=8)),
+    "codi": Part(150, train(recipe="codi", unet="sd21", batch=4)),
+    "sdxl": Part(240, train(recipe="sdxl_lora", unet="sdxl", batch=2, size=128, remat=True)),
     "sample": Part(150, parts.sample),
     "pocket": Part(float("inf"), pocket),
 }

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import math
 import re
 import statistics
 import sys
@@ -76,18 +77,38 @@ def out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory"))
 
 
-def largest(batch: int, attempt: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
-    """The rows of attempt(batch), with half the batch as often as it is out of memory. Other errors are raised."""
+def largest(given: Given, batch: int, attempt: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
+    """The rows of attempt(batch) with half the batch as often as it is out of memory, and once more with a larger one
+    if all rows say that it fits and there is time. Other errors are raised."""
+    failed, done = 2**30, False
     while True:
+        start, rows = time.perf_counter(), []
         try:
-            yield from attempt(batch)
-            return
+            for row in attempt(batch):
+                rows.append(row)
+                yield row
         except Exception as error:
             if not out_of_memory(error) or batch == 1:
                 raise
-        batch //= 2  # after the clause: the error holds the arrays of its frames
-        gc.collect()
-        print(f"out of memory: trying a batch of {batch}", file=sys.stderr, flush=True)
+            failed = batch
+        if done:
+            return
+        done, tried = failed != batch, batch
+        batch = min(*(row.get("fits", batch) for row in rows), failed // 2) if done else batch // 2
+        if done and (batch <= tried or 2 * time.perf_counter() - start > given.began + given.seconds):
+            return
+        gc.collect()  # after the clause: the error held the arrays of its frames
+        print(f"now a batch of {batch}, after {tried}", file=sys.stderr, flush=True)
+
+
+def fitting(program, batch: int) -> int:
+    """The power of two of images that a compiled program would have memory for, by its plan for `batch` of them."""
+    plan, limit = program.memory_analysis(), memory("bytes_limit")
+    if not limit or not plan.temp_size_in_bytes:
+        return batch
+    new = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    free = 0.95 * limit - memory("bytes_in_use") - new / 1e9
+    return 2 ** int(math.log2(max(free / (plan.temp_size_in_bytes / 1e9 / batch), 1)))
 
 
 def memory(what: str) -> float:
@@ -169,7 +190,7 @@ def turn_row(given: Given, parts, recipe: str, setup: shapes.Setup, play: tuple[
         counted = pool.submit(jax_side.flops, recipe, setup, play)  # while the compiler works
         program = lowered.compile()
         compile_s = time.perf_counter() - start
-    state, metrics = parts.state, None
+    fits, state, metrics = fitting(program, setup.batch), parts.state, None
 
     def run():
         nonlocal state, metrics
@@ -181,13 +202,14 @@ def turn_row(given: Given, parts, recipe: str, setup: shapes.Setup, play: tuple[
     jax.block_until_ready(state)
     first = time.perf_counter() - given.began
     row = {"work": f"{recipe}, {' + '.join(play)}", "batch": setup.batch, "compile_s": compile_s, "first_s": first}
+    row["fits"] = fits
     row |= given.timed(shapes.Work(run, lambda: jax.block_until_ready((state, metrics))), setup.batch)
     row |= rate(counted.result(), row["ms"][1] / 1e3, setup.dtype) | {"peak_gb": memory("peak_bytes_in_use")}
     return row, state
 
 
 def train_part(given: Given, recipe: str, unet: str, batch: int, size: int = 64, **options) -> Iterator[dict]:
-    """A row for each turn of a recipe, at the largest batch that fits."""
+    """A row for each turn of a recipe, at the largest batch that fits; batch is a guess for 80 GB, rather too small."""
     import jax_side
 
     def attempt(batch):
@@ -198,15 +220,16 @@ def train_part(given: Given, recipe: str, unet: str, batch: int, size: int = 64,
             parts = parts._replace(state=state)
             yield row | {"options": options}
 
-    yield from largest(given.guess(batch, memory("bytes_limit")), attempt)
+    yield from largest(given, given.guess(batch, memory("bytes_limit")), attempt)
 
 
 def dmd2(given: Given) -> Iterator[dict]:
     """DMD2's two turns, and the cycle that they make."""
-    ms, batch = {}, 0
-    for row in train_part(given, "dmd2", "sd15", 16):
+    found = {}
+    for row in train_part(given, "dmd2", "sd15", 4):
         yield row
-        ms, batch = ms | {row["work"].split()[-1]: row["ms"]}, row["batch"]  # the last of a turn is of the last batch
+        found.setdefault(row["batch"], {})[row["work"].split()[-1]] = row["ms"]
+    batch, ms = [(batch, ms) for batch, ms in found.items() if len(ms) == 2][-1]  # at which both turns fit
     cycle = [shapes.RATIO * c + s for c, s in zip(ms["critic"], ms["student"], strict=True)]
     row = {"work": "dmd2, cycle", "batch": batch, "ms": cycle, "images_per_s": 1e3 * shapes.RATIO * batch / cycle[1]}
     yield row | {"note": f"sum of {shapes.RATIO} turns of the critic and one of the student"}
@@ -234,7 +257,7 @@ def torch_part(given: Given, name: str, unet: str, batch: int, images: int = 1, 
         row |= given.timed(work, images * batch) | {"options": {"channels_last": True, "torch.compile": compile}}
         yield row | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0}
 
-    yield from largest(given.guess(batch, gb), attempt)
+    yield from largest(given, given.guess(batch, gb), attempt)
 
 
 # ---- (6) sampling

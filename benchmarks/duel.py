@@ -121,7 +121,7 @@ class Side:
 
 def duel(work: str, args, flags: list[str]) -> list[dict]:
     """All sides in turns, after a warm-up: a row of the table for each variant of PyTorch."""
-    names = [OURS, *(args.theirs if work != "loader" else args.theirs[:1])]
+    names = [OURS, *(args.theirs if work != "loader" else ["eager"])]
     sides = [Side.start(side, work, flags) for side in names]
     for side in sides:
         side.go()

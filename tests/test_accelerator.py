@@ -72,22 +72,40 @@ def test_an_unknown_part_is_refused_in_one_sentence(rows_of, capsys):
     assert "unknown part 'our': known are ours, dies, theirs, hangs" in capsys.readouterr().err
 
 
-def test_a_batch_that_is_out_of_memory_is_halved():
-    def attempt(batch):
-        if batch > 8:
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
-        yield {"batch": batch}
+@pytest.mark.parametrize(
+    ("guess", "room", "fits", "seconds", "tried"),
+    [
+        (32, 8, 8, 1e9, [32, 16, 8]), (2, 16, 16, 1e9, [2, 16]), (2, 16, 16, 0.0, [2]), (2, 8, 64, 1e9, [2, 64]),
+        (16, 8, 64, 1e9, [16, 8]),
+    ],
+)  # fmt: skip
+def test_a_batch_is_halved_if_out_of_memory_and_raised_once_if_there_is_room(
+    guess, room, fits, seconds, tried, tmp_path
+):
+    given, seen = parts.Given(True, tmp_path, 0.0, seconds), []
 
-    assert [*parts.largest(32, attempt)] == [{"batch": 8}]
+    def attempt(batch):
+        seen.append(batch)
+        if batch > room:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+        yield {"batch": batch, "fits": fits}
+
+    rows = [*parts.largest(given, guess, attempt)]
+    assert seen == tried
+    assert [row["batch"] for row in rows] == [batch for batch in tried if batch <= room]
+
+
+def test_an_error_that_is_not_of_memory_ends_the_search(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        next(parts.largest(32, lambda batch: batch // 0))
+        next(parts.largest(parts.Given(True, tmp_path, 0.0, 60.0), 32, lambda batch: batch // 0))
 
 
 def test_a_cycle_of_dmd2_is_its_ratio_of_critic_turns_and_one_of_the_student(tmp_path, monkeypatch):
     turns = [
-        (f"dmd2, {name}", batch, ms)
-        for batch, name, ms in ((4, "critic", 9.0), (2, "critic", 2.0), (2, "student", 5.0))
-    ]
+        ("dmd2, critic", 2, 2.0),
+        ("dmd2, student", 2, 5.0),
+        ("dmd2, critic", 4, 9.0),
+    ]  # the last batch is too large
     rows = [{"work": work, "batch": batch, "ms": [ms] * 3} for work, batch, ms in turns]
     monkeypatch.setattr(parts, "train_part", lambda *_: rows)
     *_, cycle = parts.dmd2(parts.Given(True, tmp_path, 0.0, 60.0))
