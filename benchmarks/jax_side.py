@@ -70,7 +70,7 @@ def random_weights(module):
 
     def some(shape, bound=1.0):
         start = rng.integers(4096)
-        return bound * noise[start : start + np.prod(shape, dtype=int)].reshape(shape)
+        return np.float32(bound) * noise[start : start + np.prod(shape, dtype=int)].reshape(shape)
 
     return init_params(shapes, some, some)
 

@@ -1,5 +1,6 @@
 """benchmarks/accelerator.py: its rows, budgets and files here; that every part runs is slow."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -7,9 +8,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cddistill.models import attention
+from cddistill.models.init import weight_shapes
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -148,6 +151,25 @@ def test_flops_are_those_that_pytorch_counts():
         text = torch.zeros(1, shapes.TOKENS, 1024)
         unet(torch.zeros(1, 4, 64, 64), torch.zeros(1), text, return_dict=False)[0].sum().backward()
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_pytorch_side_of_dmd2_has_our_networks_and_each_turn_moves_its_own():
+    pytest.importorskip("diffusers")
+    torch_side, jax_side = map(importlib.import_module, ("torch_side", "jax_side"))
+    setup = shapes.Setup(shapes.tiny_unet("sd15"), 4, 2, "float32")
+    theirs, experiment = torch_side.DMD2(setup), jax_side.experiment_of("dmd2", setup)
+    frozen = {"teacher": jax_side.denoiser(setup, weights=weight_shapes)}
+    init = functools.partial(experiment.method.init, jax.random.key(0))
+    ours = jax.eval_shape(init, frozen, jax_side.batch_of("dmd2", setup))
+    nets = {name: [*getattr(theirs, name).parameters()] for name in ours}
+    for name, weights in nets.items():
+        assert sum(p.numel() for p in weights) == sum(x.size for x in jax.tree.leaves(ours[name])), name
+    for turn, moved in ((theirs.critic_turn, {"fake", "disc"}), (theirs.student_turn, {"student"})):
+        before = {name: [p.detach().clone() for p in weights] for name, weights in nets.items()}
+        turn()
+        changed = {name for name in nets if any((a != b).any() for a, b in zip(before[name], nets[name], strict=True))}
+        assert changed == moved
 
 
 @pytest.mark.slow
