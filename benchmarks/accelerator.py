@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -124,7 +125,7 @@ class Child:
         with contextlib.suppress(BrokenPipeError):  # it has ended; its status says so below
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.flush()
-        read = lambda: [lines.put(line) for line in [*self.process.stdout, None]]
+        read = lambda: [lines.put(line) for line in itertools.chain(self.process.stdout, [None])]
         threading.Thread(target=read, daemon=True).start()
         while True:
             try:

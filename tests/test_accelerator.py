@@ -18,10 +18,13 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 accelerator, parts, shapes = map(importlib.import_module, ("accelerator", "accelerator_parts", "shapes"))
 PART = """
-import json, sys
+import json, pathlib, sys, time
 part = sys.argv[1].removeprefix("--part=")
 seconds = float(sys.stdin.readline())
 print(json.dumps({"work": part, "images_per_s": {"ours": 30.0, "theirs": 20.0}.get(part, 1.0)}), flush=True)
+file = pathlib.Path(sys.argv[2].removeprefix("--output=")) / "accelerator.json"
+while part == "waits" and not (file.exists() and "waits" in file.read_text()):
+    time.sleep(0.01)
 sys.exit(3) if part == "dies" else sys.stdin.read() if part == "hangs" else None
 """
 
@@ -32,7 +35,7 @@ def rows_of(tmp_path, monkeypatch):
     script = tmp_path / "part.py"
     script.write_text(PART)
     monkeypatch.setattr(accelerator, "__file__", str(script))
-    fake = {name: accelerator.Part(60, None) for name in ("ours", "dies")}
+    fake = {name: accelerator.Part(60, None) for name in ("ours", "dies", "waits")}
     fake |= {"theirs": accelerator.Part(60, None, "ours"), "hangs": accelerator.Part(2, None)}
     monkeypatch.setattr(accelerator, "PARTS", fake)
 
@@ -53,11 +56,15 @@ def test_a_part_that_dies_or_hangs_costs_only_its_own_rows(rows_of, capsys):
     assert "| ours | ours | " in capsys.readouterr().out
 
 
+def test_a_row_is_in_the_file_before_its_part_has_ended(rows_of):
+    assert [row.get("work") for row in rows_of("waits")["waits"]] == ["waits"]
+
+
 def test_rows_of_other_parts_stay_and_the_ratio_of_times_is_ours_over_theirs(rows_of):
     assert len(rows_of("dies", "ours")["dies"]) == 2
     rows = rows_of("theirs", "ours")
     assert rows["theirs"][0]["ours_over_theirs"] == pytest.approx(2 / 3)
-    assert list(map(len, rows.values())) == [1, 2, 1, 0]
+    assert list(map(len, rows.values())) == [1, 2, 0, 1, 0]
 
 
 def test_a_part_for_which_no_time_is_left_says_so(rows_of, monkeypatch):
@@ -72,7 +79,7 @@ def test_a_part_for_which_no_time_is_left_says_so(rows_of, monkeypatch):
 def test_an_unknown_part_is_refused_in_one_sentence(rows_of, capsys):
     with pytest.raises(SystemExit):
         rows_of("our")
-    assert "unknown part 'our': known are ours, dies, theirs, hangs" in capsys.readouterr().err
+    assert "unknown part 'our': known are ours, dies, waits, theirs, hangs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
