@@ -11,7 +11,7 @@ from cddistill import checkpoint, config, data, export, generate, io, lock, plan
 from cddistill.build import Parts, build, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
-from cddistill.evals import compare, grids
+from cddistill.evals import compare, grids, published
 from cddistill.method import Generator
 from cddistill.precompute import encode, pairs
 from cddistill.step import TrainState
@@ -47,7 +47,12 @@ def finished(
 
 
 def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
-    """Score a checkpoint on the test split and write the report again."""
+    """Score a checkpoint on the test split and write the report again; or, by config.protocol, as a published paper."""
+    if (run := config.resolve(settings).run).protocol:
+        paired = published.of_run(run).given == "pairs"
+        parts, state = finished(settings, workdir, which, "test" if paired else None)
+        published.evaluate(parts, state, workdir)
+        return
     parts, state = finished(settings, workdir, which, "test")
     compare.evaluate_and_report(parts, state, workdir, {}, config.plain(settings))
 

@@ -71,6 +71,11 @@ class Run:
     profile: Annotated[tuple[Count, ...], PAIR] = ()  # first and last step of a trace, written to workdir/profile
     init_from_run: str = ""  # workdir of a run whose trained weights initialise the nets that both runs have
     report: bool = True  # evaluate and write report.html at the end
+    protocol: str = ""  # for --mode=evaluate: a published evaluation, such as imagenet64_50k; see docs/evaluation.md
+    protocol_data: str = ""  # folder with what it needs: Inception's weights, the reference, prompts
+    protocol_images: Natural = 0  # images that it samples; 0 = its own number; with fewer, numbers are not comparable
+    protocol_batch: Count = 64  # images sampled and measured at a time, on all devices together
+    protocol_png: bool = False  # also write every sampled image as PNG, for other programs
 
 
 class Experiment(NamedTuple):
@@ -87,6 +92,7 @@ MUTABLE_ON_RESUME = (
     *("profile", "decode_batch", "decode_tile"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype", "data.threads"),
+    *("protocol", "protocol_data", "protocol_images", "protocol_batch", "protocol_png"),
     "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""

@@ -34,6 +34,7 @@ PRECISION = """Improved precision (k = 3) on the KID features: share of the imag
 realism. Compare only at equal numbers of images."""
 RECALL = """Improved recall (k = 3) on the KID features: share of the targets within the images' manifold, i.e. \
 coverage. A repetitive set has low recall."""
+FID = "Frechet distance of Inception-v3's pool3 features, by a published protocol (docs/evaluation.md)."
 METRICS = {
     "PSNR": Metric(True, 2, how="Peak signal-to-noise ratio in dB: pixel accuracy; rewards blur."),
     "SSIM": Metric(
@@ -46,6 +47,11 @@ METRICS = {
     "FD-EffLite0-PCA64": Metric(False, 1, images=2 * kid.PCA, how=FD),
     "Precision-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=PRECISION),
     "Recall-EffLite0": Metric(True, 3, images=precision_recall.NEIGHBOURS + 1, how=RECALL),
+    "FID": Metric(False, 2, how=FID),
+    "Patch FID": Metric(False, 2, how=f"{FID} Of the 299 px in the middle of each image, not resized."),
+    "Precision": Metric(True, 3, how="Improved precision (k = 3) on Inception-v3's features."),
+    "Recall": Metric(True, 3, how="Improved recall (k = 3) on Inception-v3's features."),
+    "CLIP score": Metric(True, 4, how="Mean cosine of the CLIP embeddings of an image and its prompt."),
     "Edge F1": Metric(True, 3, how="F1 of the image's Canny edges against the target's, with a tolerance of 1 px."),
 }
 WHOLE = {"": None}  # the region of `pair_values` that is all of the image

@@ -67,10 +67,11 @@ class Apply:
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention, softmax in float32."""
+    """Multi-head self-attention, softmax in float32; causal in text encoders."""
 
     heads: int
     dtype: Any = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x):
@@ -79,7 +80,7 @@ class CLIPAttention(nn.Module):
             nn.Dense(d, dtype=self.dtype, name=f"{name}_proj")(x).reshape(b, n, self.heads, d // self.heads)
             for name in ("q", "k", "v")
         )
-        h = attention(q, k, v, causal=True).reshape(x.shape)
+        h = attention(q, k, v, causal=self.causal).reshape(x.shape)
         return nn.Dense(d, dtype=self.dtype, name="out_proj")(h)
 
 
