@@ -17,6 +17,7 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a stack of frames at eve
 
 import jax  # noqa: E402  (reads the variables above)
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 from parity import parity, pytest_addoption, pytest_terminal_summary  # noqa: E402, F401  (a fixture and hooks)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -100,6 +101,12 @@ def one_device():
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs():
-    """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have."""
-    yield
+    """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have.
+
+    The programs of a file are lowered in one MLIR context; JAX makes one for each, which took longer than lowering an
+    operation in it. A context keeps the constants of its programs, so it does not outlive the file.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", functools.cache(mlir.make_ir_context))
+        yield
     jax.clear_caches()
