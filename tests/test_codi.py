@@ -403,17 +403,17 @@ def test_the_signal_distances():
 
 def test_sampling_grids():
     """I20: n timesteps, strictly decreasing from the largest trained one to one above 0."""
-    released = CoDi(**RELEASED)
-    np.testing.assert_array_equal(released.sampling_timesteps(SD, 4), [980, 720, 460, 200])
-    np.testing.assert_array_equal(released.sampling_timesteps(SD, 2), [980, 480])
+    released = jax.jit(lambda steps: CoDi(**RELEASED).sampling_timesteps(SD, steps), static_argnums=0)
+    np.testing.assert_array_equal(released(4), [980, 720, 460, 200])
+    np.testing.assert_array_equal(released(2), [980, 480])
     for steps in (1, 2, 3, 4, 5, 7, 8, 10, 17, 20, 25, 33, 48, 49):
-        times = np.asarray(released.sampling_timesteps(SD, steps))
+        times = np.asarray(released(steps))
         assert len(times) == steps
         assert np.all(np.diff(times) < 0)
         assert times[0] == 980
         assert times[-1] > 0
     with pytest.raises(ValueError, match="at most 49"):
-        released.sampling_timesteps(SD, 50)
+        released(50)
     np.testing.assert_array_equal(CoDi().sampling_timesteps(SD, 4), [999, 749, 499, 249])
 
 

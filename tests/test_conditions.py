@@ -16,6 +16,7 @@ from cddistill.models import adapter, lora
 from cddistill.net import Adapted
 
 KEY = jax.random.key(0)
+x0_of = jax.jit(lambda net, branch, *inputs: Adapted(net, branch)(*inputs).x0)  # branch may be None
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,12 @@ def test_widened_network_equals_the_teacher_at_init_and_has_condition_gradients(
     wide = adapter.widen(teacher, batch)
     assert wide.apply.module.in_channels == 6
     seen = jax.jit(lambda n: Adapted(n)(batch["x0"], t, batch["text"], batch["cond"]))
-    np.testing.assert_allclose(seen(wide).x0, teacher(batch["x0"], t, batch["text"]).x0, atol=1e-6)
+    alone = jax.jit(lambda n: n(batch["x0"], t, batch["text"]).x0)(teacher)
+    np.testing.assert_allclose(seen(wide).x0, alone, atol=1e-6)
     grad = jax.jit(jax.grad(lambda n: (seen(n).eps ** 2).sum()))(wide).params["conv_in"]["kernel"]
     assert np.abs(grad[:, :, 3:]).min() > 0
-    assert not np.allclose(seen(tiny.disturbed(wide)).x0, jax.jit(lambda n: Adapted(n)(
-        batch["x0"], t, batch["text"], batch["cond"][::-1]))(tiny.disturbed(wide)).x0)  # fmt: skip
+    other = x0_of(tiny.disturbed(wide), None, batch["x0"], t, batch["text"], batch["cond"][::-1])
+    assert not np.allclose(seen(tiny.disturbed(wide)).x0, other)
 
 
 def test_teacher_that_already_takes_the_condition_is_copied(batch):
@@ -69,7 +71,7 @@ def test_pretrained_network_is_sampled_with_a_controlnet(batch):
     n = SimpleNamespace(teacher=teacher, controlnet=branch)
     noise = tiny.randn(0, 4, 8, 8, 3)
     got = jax.jit(lambda: Pretrained().sample(n, noise, batch, None, 1))()
-    expected = Adapted(teacher, branch)(noise, teacher.schedule.grid(1), batch["text"], batch["cond"]).x0
+    expected = x0_of(teacher, branch, noise, teacher.schedule.grid(1), batch["text"], batch["cond"])
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -79,7 +81,7 @@ def test_text_and_image_have_guidance_scales_of_their_own(method, batch):
     net, noise = tiny.disturbed(adapter.widen(tiny.teacher(), batch)), tiny.randn(0, 4, 8, 8, 3)
     n, t = SimpleNamespace(teacher=net, backbone_ema=net), net.schedule.grid(1)
     calls = [(batch["null"], 0 * batch["cond"]), (batch["null"], batch["cond"]), (batch["text"], batch["cond"])]
-    nothing, image, both = (Adapted(net)(noise, t, text, cond).x0 for text, cond in calls)
+    nothing, image, both = (x0_of(net, None, noise, t, text, cond) for text, cond in calls)
     options = {"adapter": "concat"} if method is not Pretrained else {}
     drawn = method(guidance=7.5, image_guidance=1.5, **options)
     got = jax.jit(lambda: drawn.sample(n, noise, batch, None, 1))()
@@ -101,6 +103,7 @@ def test_a_dropped_condition_is_zero(batch):
     """With image_dropout 1 the loss is that of conditions of zeros; with 0.5, of some."""
     n = SimpleNamespace(teacher=tiny.teacher(), backbone=tiny.disturbed(adapter.widen(tiny.teacher(), batch)))
     loss = lambda rate, batch: METHODS["diffusion"](adapter="concat", image_dropout=rate).loss(n, batch, KEY)[0]
+    loss = jax.jit(loss, static_argnums=0)
     blind = loss(0.0, adapter.without_condition(batch))
     assert loss(1.0, batch) == pytest.approx(float(blind), rel=1e-5)
     assert len({float(loss(rate, batch)) for rate in (0.0, 0.5, 1.0)}) == 3

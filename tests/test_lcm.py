@@ -1,5 +1,6 @@
 """LCM's loss against an independent writing of its algorithm 1, its guidance input, LoRA and conditional students."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -43,7 +44,8 @@ def by_hand(n, batch, key, scales, student, target):
     def split(v, z, t):
         return alphas[t] * z - sigmas[t] * v, alphas[t] * v + sigmas[t] * z
 
-    teacher = lambda text: split(np.asarray(n.teacher.apply(n.teacher.params, z_t, t, text)), z_t, t)
+    apply = jax.jit(lambda text: n.teacher.apply(n.teacher.params, z_t, t, text))
+    teacher = lambda text: split(np.asarray(apply(text)), z_t, t)
     (x_c, e_c), (x_u, e_u) = teacher(batch["text"]), teacher(batch["null"])
     w = (np.asarray(scales) - 1)[:, None, None, None]  # the paper's w
     z_s = alphas[s] * (x_c + w * (x_c - x_u)) + sigmas[s] * (e_c + w * (e_c - e_u))
@@ -65,9 +67,10 @@ def test_the_loss_is_algorithm_1(embedding_width):
     if embedding_width:
         angles = 1000 * (np.asarray(scales)[:, None] - 1) * np.array([[1, 1e-4]])  # of width 4
         text["timestep_cond"] = np.float32(np.concatenate([np.sin(angles), np.cos(angles)], 1))
-    raw = lambda net: lambda z, t: net.apply(net.params, z, t, text)
+    apply = jax.jit(lambda params, z, t: n.backbone.apply(params, z, t, text))
+    raw = lambda net: functools.partial(apply, net.params)
     expected = by_hand(n, batch, KEY, scales, raw(n.backbone), raw(n.backbone_ema))
-    loss, metrics = method.loss(n, batch, KEY)
+    loss, metrics = jax.jit(lambda key: method.loss(n, batch, key))(KEY)
     assert metrics == {}
     np.testing.assert_allclose(loss, expected, rtol=2e-4)  # sinusoids of thousands in float32
 
@@ -76,8 +79,10 @@ def test_the_student_equals_the_teacher_at_first_and_takes_the_scale_later():
     method, batch = METHODS["lcm"](embedding_width=4), tiny.make_batch()
     start = method.init(KEY, tiny.frozen(), batch)["backbone"]
     assert start.module.time_cond_proj_dim == 4
-    call = lambda net, scale: method.predict(net, batch["x0"], 500, batch["text"], None, jnp.full(16, scale)).x0
-    np.testing.assert_allclose(call(start, 8.0), tiny.teacher()(batch["x0"], 500, batch["text"]).x0, atol=1e-6)
+    predict = jax.jit(lambda net, scales: method.predict(net, batch["x0"], 500, batch["text"], None, scales).x0)
+    call = lambda net, scale: predict(net, jnp.full(16, scale))
+    teacher = jax.jit(lambda net: net(batch["x0"], 500, batch["text"]).x0)(tiny.teacher())
+    np.testing.assert_allclose(call(start, 8.0), teacher, atol=1e-6)
     moved = nets_of(method).backbone
     assert np.abs(call(moved, 8.0) - call(moved, 3.0)).max() > 1e-4
 
@@ -90,7 +95,7 @@ def test_no_gradient_reaches_the_target():
         n.backbone, n.backbone_ema = online, target
         return method.loss(n, batch, KEY)[0]
 
-    online, target = jax.grad(loss, (0, 1))(n.backbone, n.backbone_ema)
+    online, target = jax.jit(jax.grad(loss, (0, 1)))(n.backbone, n.backbone_ema)
     assert max(np.abs(x).max() for x in jax.tree.leaves(online)) > 0
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(target))
 
@@ -101,7 +106,8 @@ def test_a_lora_student_starts_as_the_teacher_and_is_exported_as_a_lora():
     merged = lora.merge_if_lora(tiny.teacher(), net)
     assert merged is not net
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.params, tiny.teacher().params)
-    assert np.isfinite(method.loss(nets_of(method), batch, KEY)[0])
+    n = nets_of(method)
+    assert np.isfinite(jax.jit(lambda key: method.loss(n, batch, key)[0])(KEY))
 
 
 def test_a_conditional_teacher_is_distilled():
@@ -110,10 +116,11 @@ def test_a_conditional_teacher_is_distilled():
     controlnet = make_branch(tiny.teacher(), KEY)
     n = nets_of(method, controlnet=controlnet)
     assert {"backbone", "branch"} == {*method.turns()["student"].moves}
-    guided = method.guided_teacher(n, batch, batch["cond"], jnp.full(16, 1.0))
-    expected = Adapted(n.teacher, n.controlnet)(batch["x0"], 500, batch["text"], batch["cond"])
-    np.testing.assert_allclose(guided(batch["x0"], 500).x0, expected.x0, atol=1e-6)
-    assert np.isfinite(method.loss(n, batch, KEY)[0])
+    guided = lambda z, scales: method.guided_teacher(n, batch, batch["cond"], scales)(z, 500).x0
+    plain = lambda z: Adapted(n.teacher, n.controlnet)(z, 500, batch["text"], batch["cond"]).x0
+    found = jax.jit(guided)(batch["x0"], jnp.full(16, 1.0))
+    np.testing.assert_allclose(found, jax.jit(plain)(batch["x0"]), atol=1e-6)
+    assert np.isfinite(jax.jit(lambda key: method.loss(n, batch, key)[0])(KEY))
 
 
 def test_the_timesteps_are_those_of_lcm():
