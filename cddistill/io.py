@@ -153,6 +153,21 @@ def sizes(root) -> dict[str, int]:
     return {name: (root / name).stat().st_size for name in sorted(p.relative_to(root).as_posix() for p in files)}
 
 
+def versions(root: PurePath) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, what changes when it is written again)} of all objects below a folder on an object store."""
+    return {name: (x["size"], remote.version(x)) for name, x in remote.objects(root).items()}
+
+
+def read_range(file: PurePath, start: int, size: int) -> bytes:
+    """`size` bytes of an object on an object store from `start` on, in one request; fewer if it ends before."""
+    return remote.read_range(file, start, size)
+
+
+def opened(file: PurePath, ahead: int = 0):
+    """A file, open for reading bytes in place; on an object store each request reads `ahead` bytes more."""
+    return remote.opened(file, ahead) if is_remote(file) else file.open("rb")
+
+
 def heads(root, names: Iterable[str], length: int) -> list[bytes]:
     """The first bytes of files below a folder."""
     root = path(root)

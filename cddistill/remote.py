@@ -5,6 +5,7 @@ renamed. The limits of both clients, and what is tried again, are set here and n
 """
 
 import contextlib
+import datetime
 import hashlib
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from pathlib import Path, PurePath
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PACKAGES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # scheme: package, extra
 CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
+VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime")  # of the two clients, and of emulators
 ATTEMPTS = 8  # of a request to S3 that is answered with 429 or 5xx, or whose connection fails
 PART_EVERY, MOST_PARTS = 30.0, 64  # of what grows: s between two parts; parts, after which they are joined
 WHOLE_EVERY = 60.0  # s between two looks for files of --mode=pairs that are whole
@@ -106,6 +108,21 @@ def read(file: PurePath) -> bytes:
         return file.read_bytes()
 
 
+def read_range(file: PurePath, start: int, size: int) -> bytes:
+    """`size` bytes of an object from `start` on, in one request; fewer if it ends before."""
+    with naming(file):
+        fs, name = client(file)
+        return fs.cat_file(name, start=start, end=start + size)
+
+
+def opened(file: PurePath, ahead: int):
+    """An object as an open binary file; each request reads `ahead` bytes more than are asked for."""
+    with naming(file):
+        fs, name = client(file)
+        how = {"cache_type": "readahead", "block_size": ahead} if ahead else {"cache_type": "none"}
+        return fs.open(name, "rb", **how)
+
+
 def create(file: PurePath, content: bytes) -> bool:
     """Write an object, unless there is one: by a precondition and, for stores that ignore it, by reading it again.
 
@@ -169,6 +186,18 @@ def objects(place: PurePath) -> dict[str, dict]:
     return {within(name): x for name, x in sorted(found.items()) if x["type"] == "file" and name[-1:] != "/"}
 
 
+def version(said: dict) -> str:
+    """What changes when an object is written again, of what a store, or an emulator, says of it."""
+    return " ".join(str(said[key]) for key in VERSIONS if said.get(key))
+
+
+def changed(said: dict) -> int:
+    """When an object was written, in ns since 1970; 0 if a store does not say it."""
+    time = next((said[key] for key in ("LastModified", "mtime", "updated") if said.get(key)), None)
+    time = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    return int(time.timestamp() * 1000) * 10**6 if time else 0
+
+
 def heads(place: PurePath, names, length: int) -> list[bytes]:
     """The first bytes of objects below `place`, "." for itself."""
     with naming(place):
@@ -186,7 +215,8 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[str, tuple[int, int]]:
     """Copy the objects below `place` that are `wanted` to a local folder; returns its `stamps`.
 
-    Raises OSError if one comes incomplete.
+    Files have the times of their objects, so that copies on other hosts, and later ones, are the same. Raises OSError
+    if one comes incomplete.
     """
     there = {name: x for name, x in objects(place).items() if wanted(name)}
     targets = [folder / name for name in there]
@@ -198,6 +228,7 @@ def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[st
     for target, said in zip(targets, there.values(), strict=True):
         if target.stat().st_size != said["size"]:
             raise OSError(5, f"{target.stat().st_size} of {said['size']} bytes were read", str(place))
+        os.utime(target, ns=(changed(said),) * 2)
     return stamps(folder)
 
 
@@ -256,8 +287,7 @@ def fetch(place: PurePath) -> Path:
     there = objects(place)
     if not there:
         raise ValueError(f"there is nothing at {place}: check its name")
-    versions = ("ETag", "etag", "generation", "md5Hash", "mtime")  # of the two clients, and of emulators
-    said = [(name, x["size"], *(str(x.get(key)) for key in versions)) for name, x in there.items()]
+    said = [(name, x["size"], version(x)) for name, x in there.items()]
     target = cache() / hashlib.sha256(f"{place} {said}".encode()).hexdigest()[:16] / place.name
     if not target.exists():
         draft = target.parent.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -12,11 +13,13 @@ import time
 import jax
 import numpy as np
 import pytest
+import test_indexed
 
-from cddistill import checkpoint, commands, config, io, lock, remote, train
+from cddistill import checkpoint, commands, config, data, io, lock, remote, train
 from cddistill.build import build, open_checkpoints
-from cddistill.data import digests
+from cddistill.data import SOURCES, digests, indexed, loader
 from cddistill.data.ode_pairs import OdePairs
+from cddistill.data.sources import parquet
 from cddistill.log import JsonlWriter
 
 PACKAGES = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
@@ -205,6 +208,79 @@ def test_a_path_that_cannot_be_used_is_one_sentence_and_makes_no_folder(text, pa
     with pytest.raises(ValueError, match=sentence):
         io.ensure_writable(text)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- data in shards
+
+
+@pytest.fixture
+def opened_anew(tmp_path, monkeypatch):
+    """opened_anew(path, source) -> its training split, as another host opens it: with empty scratch and home."""
+    numbers = itertools.count()
+
+    def opened(path, source):
+        own = tmp_path / f"host{next(numbers)}"
+        own.mkdir()
+        monkeypatch.setenv("CDDISTILL_SCRATCH", str(own / "scratch"))
+        monkeypatch.setenv("HOME", str(own))
+        indexed.scan.cache_clear()
+        loader.open_source.cache_clear()
+        getattr(SOURCES[source].format, "groups", parquet.Groups()).clear()
+        return data.load(data.configure(source=source, path=str(path), size=8), "train"), own
+
+    return opened
+
+
+@needs_servers
+@pytest.mark.parametrize("source", test_indexed.FORMATS)
+def test_shards_are_read_in_place_by_an_index_that_is_built_once(bucket, source, tmp_path, opened_anew, monkeypatch):
+    """ArrayRecord's reader takes local files only, so these shards are copied when they are used."""
+    here = test_indexed.write(tmp_path / "here", source)
+    remote.upload(here, bucket / "data", last=".json")
+    expected, _ = opened_anew(here, source)
+    first, _ = opened_anew(bucket / "data", source)
+    index = [name for name in io.sizes(bucket / "data") if name.startswith(".cddistill/")]
+    assert len([name for name in index if "/shard." not in name]) == 2  # index.*.json and rows.*.npy
+    scan = "its index is there"
+    monkeypatch.setattr(type(SOURCES[source].format), "scan", lambda *_: pytest.fail(scan))
+    second, scratch = opened_anew(bucket / "data", source)
+    for i in (0, len(expected) - 1):
+        for found in (first, second):
+            item = found.item(i, None)
+            assert item["caption"] == expected.item(i, None)["caption"]
+            np.testing.assert_array_equal(item["x0"], expected.item(i, None)["x0"])
+    copied = {p.name for p in scratch.rglob("*") if p.is_file()}
+    assert all(name.startswith("rows.") or source == "array_record" for name in copied)
+    assert not any(name.startswith("test-") for name in copied)
+
+
+@needs_servers
+def test_a_shard_that_is_written_again_is_indexed_again_and_a_bucket_that_is_only_read_needs_no_index(
+    bucket, tmp_path, opened_anew, monkeypatch, caplog
+):
+    remote.upload(test_indexed.write(tmp_path / "here"), bucket / "data", last=".json")
+    monkeypatch.setattr(remote, "put", lambda file, content: (_ for _ in ()).throw(OSError(13, "no right", str(file))))
+    assert len(opened_anew(bucket / "data", "webdataset")[0]) == 12
+    assert "the index of the shards goes to" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = len(opened_anew(bucket / "data", "webdataset")[0])
+    shard = "train-00001.tar"
+    test_indexed.webdataset(tmp_path / "new", "train-00001", range(7, 12))
+    io.write_atomic(bucket / "data" / shard, (tmp_path / "new" / shard).read_bytes())
+    assert len(opened_anew(bucket / "data", "webdataset")[0]) == before - 1
+    assert f"{shard}: changed since it was indexed: read again" in caplog.text
+
+
+@needs_servers
+def test_copies_have_the_times_of_their_objects_so_that_digests_are_those_of_every_host(bucket, tmp_path, monkeypatch):
+    io.write_atomic(bucket / "data" / "x", b"1")
+    found = set()
+    for host in ("a", "b"):
+        monkeypatch.setenv("CDDISTILL_SCRATCH", str(tmp_path / host))
+        found.add(digests.of_files(io.local(bucket / "data"), ["x"]))
+    assert len(found) == 1
+    assert (io.local(bucket / "data") / "x").stat().st_mtime > 1e9
 
 
 # ---- a whole run

@@ -1,6 +1,7 @@
 """Where each sample of a folder of shards lies: an index that is built once and mapped to memory.
 
-It lies beside the data in the hidden folder .cddistill/ or, where that cannot be written, in the user's cache:
+It lies beside the data in the hidden folder .cddistill/, on an object store, too, or, where that cannot be written, in
+the user's cache:
 
     index.tar.json             each shard's size, time of change, number of samples, and what else was found in it
     rows.tar.0f1e2d3c.npy      ROW [n], shard after shard
@@ -15,13 +16,13 @@ import json
 import logging
 import secrets
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from cddistill import io
-from cddistill.data.listing import PROGRESS_EVERY, data_path, files_below
+from cddistill.data.listing import PROGRESS_EVERY, data_path, files_below, objects_below
 
 VERSION = 1  # of what is written here
 ROW = np.dtype([("at", "<u8"), ("size", "<u4"), ("digest", "<u8")])
@@ -42,7 +43,7 @@ class Found(NamedTuple):
 
 @runtime_checkable
 class Format(Protocol):
-    """A kind of shards. Samples are read by several threads."""
+    """A kind of shards, on a disk or on an object store. Samples are read by several threads."""
 
     suffix: str  # names the index
     shards: str  # what data.path should be: "a folder of tar files"
@@ -50,17 +51,17 @@ class Format(Protocol):
     def is_shard(self, name: str) -> bool:
         """Whether a file has the name of a shard."""
 
-    def scan(self, path: Path, shard: str) -> Found:
+    def scan(self, path: PurePath, shard: str) -> Found:
         """What a shard holds. `shard` is its path in data.path, for names and messages; a sentence if it is damaged."""
 
-    def sample(self, path: Path, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
+    def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """A sample's name, and its fields: see `indexed.element_of`. Raises ValueError for one that is damaged."""
 
 
 class Index(NamedTuple):
     """The samples of a folder."""
 
-    root: Path
+    root: PurePath
     shards: list[dict[str, Any]]  # name, bytes, changed, rows, bare, left, some, damaged; sorted by name
     rows: np.ndarray  # ROW [n], mapped to memory
 
@@ -75,12 +76,11 @@ def open_index(path: str, format: Format) -> Index:
 
     Raises ValueError, in one sentence, for a folder without shards and an index that cannot be written anywhere.
     """
-    root = data_path(path, format.shards)
-    names = sorted(name for name in files_below(root) if format.is_shard(name))
-    if not names:
+    root, now = shards_below(path, format)
+    if not now:
         raise ValueError(f"there is no shard in {root} (data.path): expected {format.shards}")
-    now = [stamp(root, name) for name in names]
-    places = [root / ".cddistill", Path.home() / ".cache" / "cddistill" / "index" / named(str(root.resolve()))]
+    own = Path.home() / ".cache" / "cddistill" / "index" / named(str(root if io.is_remote(root) else root.resolve()))
+    places = [root / ".cddistill", own]
     known = [(place, old) for place in places if (old := read(place, root, format.suffix))]
     for place, index in known:
         if [stamp_of(shard) for shard in index.shards] == [stamp_of(shard) for shard in now]:
@@ -91,14 +91,27 @@ def open_index(path: str, format: Format) -> Index:
     return build(writable(places), root, format, now, old)
 
 
-def stamp(root: Path, name: str) -> dict[str, Any]:
-    """What of a shard tells whether it has changed."""
-    status = (root / name).stat()
-    return {"name": name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+def shards_below(path: str, format: Format) -> tuple[PurePath, list[dict[str, Any]]]:
+    """(the folder data.path, its shards in order of names with what tells whether they have changed)."""
+    if io.is_remote(path):
+        root = io.path(path)
+        there = objects_below(root)
+    else:
+        root = data_path(path, format.shards)
+        there = dict.fromkeys(files_below(root))
+    names = sorted(name for name in there if format.is_shard(name))
+    stamps = (there[name] or stamp(root / name) for name in names)
+    return root, [{"name": name, "bytes": n, "changed": x} for name, (n, x) in zip(names, stamps, strict=True)]
 
 
-def stamp_of(shard: dict[str, Any]) -> tuple[str, int, int]:
-    """The same of a shard in an index."""
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a local file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def stamp_of(shard: dict[str, Any]) -> tuple[str, int, int | str]:
+    """What tells whether a shard has changed, and which it is."""
     return shard["name"], shard["bytes"], shard["changed"]
 
 
@@ -107,7 +120,7 @@ def named(content: str) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def writable(places: list[Path]) -> Path:
+def writable(places: list[PurePath]) -> PurePath:
     """The first folder that can be written. Raises ValueError with the reason for the last."""
     for place in places[:-1]:
         try:
@@ -119,7 +132,7 @@ def writable(places: list[Path]) -> Path:
     return places[-1]
 
 
-def say_changes(root: Path, now, old: Index | None) -> None:
+def say_changes(root: PurePath, now, old: Index | None) -> None:
     """Name the shards that differ from those of an older index."""
     if old is None:
         return
@@ -137,7 +150,7 @@ def say_changes(root: Path, now, old: Index | None) -> None:
 # ---- reading
 
 
-def read(place: Path, root: Path, suffix: str) -> Index | None:
+def read(place: PurePath, root: PurePath, suffix: str) -> Index | None:
     """The index in a folder; None without one of this version. ValueError, naming it, for one that is damaged."""
     path = place / f"index.{suffix}.json"
     if not path.is_file():
@@ -146,7 +159,7 @@ def read(place: Path, root: Path, suffix: str) -> Index | None:
         content = json.loads(path.read_bytes())
         if content["version"] != VERSION:
             return None
-        rows = np.load(place / content["rows"], mmap_mode="r", allow_pickle=False)
+        rows = mapped(place / content["rows"])
         index = Index(root, content["shards"], rows)
         if rows.dtype != ROW or len(rows) != index.ends[-1]:
             raise ValueError(f"{content['rows']} has {len(rows)} rows of another number or type")
@@ -155,7 +168,12 @@ def read(place: Path, root: Path, suffix: str) -> Index | None:
     return index
 
 
-def tidy(place: Path, suffix: str, index: Index) -> None:
+def mapped(file: PurePath) -> np.ndarray:
+    """The array in a file, mapped to memory; of one on an object store, a copy in scratch is."""
+    return np.load(io.local(file), mmap_mode="r", allow_pickle=False)
+
+
+def tidy(place: PurePath, suffix: str, index: Index) -> None:
     """Remove what a finished index replaces; not when it is written, for other hosts may still be at it."""
     used = Path(index.rows.filename).name
     for file in [*place.glob(f"shard.{suffix}.*.npz"), *place.glob(f"rows.{suffix}.*.npy")]:
@@ -167,7 +185,7 @@ def tidy(place: Path, suffix: str, index: Index) -> None:
 # ---- building
 
 
-def build(place: Path, root: Path, format: Format, now, old: Index | None) -> Index:
+def build(place: PurePath, root: PurePath, format: Format, now, old: Index | None) -> Index:
     """Index the shards `now`, and write the index. Those that an older index has are not read again."""
     known = {} if old is None else {stamp_of(shard): k for k, shard in enumerate(old.shards)}
     ends = None if old is None else old.ends
@@ -189,10 +207,15 @@ def build(place: Path, root: Path, format: Format, now, old: Index | None) -> In
     return write(place, root, format.suffix, [shard for shard, _ in parts], [rows for _, rows in parts])
 
 
-def indexed(place: Path, root: Path, format: Format, shard: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+def indexed(
+    place: PurePath, root: PurePath, format: Format, shard: dict[str, Any]
+) -> tuple[dict[str, Any], np.ndarray]:
     """(a shard as the index has it, its rows), written to a file at once, or read from that of an earlier start."""
     file = place / f"shard.{format.suffix}.{named(json.dumps([VERSION, *stamp_of(shard)]))}.npz"
-    with contextlib.suppress(FileNotFoundError), np.load(file, allow_pickle=False) as part:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        np.load(memory.BytesIO(file.read_bytes()), allow_pickle=False) as part,
+    ):
         return json.loads(str(part["shard"])), part["rows"]
     found = format.scan(root / shard["name"], shard["name"])
     said = {"rows": len(found.rows), "bare": found.bare, "left": len(found.left), "some": [*found.left[:3]]}
@@ -202,11 +225,11 @@ def indexed(place: Path, root: Path, format: Format, shard: dict[str, Any]) -> t
     return shard, found.rows
 
 
-def write(place: Path, root: Path, suffix: str, shards: list[dict[str, Any]], rows: list[np.ndarray]) -> Index:
+def write(place: PurePath, root: PurePath, suffix: str, shards: list[dict[str, Any]], rows: list[np.ndarray]) -> Index:
     """Write an index: its rows, and then what names them."""
     name = f"rows.{suffix}.{named(json.dumps(shards))}.npy"
     np.save(buffer := memory.BytesIO(), np.concatenate(rows))
     rows.clear()
     io.write_atomic(place / name, buffer.getvalue())
     io.write_json(place / f"index.{suffix}.json", {"version": VERSION, "rows": name, "shards": shards})
-    return Index(root, shards, np.load(place / name, mmap_mode="r", allow_pickle=False))
+    return Index(root, shards, mapped(place / name))

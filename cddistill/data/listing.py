@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cddistill import io
 
@@ -26,6 +26,11 @@ def data_path(path: str, what: str) -> Path:
     if path and not root.exists():
         wrong = f"does not exist{'' if root.is_absolute() else f' in {Path.cwd()}'}"
     raise ValueError(f"data.path {path!r} {wrong}; set it to {what}")
+
+
+def objects_below(root: PurePath) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, version)} of the files below a folder on an object store, without hidden ones."""
+    return {name: x for name, x in io.versions(root).items() if all(map(visible, name.split("/")))}
 
 
 def files_below(root: Path) -> list[str]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from cddistill import io
 from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import Indexed, fields_of
 from cddistill.data.splits import digest
@@ -24,7 +25,7 @@ class ArrayRecord:
     def is_shard(self, name: str) -> bool:
         return ".array_record" in name.lower() or ".arrayrecord" in name.lower()
 
-    def scan(self, path: Path, shard: str) -> Found:
+    def scan(self, path: PurePath, shard: str) -> Found:
         """The records of a file, from its footer."""
         opened.cache_clear()  # of files as they were
         reader = opened(path)
@@ -35,7 +36,7 @@ class ArrayRecord:
         rows["at"], rows["digest"] = np.arange(n), [digest(f"{shard}/{i}") for i in range(n)]
         return Found(rows)
 
-    def sample(self, path: Path, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
+    def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """Record `at`."""
         name = f"record {at} of {shard}"
         try:
@@ -45,11 +46,14 @@ class ArrayRecord:
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
-def opened(path: Path):
-    """A reader, which several threads may use. Read-ahead would read what a shuffled order does not need."""
+def opened(path: PurePath):
+    """A reader, which several threads may use. Read-ahead would read what a shuffled order does not need.
+
+    It reads local files only: of one on an object store, a copy in scratch.
+    """
     from array_record.python import array_record_module
 
-    return array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+    return array_record_module.ArrayRecordReader(str(io.local(path)), options="readahead_buffer_size:0")
 
 
 def parse(record: bytes) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import functools
 import threading
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from cddistill import io
 from cddistill.data.captions import CAPTIONS, FURTHER
 from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import PICTURES, Indexed, fields_of
@@ -31,7 +32,7 @@ class Groups:
             self.kept.clear()
             self.bytes = 0
 
-    def get(self, path: Path, group: int):
+    def get(self, path: PurePath, group: int):
         """A row group as a table of the columns that are used."""
         with self.lock:
             if (path, group) in self.kept:
@@ -56,7 +57,7 @@ class Parquet:
     def is_shard(self, name: str) -> bool:
         return name.lower().endswith(".parquet")
 
-    def scan(self, path: Path, shard: str) -> Found:
+    def scan(self, path: PurePath, shard: str) -> Found:
         """The rows of a file, from its footer. Raises ValueError for one without a column of images."""
         opened.cache_clear()
         self.groups.clear()  # of files as they were
@@ -79,7 +80,7 @@ class Parquet:
         rows["digest"] = [digest(f"{shard}/{i}") for i in range(len(rows))]
         return Found(rows, bare=0 if names & {*CAPTIONS, "txt"} else len(rows))
 
-    def sample(self, path: Path, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
+    def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """Row `size` of row group `at`."""
         import pyarrow
 
@@ -93,11 +94,11 @@ class Parquet:
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
-def opened(path: Path):
+def opened(path: PurePath):
     """A parquet file, of which the footer has been read."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path)
+    return pyarrow.parquet.ParquetFile(io.opened(path) if io.is_remote(path) else path)
 
 
 def used(schema) -> list[str]:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import tarfile
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from cddistill import io
 from cddistill.data.captions import check_text, facts, label_of
 from cddistill.data.images import SUFFIXES
 from cddistill.data.index import ROW, Found
@@ -20,6 +21,7 @@ from cddistill.data.splits import digest
 BLOCK = 512  # bytes; headers and contents start at multiples of it
 TEXTS = {"txt": "caption", "caption": "caption", "text": "caption", "cls": "label", "json": "json"}
 OPEN_FILES = 256
+AHEAD = 2**23  # bytes that are read ahead for the headers of a tar file on an object store: about all of it
 
 
 def parts(member: str) -> tuple[str, str | None]:
@@ -42,12 +44,12 @@ class Tar:
     def is_shard(self, name: str) -> bool:
         return name.lower().endswith(".tar")
 
-    def scan(self, path: Path, shard: str) -> Found:
+    def scan(self, path: PurePath, shard: str) -> Found:
         """The samples of a tar file, from its headers. Of one that is cut off, those before the end."""
         opened.cache_clear()  # of files as they were
-        samples, damaged, size = [], "", path.stat().st_size
+        samples, damaged, size = [], "", io.size(path)
         try:
-            with tarfile.open(path, "r:") as tar:
+            with io.opened(path, AHEAD) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     key, field = parts(member.name)
@@ -73,11 +75,11 @@ class Tar:
         left = tuple(f"{key} in {shard}" for key, _, fields, _ in samples if "image" not in fields)
         return Found(rows, bare, left, damaged)
 
-    def sample(self, path: Path, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
+    def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """The members from byte `at` on, by field."""
         content, name, fields = read_range(path, shard, at, size), "", {}
         try:
-            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
                 for member in tar:
                     key, field = parts(member.name)
                     name = name or f"{key} in {shard}"
@@ -111,14 +113,21 @@ def texts(fields: dict[str, bytes]) -> dict[str, Any]:
 OTHERS = {key for field, keys in PICTURES.items() if field != "image" for key in keys}  # in .json these are no images
 
 
-def read_range(path: Path, shard: str, at: int, size: int) -> bytes:
+def read_range(path: PurePath, shard: str, at: int, size: int) -> bytes:
     """Bytes at ... at + size - 1 of a file. Raises ValueError for a file that ends before."""
+    content = io.read_range(path, at, size) if io.is_remote(path) else read_local(path, at, size)
+    if len(content) < size:
+        end = at + len(content)
+        raise ValueError(f"{shard} ends at byte {end}, before a sample does: it has changed since the start of the run")
+    return content
+
+
+def read_local(path: Path, at: int, size: int) -> bytes:
+    """Up to `size` bytes of a local file from `at` on: fewer only at its end."""
     file, pieces = opened(path), []
     while size and (piece := os.pread(file.fileno(), size, at)):
         pieces.append(piece)
         at, size = at + len(piece), size - len(piece)
-    if size:
-        raise ValueError(f"{shard} ends at byte {at}, before a sample does: it has changed since the start of the run")
     return b"".join(pieces)
 
 
