@@ -74,7 +74,9 @@ def start() -> dict[str, Proxy]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     http.server.HTTPServer.handle_error = lambda *_: None  # of a client that has given up
     gcs, s3 = free_port(), free_port()
-    create_server("127.0.0.1", gcs, in_memory=True, default_bucket=BUCKET).start()
+    server = create_server("127.0.0.1", gcs, in_memory=True, default_bucket=BUCKET)
+    server._api.daemon = True  # else the process of the tests does not end
+    server.start()
     ThreadedMotoServer("127.0.0.1", s3, verbose=False).start()
     proxies = {"gs://": Proxy(gcs), "s3://": Proxy(s3)}
     os.environ |= ANONYMOUS
