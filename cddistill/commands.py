@@ -49,7 +49,7 @@ def finished(
 def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     """Score a checkpoint on the test split and write the report again; or, by config.protocol, as a published paper."""
     if (run := config.resolve(settings).run).protocol:
-        paired = published.of_run(run).given == "pairs"
+        paired = published.of_run(run)[0].given == "pairs"
         parts, state = finished(settings, workdir, which, "test" if paired else None)
         published.evaluate(parts, state, workdir)
         return

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 import test_indexed
+import test_published
 
 from cddistill import checkpoint, commands, config, data, io, lock, remote, train
 from cddistill.build import build, open_checkpoints
 from cddistill.data import SOURCES, digests, indexed, loader
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.sources import parquet
+from cddistill.evals import published
 from cddistill.log import JsonlWriter
 
 PACKAGES = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
@@ -368,3 +370,26 @@ def test_pairs_and_their_reader_work_on_a_store(bucket, teacher):
     there = {"manifest.json", "null.safetensors", "00000000.safetensors", "00000001.safetensors"}
     assert {*io.sizes(bucket / "pairs")} == there
     assert len(OdePairs(str(bucket / "pairs"))) == 16
+
+
+@needs_servers
+@pytest.mark.slow
+def test_a_published_evaluation_with_its_files_and_workdir_on_a_store_gives_the_numbers_of_a_local_one(
+    bucket, teacher, tmp_path, tmp_path_factory, monkeypatch, one_device
+):
+    test_published.register(monkeypatch)
+    here, sampled = test_published.data.__wrapped__(tmp_path_factory), []
+    commands.evaluate_run(test_published.settings_of(teacher, here), tmp_path / "run")
+    remote.upload(here, bucket / "protocol", last=".json")
+    settings = test_published.settings_of(teacher, bucket / "protocol", protocol_png=True)
+    commands.evaluate_run(settings, bucket / "run")
+    for column, (value, _) in test_published.metrics(tmp_path / "run").items():
+        np.testing.assert_allclose(test_published.metrics(bucket / "run")[column][0], value, rtol=1e-5)
+    names = [*io.sizes(bucket / "run")]
+    assert len([name for name in names if name.endswith(".png")]) == test_published.N
+    rows = published.own_rows
+    monkeypatch.setattr(published, "own_rows", lambda x: sampled.append(1) or rows(x))
+    next(p for p in (bucket / "run/protocols/tiny/step-0").glob("*/00000004.safetensors")).unlink()
+    commands.evaluate_run(settings, bucket / "run")
+    assert len(sampled) == 2  # batches of one of three files
+    assert [*io.sizes(bucket / "run")] == names

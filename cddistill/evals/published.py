@@ -6,7 +6,7 @@ in files (stream.py) in the workdir, protocols/NAME/step-N/, so that a stopped e
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import jax
@@ -37,21 +37,24 @@ class Plan(NamedTuple):
     identity: dict  # what is measured depends on, apart from the student
 
 
-def of_run(run) -> Protocol:
-    """The protocol that a run's config names. Raises ValueError for an unknown one, and without Inception's weights."""
-    protocol, folder = typed.choose("protocol", PROTOCOLS, run.protocol), Path(run.protocol_data)
-    if not run.protocol_data or not folder.is_dir():
+def of_run(run) -> tuple[Protocol, Path]:
+    """The protocol that a run's config names, and the folder of its files; of one on an object store, a local copy.
+
+    Raises ValueError for an unknown protocol, and without Inception's weights.
+    """
+    protocol = typed.choose("protocol", PROTOCOLS, run.protocol)
+    if not run.protocol_data or not (folder := io.local(run.protocol_data)).is_dir():
         raise ValueError(f"config.protocol_data={run.protocol_data!r} is no folder: name that of the protocol's files")
     inception.check(folder / inception.FILE)
-    return protocol
+    return protocol, folder
 
 
-def evaluate(parts: Parts, state: TrainState, workdir: Path) -> list[Row]:
+def evaluate(parts: Parts, state: TrainState, workdir: PurePath) -> list[Row]:
     """Compute and print the numbers of config.protocol, and write them to protocols/NAME/step-N/scores.json.
 
     Raises ValueError, before the first image, for anything that is missing in config.protocol_data.
     """
-    run, protocol, folder = parts.experiment.run, of_run(parts.experiment.run), Path(parts.experiment.run.protocol_data)
+    run, (protocol, folder) = parts.experiment.run, of_run(parts.experiment.run)
     if not isinstance(parts.experiment.method, Generator):
         raise ValueError("protocols are for methods that generate images: leave config.protocol out")
     home, n, batch = workdir / "protocols" / run.protocol, run.protocol_images or protocol.n, run.protocol_batch
@@ -88,13 +91,13 @@ def size_departures(parts: Parts, protocol: Protocol) -> list[str]:
     return [f"images of {size} px, not {protocol.size}"] * (protocol.size not in (0, size))
 
 
-def means(plan: Plan, place: Path) -> scores.Scores:
+def means(plan: Plan, place: PurePath) -> scores.Scores:
     """Means and standard errors of what is one number for each image."""
     names = [name for name in plan.looks if name.removesuffix(TARGETS) not in plan.protocol.views]
     return {name: scores.mean_and_error(stream.array(place, name, plan.n).astype(np.float64)) for name in names}
 
 
-def conclude(rows: list[Row], name: str, protocol: Protocol, place: Path) -> None:
+def conclude(rows: list[Row], name: str, protocol: Protocol, place: PurePath) -> None:
     """Print the table, and write scores.json."""
     print("\n".join([scores.markdown(rows), f"{protocol.source}. {protocol.note}", *rows[0].missing]), flush=True)
     finite = lambda pair: [float(x) if np.isfinite(x) else None for x in pair]
@@ -108,7 +111,7 @@ def conclude(rows: list[Row], name: str, protocol: Protocol, place: Path) -> Non
 # ---- sampling
 
 
-def sample_all(plan: Plan, student: Student, steps: int, place: Path) -> None:
+def sample_all(plan: Plan, student: Student, steps: int, place: PurePath) -> None:
     """Sample a student's images and keep what is measured of them in a folder; of complete files nothing is sampled."""
     run, task = plan.parts.experiment.run, plan.parts.experiment.data.task
     program, png = sampling_program(student.method, student.mesh), place / "png"

@@ -1,7 +1,7 @@
 """What a protocol compares generated images with: published statistics, a folder of images, or each image's target."""
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +19,11 @@ TARGETS = " of the targets"  # suffix of the features of the images that outputs
 class Reference(NamedTuple):
     """The other set. Both functions take a column, the folder of what was measured of the outputs, and their number."""
 
-    gaussian: Callable[[str, Path, int], frechet.Gaussian]
-    features: Callable[[str, Path, int], np.ndarray] | None  # [m, 2048]; None: only moments are known
+    gaussian: Callable[[str, PurePath, int], frechet.Gaussian]
+    features: Callable[[str, PurePath, int], np.ndarray] | None  # [m, 2048]; None: only moments are known
     departures: tuple[str, ...] = ()  # from the protocol
 
-    def compare(self, protocol: Protocol, folder: Path, n: int) -> scores.Scores:
+    def compare(self, protocol: Protocol, folder: PurePath, n: int) -> scores.Scores:
         """FID by column and, on the features of the first, precision and recall (k = 3) where the reference has them.
 
         The numbers are distances of sets: they have no standard error.
@@ -40,7 +40,7 @@ class Reference(NamedTuple):
         return found
 
 
-def generated(column: str, folder: Path, n: int) -> np.ndarray:
+def generated(column: str, folder: PurePath, n: int) -> np.ndarray:
     """The features of the outputs."""
     return stream.array(folder, column, n)
 
@@ -61,7 +61,7 @@ def of_statistics(file: Path) -> Reference:
     return Reference(lambda column, folder, n: known, None)
 
 
-def of_images(protocol: Protocol, folder: Path, place: Path, looks: dict, identity: dict, batch: int) -> Reference:
+def of_images(protocol: Protocol, folder: Path, place: PurePath, looks: dict, identity: dict, batch: int) -> Reference:
     """All images below a folder, measured once; looks are functions of a list of images, by column.
 
     Raises ValueError if there are none, or one cannot be read.
@@ -84,7 +84,7 @@ def of_images(protocol: Protocol, folder: Path, place: Path, looks: dict, identi
     )
 
 
-def opened(protocol: Protocol, folder: Path, place: Path, looks: dict, identity: dict, batch: int) -> Reference:
+def opened(protocol: Protocol, folder: Path, place: PurePath, looks: dict, identity: dict, batch: int) -> Reference:
     """The reference of a protocol: see the functions above."""
     if protocol.statistics:
         return of_statistics(folder / protocol.statistics)

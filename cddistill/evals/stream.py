@@ -7,7 +7,7 @@ stopped evaluation continues, and one of more images starts from those of fewer.
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 Measure = Callable[[np.ndarray], dict[str, np.ndarray]]  # numbers of rows -> what is measured of this host's part
 
 
-def file_of(folder: Path, start: int) -> Path:
+def file_of(folder: PurePath, start: int) -> PurePath:
     """The file of the rows from `start` on."""
     return folder / f"{start:08}.safetensors"
 
@@ -44,7 +44,7 @@ def batch_size(rows: int) -> int:
     return -(-rows // jax.device_count()) * jax.device_count()
 
 
-def measure_all(folder: Path, identity: dict, n: int, batch: int, measure: Measure, what: str) -> None:
+def measure_all(folder: PurePath, identity: dict, n: int, batch: int, measure: Measure, what: str) -> None:
     """Write the files of n rows that are missing; `batch` rows are measured at a time, on all hosts together.
 
     identity is what rows depend on. Raises ValueError if the folder has rows of another one.
@@ -67,7 +67,7 @@ def measure_all(folder: Path, identity: dict, n: int, batch: int, measure: Measu
         multihost_utils.sync_global_devices(f"{what} are measured")
 
 
-def agreed_missing(folder: Path, identity: dict, n: int) -> list[int]:
+def agreed_missing(folder: PurePath, identity: dict, n: int) -> list[int]:
     """The first rows of the files that are missing or shorter than n rows ask for, as host 0 sees them."""
     flags = np.zeros(len(starts(n)), bool)
     if sharding.is_host0():
@@ -78,7 +78,7 @@ def agreed_missing(folder: Path, identity: dict, n: int) -> list[int]:
     return [start for start, flag in zip(starts(n), flags, strict=True) if flag]
 
 
-def check_identity(folder: Path, identity: dict) -> None:
+def check_identity(folder: PurePath, identity: dict) -> None:
     """Write what the rows of a folder depend on or, if it is there, compare: ValueError, saying what differs."""
     identity, path = json.loads(json.dumps(identity)), folder / MANIFEST
     if not path.is_file():
@@ -87,14 +87,14 @@ def check_identity(folder: Path, identity: dict) -> None:
         raise ValueError(f"{folder} is of something else ({'; '.join(differing)}): undo that, or delete the folder")
 
 
-def rows_in(file: Path) -> int:
+def rows_in(file: PurePath) -> int:
     """The rows of a file; 0 if it is missing or damaged."""
-    with contextlib.suppress(OSError, safetensors.SafetensorError, ValueError):
+    with contextlib.suppress(FileNotFoundError, safetensors.SafetensorError, ValueError):
         return min(len(x) for x in read(file).values())
     return 0
 
 
-def read(file: Path) -> dict[str, np.ndarray]:
+def read(file: PurePath) -> dict[str, np.ndarray]:
     """The arrays of a file."""
     return safetensors.numpy.load(file.read_bytes())
 
@@ -110,18 +110,18 @@ def gathered(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # ---- reading
 
 
-def rows(folder: Path, name: str, n: int, share: slice = slice(None)) -> Iterator[np.ndarray]:
+def rows(folder: PurePath, name: str, n: int, share: slice = slice(None)) -> Iterator[np.ndarray]:
     """An array's first n rows, file by file; of every k-th file with share = slice(i, None, k)."""
     for start in starts(n)[share]:
         yield read(file_of(folder, start))[name][: n - start]
 
 
-def array(folder: Path, name: str, n: int) -> np.ndarray:
+def array(folder: PurePath, name: str, n: int) -> np.ndarray:
     """An array's first n rows."""
     return np.concatenate([*rows(folder, name, n)])
 
 
-def gaussian(folder: Path, name: str, n: int) -> frechet.Gaussian:
+def gaussian(folder: PurePath, name: str, n: int) -> frechet.Gaussian:
     """Mean and covariance of features, each host reading a share of the files; equal on all hosts."""
     share = slice(jax.process_index(), None, jax.process_count())
     total = None
