@@ -209,8 +209,8 @@ def condition(model: Model, source, tiled: bool = False) -> np.ndarray:
     """The condition [h, w, c] in [0, 1] of a path, a PIL image or an array; if tiled, at its own size."""
     if isinstance(source, np.ndarray):
         source = images.from_array(source, "image")
-    elif isinstance(source, str | Path):
-        source = Path(source).expanduser()
+    elif isinstance(source, str | PurePath):
+        source = io.local(source)
         if not source.exists():
             raise ValueError(f"the image {source} does not exist")
     if tiled:
@@ -286,7 +286,7 @@ def sample_prompts(
     if takes_image(model) and not inputs:
         raise ValueError(f"{model.name} generates from an image: pass --input, an image or a folder of images")
     if inputs and model.task and (note := commands.input_note(model.task, model.size, tiles)):
-        print(note)
+        commands.say(note)
     steps, given = max(run.sample_steps), {name: [x for x in xs for _ in range(n)] for name, xs in given.items()}
     commands.announce(number * n, steps)
     generated = sample_each(model, given, number * n, steps, seed=run.seed, tiles=tiles)

@@ -93,6 +93,20 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
     return Parts(experiment, mesh, rows, unloaded, frozen, abstract, batch, encode)
 
 
+def of_one_host(parts: Parts, state: TrainState) -> tuple[Parts, TrainState]:
+    """A run's parts and weights, opt excepted, on this host's own devices; every host of the run must call this."""
+    if jax.process_count() == 1:
+        return parts, state
+    mesh = sharding.make_mesh(-1 if parts.mesh.shape["fsdp"] > 1 else 1, jax.local_devices())
+
+    def own(tree):
+        tree = sharding.whole(parts.mesh, tree)
+        return sharding.put(tree, sharding.by_shape(mesh, tree))
+
+    state = state.replace(nets=own(state.nets), ema=own(state.ema), opt={})
+    return parts._replace(mesh=mesh, frozen=own(parts.frozen)), state
+
+
 def place(mesh, path, x):
     """A weight to the devices as soon as it is read, so that no host ever holds a whole network."""
     return sharding.put(x, sharding.by_shape(mesh, x))

@@ -7,8 +7,8 @@ from pathlib import Path, PurePath
 import jax
 import numpy as np
 
-from cddistill import checkpoint, config, data, export, generate, io, lock, plan, targets
-from cddistill.build import Parts, build, open_checkpoints
+from cddistill import checkpoint, config, data, export, generate, io, lock, plan, sharding, targets
+from cddistill.build import Parts, build, of_one_host, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
 from cddistill.evals import compare, grids, published
@@ -58,13 +58,18 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
 
 
 def export_run(settings, workdir: PurePath, output: str, which: str = "latest") -> None:
-    """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`."""
-    target = io.path(output)
+    """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
+
+    Of several hosts all read it, and the first writes.
+    """
+    target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
-    if not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
+    if first and not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     generates = isinstance(config.resolve(settings).method, Generator)
-    parts, state = finished(settings, workdir, which, None if generates else "train")
+    parts, state = of_one_host(*finished(settings, workdir, which, None if generates else "train"))
+    if not first:
+        return
     io.ensure_writable(target.parent if file else target, "--output")
     write = lambda path: export.export(parts, state, str(path), config.plain(settings), compare.read_scores(workdir))
     if file:
@@ -79,13 +84,13 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest") 
 def encode_data(settings, output: PurePath) -> None:
     """Write a data set as latents and text embeddings: see `encode.encode`."""
     prepare(encode.encode, settings, output)
-    print(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
+    say(f"encoded to {output}: train with --config.data.source=arrays --config.data.path={output}")
 
 
 def make_pairs(settings, output: PurePath) -> None:
     """Write pairs of noise and the teacher's x0: see `pairs.make_pairs`."""
     prepare(pairs.make_pairs, settings, output)
-    print(f"pairs in {output}: use them with --config.data.pairs={output}")
+    say(f"pairs in {output}: use them with --config.data.pairs={output}")
 
 
 def plan_run(settings, topology: str, memory: str, output: str) -> None:
@@ -110,7 +115,8 @@ def sample(
     tiled: bool = False,
 ) -> None:  # fmt: skip
     """Generate images with a trained student: for each image in `source`, its condition, n in a row (1) or, for a
-    student without a condition, a grid of n (64). With `tiled`, images keep their own size."""
+    student without a condition, a grid of n (64). With `tiled`, images keep their own size. Several hosts generate them
+    together, and the first writes them."""
     experiment = config.resolve(settings)
     check_generates(experiment.method)
     task = experiment.data.task
@@ -120,7 +126,8 @@ def sample(
     student, steps = generate.student_of(parts, state), max(parts.experiment.run.sample_steps)
     if source is None:
         images = sample_grid(parts, student, steps, n or 64)
-        grids.save_image(output, grids.grid(images, scale=2))
+        if sharding.is_host0():
+            grids.save_image(output, grids.grid(images, scale=2))
     else:
         n = n or 1
         images = from_inputs(parts, student, steps, [path for path in paths for _ in range(n)], tiled)
@@ -143,14 +150,20 @@ def check_generates(method) -> None:
         raise ValueError("this method generates no images: use --mode=evaluate or --mode=export")
 
 
+def say(text: str) -> None:
+    """Print a line, on one host."""
+    if sharding.is_host0():
+        print(text)
+
+
 def announce(n: int, steps: int) -> None:
     """A sign of life before the first image."""
-    print(f"generating {n} image{'s' * (n > 1)} in {steps} steps; compiling comes first, minutes for a large network")
+    say(f"generating {n} image{'s' * (n > 1)} in {steps} steps; compiling comes first, minutes for a large network")
 
 
 def conclude(n: int, steps: int, method: Generator, output: str) -> None:
     """What was written, and where."""
-    print(f"{n} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
+    say(f"{n} generated in {steps} steps ({method.nfe(steps)} network evaluations each): {output}")
 
 
 def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[PurePath], n: int) -> None:
@@ -159,7 +172,7 @@ def save_groups(names: list[str], images: Sequence[np.ndarray], outputs: list[Pu
     each = len(images) // len(outputs)
     groups = [np.stack(images[i : i + each]) for i in range(0, len(images), each)]
     pixels = [grids.to_uint8(group, name) for group, name in zip(groups, names, strict=True)]
-    for path, group in zip(outputs, pixels, strict=True):
+    for path, group in zip(outputs, pixels, strict=True) if sharding.is_host0() else ():
         grids.save_image(path, group[0] if len(group) == 1 else grids.grid(group, columns=n if n > 1 else None))
 
 
@@ -170,7 +183,7 @@ def from_inputs(parts: Parts, student: generate.Student, steps: int, paths: list
     task = experiment.data.task
     conditions = [(task.read_whole if tiled else task.read)(path, size) for path in paths]
     if note := input_note(task, size, tiled):
-        print(note)
+        say(note)
     announce(len(paths), steps)
     batch = jax.tree.map(lambda x: np.repeat(x[:1], len(paths), 0), {name: example[name] for name in ("x0", "null")})
     batch["text"] = batch["null"]

@@ -25,14 +25,9 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
     """Write the averaged weights of what was trained to `output` and read it back; returns what was checked.
 
     `output` is a folder (diffusers), a file *.stablehlo or *.onnx, or what the method itself writes. Raises ValueError,
-    before anything is written, for a form that this method does not have, in a run of several hosts, and if training
-    changed none of the weights that would be exported.
+    before anything is written, for a form that this method does not have, and if training changed none of the weights
+    that would be exported. In a run of several hosts one of them calls this, with parts `build.of_one_host`.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            "--mode=export runs in one process: start it on one host without CDDISTILL_COORDINATOR (on a TPU pod with "
-            "JAX_PLATFORMS=cpu); checkpoints are restored onto any number of devices"
-        )
     path, method = Path(output), parts.experiment.method
     check_form(method, path)
     check_trained(parts, state)

@@ -229,6 +229,12 @@ def put(tree, layout):
     return jax.tree.map(place, tree, layout)
 
 
+def whole(mesh, tree):
+    """Arrays on the mesh as numpy, each gathered from all hosts, which must call this together."""
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    return jax.tree.map(lambda x: np.asarray(x if x.is_fully_replicated else gather(x)), tree)
+
+
 def put_rows(mesh, batch):
     """Global batch arrays from this host's rows."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row(mesh), x), batch)

@@ -302,14 +302,6 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
     assert not (tmp_path / "out" / "text_encoder" / models.convert.TORCH_FILE).exists()
 
 
-def test_one_process_exports(on_pictures, run, tmp_path, monkeypatch):
-    parts, state = commands.finished(on_pictures, run)
-    monkeypatch.setattr(export.jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="runs in one process"):
-        export.export(parts, state, str(tmp_path / "out"), {})
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 def test_stablehlo_takes_any_batch(on_pictures, run, tmp_path, capsys):
     commands.export_run(on_pictures, run, str(tmp_path / "student.stablehlo"))

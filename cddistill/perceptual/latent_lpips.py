@@ -151,7 +151,7 @@ def load(path, family: str = "", dtype=jnp.float32) -> Net:
 
 def _file(path) -> Path:
     """The file of weights that `load` reads for a path; it may be missing."""
-    embedded, given = folders.ASSETS / path, Path(path).expanduser()
+    embedded, given = folders.ASSETS / path, io.local(path)
     if embedded.is_dir():
         checksums.check_shipped(embedded)
     return next((folder / FILE for folder in (embedded, given) if folder.is_dir()), given)

@@ -1,0 +1,86 @@
+"""One of several processes that work together: `python several_hosts.py FOLDER TEACHER VAE PICTURES MODE...`.
+
+test_several_hosts.py starts them and sets their environment. What they make is below FOLDER, and decoded-<host>.json:
+the images that a host has decoded, {mode: {train step or "": their numbers in the order of reading}}.
+"""
+
+import collections
+import contextlib
+import json
+import pathlib
+import sys
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+from cddistill import commands, config, sharding, train
+from cddistill.data import loader
+
+STEPS, BATCH, ROWS = 4, 8, 32
+
+
+def settings(mode, teacher, vae, pictures):
+    """A class-conditional student of 8 px images, and what encodes images of 16 px, of two devices or more."""
+    c = config.defaults("dmd2" if mode == "pairs" else "diffusion")
+    c.update(teacher=str(vae if mode == "encode" else teacher), steps=STEPS, batch_size=BATCH, log_every=1)
+    c.data.update(source="webdataset", path=str(pictures), size=16 if mode == "encode" else 8, split="fill")
+    c.data.num_classes = 9
+    if mode == "pairs":
+        c.update(num_pairs=ROWS, pairs_shard=4, pairs_batch=4, teacher_steps=(2,))
+    elif mode == "encode":
+        c.batch_size = 4
+    else:
+        c.update(checkpoint_every=2, eval_every=2, eval_images=4, sample_steps=(2,))
+    return c
+
+
+def work(mode, c, folder):
+    """Run a mode."""
+    run = folder / "run"
+    if mode == "train":
+        train.train(c, run)
+    elif mode == "evaluate":
+        (run / "scores.json").unlink(missing_ok=True) if sharding.is_host0() else None
+        commands.evaluate_run(c, run)
+    elif mode == "sample":
+        commands.sample(c, run, None, str(folder / "sample.png"), n=4)
+    elif mode == "export":
+        commands.export_run(c, run, str(folder / "export"))
+    else:
+        {"encode": commands.encode_data, "pairs": commands.make_pairs}[mode](c, folder / mode)
+
+
+def counting(decoded):
+    """Note the numbers of the images that are decoded, by the step of the batch that they are for."""
+    step, item, usable = threading.local(), loader.Steps.__getitem__, loader.Pixels.usable
+
+    def get(self, k):
+        step.now = k
+        try:
+            return item(self, k)
+        finally:
+            step.now = ""
+
+    def noted(self, i, rng):
+        decoded[str(getattr(step, "now", ""))].append(int(i))
+        return usable(self, i, rng)
+
+    loader.Steps.__getitem__, loader.Pixels.usable = get, noted
+
+
+if __name__ == "__main__":
+    folder, places, modes = pathlib.Path(sys.argv[1]), sys.argv[2:5], sys.argv[5:]
+    sharding.initialize()
+    found = {mode: collections.defaultdict(list) for mode in modes}
+    current = collections.defaultdict(list)
+    counting(current)
+    for mode in modes:
+        work(mode, settings(mode, *places), folder)
+        multihost_utils.sync_global_devices(mode)
+        found[mode] = {step: list(numbers) for step, numbers in current.items()}
+        current.clear()
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    (folder / f"decoded-{jax.process_index()}.json").write_text(json.dumps(found))
+    sharding.wait_for_others()

@@ -1,0 +1,151 @@
+"""Every mode on two and on four hosts gives what one process with as many devices gives, and no host reads another's
+rows. Real processes, so all of it is slow; tests of what each part does are in the parts' own files."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import test_encode
+import test_indexed
+from PIL import Image
+from several_hosts import BATCH, ROWS, STEPS, settings
+
+from cddistill import config, data
+from cddistill.build import build, open_checkpoints
+from cddistill.data.ode_pairs import OdePairs
+
+pytestmark = pytest.mark.slow
+HERE = pathlib.Path(__file__).parent
+MODES = {2: ("train", "evaluate", "sample", "export", "encode", "pairs"), 4: ("train", "pairs")}
+
+
+@pytest.fixture(scope="module")
+def places(teacher, tmp_path_factory):
+    """A teacher of pixels, one of latents, and pictures in shards."""
+    folder = tmp_path_factory.mktemp("places")
+    return teacher, test_encode.make_teacher(folder / "vae"), test_indexed.write(folder / "shards")
+
+
+def together(hosts, devices, folder, places):
+    """Run the modes in processes that share some devices."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "HOME": str(folder)}
+    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // hosts}")}
+    if hosts > 1:
+        env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
+    command = [sys.executable, str(HERE / "several_hosts.py"), *map(str, (folder, *places)), *MODES[devices]]
+    started = [
+        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(hosts)
+    ]
+    try:
+        out = [host.communicate(timeout=400)[0] for host in started]
+    finally:
+        [host.kill() for host in started]
+    assert [host.returncode for host in started] == [0] * hosts, "\n".join(x[-3000:] for x in out)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODES, ids=lambda n: f"{n} hosts")
+def runs(request, places, tmp_path_factory):
+    """(number of hosts, the folder of one process, that of as many hosts as it has devices)."""
+    n = request.param
+    return n, *(together(hosts, n, tmp_path_factory.mktemp(f"{hosts}-of-{n}"), places) for hosts in (1, n))
+
+
+def decoded(folder, n, mode):
+    """What each of n hosts has decoded in a mode."""
+    return [json.loads((folder / f"decoded-{host}.json").read_text())[mode] for host in range(n)]
+
+
+def trained(places, folder):
+    """The last checkpoint's weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", jax.local_devices)
+        experiment = config.resolve(settings("train", *places))
+        checkpoints = open_checkpoints(folder / "run", experiment, read_only=True)
+        state = checkpoints.restore_weights(build(experiment).abstract)
+        checkpoints.close()
+    return jax.device_get((state.step, state.nets, state.ema))
+
+
+def test_weights_are_those_of_one_process(runs, places):
+    """To the order of sums, of gradients over devices."""
+    n, one, several = runs
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(compare, *(trained(places, folder) for folder in (several, one)))
+
+
+def test_no_host_decodes_rows_of_another(runs):
+    n, one, several = runs
+    (whole,), parts = decoded(one, 1, "train"), decoded(several, n, "train")
+    for step in map(str, range(STEPS)):
+        rows = [part[step] for part in parts]
+        assert [len(x) for x in rows] == [BATCH // n] * n
+        assert sum(rows, []) == whole[step]
+
+
+def test_pairs_are_those_of_one_process_bit_for_bit(runs):
+    n, one, several = runs
+    found, expected = (OdePairs(str(folder / "pairs")) for folder in (several, one))
+    assert len(found) == len(expected) == ROWS
+    for i in range(ROWS):
+        jax.tree.map(np.testing.assert_array_equal, found.item(i), expected.item(i))
+    (whole,), parts = (sum(x.values(), []) for x in decoded(one, 1, "pairs")), decoded(several, n, "pairs")
+    assert all(len(sum(part.values(), [])) < len(whole) for part in parts)
+
+
+@pytest.fixture
+def two(runs):
+    """(folder of one process, of two hosts)."""
+    if runs[0] != 2:
+        pytest.skip("two hosts have all modes")
+    return runs[1:]
+
+
+def test_encoded_rows_are_those_of_one_process_bit_for_bit(two):
+    one, several = two
+    for split in ("train", "validation", "test"):
+        found, expected = (
+            data.load(data.configure(source="arrays", path=str(folder / "encode"), size=8, num_classes=9), split)
+            for folder in (several, one)
+        )
+        assert len(found) == len(expected) > 0
+        for i in range(len(found)):
+            jax.tree.map(np.testing.assert_array_equal, found.item(i, None), expected.item(i, None))
+    whole = len(sum(decoded(one, 1, "encode")[0].values(), []))
+    for part in decoded(several, 2, "encode"):
+        assert len(sum(part.values(), [])) <= whole // 2 + 3  # a row more in each split
+
+
+def test_scores_are_those_of_one_process(two):
+    one, several = (json.loads((folder / "run" / "scores.json").read_text()) for folder in two)
+    assert one.keys() == several.keys()
+    for row in one:
+        for column, (value, _) in one[row]["metrics"].items():
+            np.testing.assert_allclose(several[row]["metrics"][column][0], value, rtol=1e-3, err_msg=f"{row} {column}")
+
+
+def test_sampled_images_are_those_of_one_process(two):
+    one, several = (np.asarray(Image.open(folder / "sample.png"), np.int16) for folder in two)
+    assert np.abs(one - several).max() <= 1  # of 255: weights agree to the order of sums
+
+
+def test_an_export_is_that_of_one_process(two):
+    names = [
+        sorted(p.relative_to(folder / "export").as_posix() for p in (folder / "export").rglob("*")) for folder in two
+    ]
+    assert names[0] == names[1]
+    file = "export/unet/diffusion_pytorch_model.safetensors"
+    one, several = (safetensors.numpy.load_file(folder / file) for folder in two)
+    for name, x in one.items():  # float16
+        np.testing.assert_allclose(np.float32(several[name]), np.float32(x), rtol=2e-3, atol=1e-5, err_msg=name)
