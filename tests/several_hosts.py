@@ -6,6 +6,7 @@ the images that a host has decoded, {mode: {train step or "": their numbers in t
 
 import collections
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -24,7 +25,7 @@ def settings(mode, teacher, vae, pictures):
     """A class-conditional student of 8 px images, and what encodes images of 16 px, of two devices or more."""
     c = config.defaults("dmd2" if mode == "pairs" else "diffusion")
     c.update(teacher=str(vae if mode == "encode" else teacher), steps=STEPS, batch_size=BATCH, log_every=1)
-    c.data.update(source="webdataset", path=str(pictures), size=16 if mode == "encode" else 8, split="fill")
+    c.data.update(source="webdataset", path=str(pictures), size=16 if mode == "encode" else 8, split="all")
     c.data.num_classes = 9
     if mode == "pairs":
         c.update(num_pairs=ROWS, pairs_shard=4, pairs_batch=4, teacher_steps=(2,))
@@ -56,7 +57,7 @@ def counting(decoded):
     step, item, usable = threading.local(), loader.Steps.__getitem__, loader.Pixels.usable
 
     def get(self, k):
-        step.now = k
+        step.now = k if self.batch_size == BATCH else ""  # that of the checks before the first step is smaller
         try:
             return item(self, k)
         finally:
@@ -71,6 +72,8 @@ def counting(decoded):
 
 if __name__ == "__main__":
     folder, places, modes = pathlib.Path(sys.argv[1]), sys.argv[2:5], sys.argv[5:]
+    initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=5)  # if another host fails
+    jax.distributed.initialize = initialize
     sharding.initialize()
     found = {mode: collections.defaultdict(list) for mode in modes}
     current = collections.defaultdict(list)
