@@ -110,3 +110,13 @@ def test_hosts_that_differ_are_named(monkeypatch):
     monkeypatch.setattr(sharding.multihost_utils, "process_allgather", hosts(2))
     with pytest.raises(ValueError, match="names of images of host 2 are others than those of host 0"):
         sharding.check_alike(lambda: "0f", "names of images")
+
+
+def test_whole_gathers_what_is_sharded_and_keeps_what_is_not():
+    mesh = sharding.make_mesh(fsdp=8)
+    tree = {"large": np.arange(16.0), "small": np.ones(3)}
+    placed = sharding.put(tree, sharding.by_shape(mesh, tree, min_elements=8))
+    assert not placed["large"].is_fully_replicated
+    found = sharding.whole(mesh, placed)
+    assert all(isinstance(x, np.ndarray) for x in found.values())
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
