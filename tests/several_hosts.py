@@ -5,17 +5,14 @@ the images that a host has decoded, {mode: {train step or "": their numbers in t
 """
 
 import collections
-import contextlib
 import functools
-import json
-import pathlib
 import sys
 import threading
 
 import jax
 from jax.experimental import multihost_utils
 
-from cddistill import commands, config, sharding, train
+from cddistill import commands, config, io, sharding, train
 from cddistill.data import loader
 
 STEPS, BATCH, ROWS = 4, 8, 32
@@ -71,7 +68,7 @@ def counting(decoded):
 
 
 if __name__ == "__main__":
-    folder, places, modes = pathlib.Path(sys.argv[1]), sys.argv[2:5], sys.argv[5:]
+    folder, places, modes = io.path(sys.argv[1]), sys.argv[2:5], sys.argv[5:]
     initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=5)  # if another host fails
     jax.distributed.initialize = initialize
     sharding.initialize()
@@ -83,7 +80,5 @@ if __name__ == "__main__":
         multihost_utils.sync_global_devices(mode)
         found[mode] = {step: list(numbers) for step, numbers in current.items()}
         current.clear()
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-    (folder / f"decoded-{jax.process_index()}.json").write_text(json.dumps(found))
+    io.write_json(folder / f"decoded-{jax.process_index()}.json", found)
     sharding.wait_for_others()

@@ -184,6 +184,9 @@ def test_busy_answers_and_stalled_connections_are_survived(bucket, proxies):
         proxy.inject(*faults)
         assert (bucket / "x").read_bytes() == str(faults).encode()
         assert proxy.hit == faults
+    proxy.inject(503)
+    assert io.read_range(bucket / "x", 1, 3) == str(faults).encode()[1:4]
+    assert proxy.hit == [503]
 
 
 @needs_servers

@@ -14,14 +14,16 @@ import pytest
 import safetensors.numpy
 import test_encode
 import test_indexed
+import test_object_store
 from PIL import Image
 from several_hosts import BATCH, ROWS, STEPS, settings
 
-from cddistill import config, data
+from cddistill import config, data, io
 from cddistill.build import build, open_checkpoints
 from cddistill.data.ode_pairs import OdePairs
 
 pytestmark = pytest.mark.slow
+proxies, bucket = test_object_store.proxies, test_object_store.bucket  # fixtures
 HERE = pathlib.Path(__file__).parent
 MODES = {2: ("train", "evaluate", "sample", "export", "encode", "pairs"), 4: ("train", "pairs")}
 
@@ -33,16 +35,16 @@ def places(teacher, tmp_path_factory):
     return teacher, test_encode.make_teacher(folder / "vae"), test_indexed.write(folder / "shards")
 
 
-def together(hosts, devices, folder, places):
-    """Run the modes in processes that share some devices."""
+def together(hosts, devices, folder, places, modes):
+    """Run modes in processes that share some devices."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "HOME": str(folder)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "HOME": str(places[1])}
     env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // hosts}")}
     if hosts > 1:
         env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
-    command = [sys.executable, str(HERE / "several_hosts.py"), *map(str, (folder, *places)), *MODES[devices]]
+    command = [sys.executable, str(HERE / "several_hosts.py"), *map(str, (folder, *places)), *modes]
     started = [
         subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
         for i in range(hosts)
@@ -59,7 +61,7 @@ def together(hosts, devices, folder, places):
 def runs(request, places, tmp_path_factory):
     """(number of hosts, the folder of one process, that of as many hosts as it has devices)."""
     n = request.param
-    return n, *(together(hosts, n, tmp_path_factory.mktemp(f"{hosts}-of-{n}"), places) for hosts in (1, n))
+    return n, *(together(hosts, n, tmp_path_factory.mktemp(f"{hosts}-of-{n}"), places, MODES[n]) for hosts in (1, n))
 
 
 def decoded(folder, n, mode):
@@ -96,12 +98,29 @@ def test_no_host_decodes_rows_of_another(runs):
 
 def test_pairs_are_those_of_one_process_bit_for_bit(runs):
     n, one, several = runs
+    check_pairs(several, one)
+    (whole, *parts) = (len(sum(x.values(), [])) for x in decoded(one, 1, "pairs") + decoded(several, n, "pairs"))
+    assert parts == [whole - ROWS + ROWS // n] * n  # the rest are checks
+
+
+def check_pairs(several, one):
+    """The pairs below two folders are equal."""
     found, expected = (OdePairs(str(folder / "pairs")) for folder in (several, one))
     assert len(found) == len(expected) == ROWS
     for i in range(ROWS):
         jax.tree.map(np.testing.assert_array_equal, found.item(i), expected.item(i))
-    (whole, *parts) = (len(sum(x.values(), [])) for x in decoded(one, 1, "pairs") + decoded(several, n, "pairs"))
-    assert parts == [whole - ROWS + ROWS // n] * n  # the rest are checks
+
+
+def check_encoded(several, one):
+    """The encoded rows below two folders are equal."""
+    for split in ("train", "validation", "test"):
+        found, expected = (
+            data.load(data.configure(source="arrays", path=str(folder / "encode"), size=8, num_classes=9), split)
+            for folder in (several, one)
+        )
+        assert len(found) == len(expected) > 0
+        for i in range(len(found)):
+            jax.tree.map(np.testing.assert_array_equal, found.item(i, None), expected.item(i, None))
 
 
 @pytest.fixture
@@ -116,14 +135,7 @@ all_modes = pytest.mark.parametrize("runs", [2], indirect=True, ids=["2 hosts"])
 @all_modes
 def test_encoded_rows_are_those_of_one_process_bit_for_bit(two):
     one, several = two
-    for split in ("train", "validation", "test"):
-        found, expected = (
-            data.load(data.configure(source="arrays", path=str(folder / "encode"), size=8, num_classes=9), split)
-            for folder in (several, one)
-        )
-        assert len(found) == len(expected) > 0
-        for i in range(len(found)):
-            jax.tree.map(np.testing.assert_array_equal, found.item(i, None), expected.item(i, None))
+    check_encoded(several, one)
     whole = len(sum(decoded(one, 1, "encode")[0].values(), []))
     for part in decoded(several, 2, "encode"):
         assert len(sum(part.values(), [])) <= whole // 2 + 3  # a row more in each split
@@ -157,3 +169,16 @@ def test_an_export_is_that_of_one_process(two):
     one, several = (safetensors.numpy.load_file(folder / file) for folder in two)
     for name, x in one.items():  # float16
         np.testing.assert_allclose(np.float32(several[name]), np.float32(x), rtol=2e-3, atol=1e-5, err_msg=name)
+
+
+@test_object_store.needs_servers
+@all_modes
+def test_two_hosts_read_shards_from_a_bucket_and_write_pairs_and_encoded_rows_to_it(two, places, bucket):
+    """They build the index of the shards together, in the bucket."""
+    teacher, vae, shards = places
+    for path in shards.glob("*.tar"):
+        io.write_atomic(bucket / "shards" / path.name, path.read_bytes())
+    together(2, 2, bucket, (teacher, vae, bucket / "shards"), ("encode", "pairs"))
+    assert "shards/.cddistill/index.tar.json" in io.sizes(bucket)
+    check_pairs(bucket, two[0])
+    check_encoded(bucket, two[0])
