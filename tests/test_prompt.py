@@ -120,7 +120,7 @@ def change_index(folder, **change):
 def encoders(monkeypatch):
     """Makes `models.load` return the recorded encoders; a list of its calls."""
     asked, names = [], dict(zip(("text_encoder", "text_encoder_2"), golden.PIPELINES["sdxl"], strict=True))
-    monkeypatch.setattr(models, "load", lambda *x, dtype, shapes: asked.append((*x, dtype)) or recorded_net(names[x[1]]))
+    monkeypatch.setattr(models, "load", lambda *x, dtype, **_: asked.append((*x, dtype)) or recorded_net(names[x[1]]))
     return asked
 
 
