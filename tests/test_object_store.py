@@ -32,12 +32,8 @@ def proxies(tmp_path_factory):
     """Both servers, and clients that wait three seconds for a stalled connection."""
     import object_stores
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in object_stores.ANONYMOUS.items():
-            patch.setenv(name, value)
-        found = object_stores.start()
-        patch.setenv("STORAGE_EMULATOR_HOST", found["gs://"].url)
-        patch.setenv("AWS_ENDPOINT_URL", found["s3://"].url)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        found = stack.enter_context(object_stores.served())
         patch.setenv("CDDISTILL_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
         patch.setattr(remote, "STALLED", 3.0)
         import fsspec
