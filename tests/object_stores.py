@@ -68,7 +68,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served():
-    """Both servers, each with an empty bucket: {"gs://": its proxy, "s3://": its proxy}. The environment names them meanwhile."""
+    """Both servers, each with an empty bucket: {"gs://": its proxy, "s3://": its proxy}; the environment names them."""
     import boto3
     from gcp_storage_emulator.server import create_server
     from moto.server import ThreadedMotoServer
