@@ -32,12 +32,8 @@ def proxies(tmp_path_factory):
     """Both servers, and clients that wait three seconds for a stalled connection."""
     import object_stores
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in object_stores.ANONYMOUS.items():
-            patch.setenv(name, value)
-        found = object_stores.start()
-        patch.setenv("STORAGE_EMULATOR_HOST", found["gs://"].url)
-        patch.setenv("AWS_ENDPOINT_URL", found["s3://"].url)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        found = stack.enter_context(object_stores.served())
         patch.setenv("CDDISTILL_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
         patch.setattr(remote, "STALLED", 3.0)
         import fsspec
@@ -221,10 +217,10 @@ def settings(teacher):
 
 def child(folder, teacher, workdir):
     """A process that trains, with an empty folder as its own and as its home."""
-    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_object_store as t; "
-    script += f"t.train.train(t.settings({str(teacher)!r}), t.io.path({str(workdir)!r}))"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # as in this process: bits are compared
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HOME": str(folder)}
+    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import conftest, test_object_store as t\n"
+    script += "with conftest.first_devices(1):\n"  # as in this process, by the same flags: bits are compared
+    script += f"    t.train.train(t.settings({str(teacher)!r}), t.io.path({str(workdir)!r}))"
+    env = os.environ | {"XLA_FLAGS": "", "HOME": str(folder)}
     env |= {
         "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
     }
