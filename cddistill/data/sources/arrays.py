@@ -1,4 +1,4 @@
-"""Precomputed arrays, such as latents and text embeddings, memory-mapped from disk."""
+"""Precomputed arrays, such as latents and text embeddings: shards of --mode=encode, or .npy files of any origin."""
 
 import dataclasses
 import itertools
@@ -11,6 +11,7 @@ import numpy as np
 
 from cddistill import io
 from cddistill.checksums import crc32_file, crc32_rows
+from cddistill.data import shards
 from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values, rows_file
@@ -84,12 +85,54 @@ class Arrays(Source):
     precomputed = True
 
     def open(self, config, split):
-        return ArrayItems(config, split, self.x0_shape)
+        root = data_path(config.path, "a folder of arrays, such as --mode=encode writes")
+        if is_encoded(root / split):
+            return EncodedItems(root / split, config)
+        return ArrayItems(root, config, split, self.x0_shape)
 
     def fingerprint(self, opened):
+        if isinstance(opened, EncodedItems):
+            names = (shards.shard_file("", int(k)).name for k in opened.numbers)
+            return {"arrays": of_files(opened.folder, [shards.MANIFEST, shards.NULL, *names])}
         paths = (part / f"{name}.npy" for part in opened.parts for name in opened.arrays)
         names = (path.relative_to(opened.root).as_posix() for path in paths)
         return {"arrays": of_files(opened.root, names), "captions": of_values(opened.captions)}
+
+
+def is_encoded(folder) -> bool:
+    """Whether a split's folder has shards; versions before these wrote .npy files, and other manifests."""
+    path = folder / shards.MANIFEST
+    return path.is_file() and "format" in io.read_json(path, "encode again")
+
+
+class EncodedItems(shards.Shards):
+    """The rows of a split that --mode=encode wrote: see `shards.Shards`. They are not augmented."""
+
+    kind = shards.Kind(
+        *("encode", "encoded rows", "data.path"),
+        {"arrays": dict, "made_by": str, "seed": int, "fingerprints": dict},
+    )
+
+    def __init__(self, folder, config):
+        super().__init__(folder, config.skip_bad)
+        self.encoded, self.null_label = self.manifest, np.int32(config.num_classes)
+        if config.task.conditional and "cond" not in self.manifest["arrays"]:
+            raise ValueError(
+                f"task {config.task_name} on precomputed arrays needs conditions, and {folder} has none: "
+                "--mode=encode with the same data.task writes them"
+            )
+
+    def item(self, i, rng=None):
+        """Item i, with the keys of `Pixels.item`."""
+        item = super().item(i)
+        label = np.int32(item["text"].get("class_labels", self.null_label))
+        if not 0 <= label <= self.null_label:
+            raise ValueError(
+                f"row {i} of {self.folder} has the label {label}, and labels are in 0 .. {self.null_label}, the null "
+                "label: set data.num_classes to the number of classes"
+            )
+        labelled = {"null": {"class_labels": self.null_label}} if "class_labels" in item["text"] else {}
+        return item | {"label": label} | labelled
 
 
 class ArrayItems:
@@ -101,13 +144,12 @@ class ArrayItems:
     for methods that train the text encoder; for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and
     time_ids.npy [n,6]. With data.x0_shape, x0.npy is not needed: for methods that train on text only. Rows are not
     augmented: latents cannot be mirrored. The files may be split into folders 00000-of-00002 and so on, as
-    --mode=encode writes them.
+    --mode=encode wrote them before it wrote shards.
 
     Shapes, types and labels are checked in whole; that values are finite and in range, in ROWS_CHECKED rows a split.
     """
 
-    def __init__(self, config, split, x0_shape=()):
-        root = data_path(config.path, "a folder of .npy files, such as --mode=encode writes")
+    def __init__(self, root, config, split, x0_shape=()):
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)
