@@ -98,7 +98,7 @@ MUTABLE_ON_RESUME = (
     "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
-PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs")
+PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs", "data.prompts")
 
 
 def mutable_on_resume(experiment: Experiment) -> set[str]:

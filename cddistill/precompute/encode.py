@@ -29,7 +29,7 @@ from cddistill.pipeline import Pipeline
 from cddistill.precompute import writing
 from cddistill.precompute.writing import stored
 
-ITEM = ("x0", "cond", "caption", "label")  # what is encoded or stored of an item
+ITEM = ("x0", "cond", "caption", "label", "imageless")  # what is encoded or stored of an item
 UNUSED = {f"data.{name}" for name in ("pairs", "skip_bad", "window", "threads")}  # options that change no row
 
 
@@ -60,7 +60,7 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
         rows = len(plain) * (run.encode_epochs if split == "train" else 1)
         source = data.fingerprint(experiment.data, split)
         manifest = {"format": shards.FORMAT, "rows": rows, "shard": run.encode_shard} | made
-        places = UNUSED | {"teacher", "lora"} | ({"data.path"} if source else set())
+        places = UNUSED | {"teacher", "lora"} | ({"data.path", "data.prompts"} if source else set())
         there = known(output / split, manifest | {"fingerprints": source | weights}, places)
         work[output / split] = there, functools.partial(item_of, plain, augmented, run.seed)
     size = -(-min(run.batch_size, run.encode_shard) // jax.device_count()) * jax.local_device_count()
@@ -90,7 +90,7 @@ def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
             f"{folder} was encoded from something else ({'; '.join(differing)}): undo that, or encode again to "
             "another --output"
         )
-    places = places | {"made_by", "fingerprints", "arrays"}
+    places = places | {"made_by", "fingerprints", "arrays", "imageless"}
     both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in (there, manifest))
     old, new = ({name: x for name, x in flat.items() if name not in places} for flat in both)
     if differing := digests.changes(old, new):
@@ -159,7 +159,7 @@ def program_of(encode: encoders.Encoders, nets, size: int) -> Callable:
         batch = encode.tokenized(stack([{name: x[name] for name in ITEM if name in x} for x in padded]))
         numbers = np.arange(numbers.start, numbers.start + size, dtype=np.int32)
         made = program(nets, *jax.device_put((encoders.inputs(batch), numbers), layout))
-        cond = {name: batch[name] for name in ("cond",) if name in batch}
+        cond = {name: batch[name] for name in ("cond", "imageless") if name in batch}
         text = shards.flatten_text(made.pop("text", {"class_labels": batch["label"]}))
         return made | cond | text
 
@@ -189,13 +189,16 @@ def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) 
         for k, group in itertools.groupby(parts, lambda part: part.numbers.start // size):
             rows = [on_host(part, folder.name, how.dtype) for part in group]
             arrays = {name: np.concatenate([x[name] for x in rows]) for name in rows[0] if name != "caption"}
+            none = {"imageless": [*arrays.pop("x0").shape[1:]]} if "imageless" in arrays else {}
+            arrays = {name: x for name, x in arrays.items() if name != "imageless"}
             if "arrays" not in manifest:  # a new folder
                 shapes = {name: [str(x.dtype), [*x.shape[1:]]] for name, x in sorted(arrays.items())}
-                manifest = manifest | {"arrays": shapes}
+                manifest = manifest | {"arrays": shapes} | none
                 writing.prepare(folder, manifest, how.null)
-            arrays["caption"] = shards.caption_rows([text for x in rows for text in x["caption"]])
+            captions = [text for x in rows for text in x["caption"]]
+            arrays["caption"] = shards.caption_rows(captions)
             writing.save(shards.shard_file(folder, k), arrays, shards.describe(manifest, k))
-            progress.advance(task, len(arrays["x0"]))
+            progress.advance(task, len(captions))
 
 
 def encoded(manifest: dict, missing: list[int], item: Callable, how: How) -> Iterator[Part]:

@@ -115,7 +115,7 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
                 "training but not be continued: make pairs again, with another --output"
             )
         moved = {"made_by", *(f"data.{name}" for name in UNUSED)}  # an older version wrote all of these
-        moved |= {"teacher", "lora", "data.path"} if len(manifest["fingerprints"]) > 1 else set()
+        moved |= {"teacher", "lora", "data.path", "data.prompts"} if len(manifest["fingerprints"]) > 1 else set()
         old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in (there, manifest))
         if changes := digests.changes(old, new):
             said = "; ".join(changes)

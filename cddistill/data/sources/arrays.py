@@ -110,7 +110,7 @@ class EncodedItems(shards.Shards):
 
     kind = shards.Kind(
         *("encode", "encoded rows", "data.path"),
-        {"arrays": dict, "made_by": str, "seed": int, "fingerprints": dict},
+        {"arrays": dict, "made_by": str, "seed": int, "fingerprints": dict, "imageless": list | None},
     )
 
     def __init__(self, folder, config):
@@ -131,8 +131,10 @@ class EncodedItems(shards.Shards):
                 f"row {i} of {self.folder} has the label {label}, and labels are in 0 .. {self.null_label}, the null "
                 "label: set data.num_classes to the number of classes"
             )
-        labelled = {"null": {"class_labels": self.null_label}} if "class_labels" in item["text"] else {}
-        return item | {"label": label} | labelled
+        item |= {"null": {"class_labels": self.null_label}} if "class_labels" in item["text"] else {}
+        if shape := self.manifest.get("imageless"):  # of prompts only
+            item |= {"x0": np.zeros(shape, np.float32), "imageless": np.bool_(True)}
+        return item | {"label": label}
 
 
 class ArrayItems:
