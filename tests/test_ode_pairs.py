@@ -415,6 +415,12 @@ def test_embeddings_and_sizes_round_trip(tmp_path):
         jax.tree.map(close, {name: got[name] for name in ("text", "null")}, {n: want[n] for n in ("text", "null")})
         np.testing.assert_array_equal(got["null"]["added_cond_kwargs"]["time_ids"], 2049 + np.arange(6) + 6 * (i % 5))
         close(got["x0"], got["noise"])
+    for rows in (dataset, opened):  # a batch holds the null text once
+        items = [rows.item(i, None) for i in (4, 3)]
+        null, nulls = loader.stack(items)["null"], [item["null"] for item in items]
+        assert (null["encoder_hidden_states"].shape, null["encoder_hidden_states"].strides[0]) == ((2, 3, 6), 0)
+        assert null["added_cond_kwargs"]["time_ids"].strides[0] > 0
+        jax.tree.map(lambda x, *rows: np.testing.assert_array_equal(x, np.stack(rows)), null, *nulls)
 
 
 def flip(file):

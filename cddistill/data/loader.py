@@ -290,8 +290,13 @@ def examples(config, split="test", n=0, seed=0):
 
 
 def stack(items):
-    """Stack a list of dicts with the same keys into one dict of arrays; strings become a list."""
+    """Stack a list of dicts with the same keys into one dict of arrays; strings become a list.
+
+    What is one array in all items, such as the null text, is kept once: the result is a view that cannot be written.
+    """
     first = items[0]
     if isinstance(first, dict):
         return {name: stack([item[name] for item in items]) for name in first}
+    if isinstance(first, np.ndarray) and len(items) > 1 and all(x is first for x in items):
+        return np.broadcast_to(first, (len(items), *first.shape))
     return items if isinstance(first, str) else np.stack(items)
