@@ -121,7 +121,7 @@ def test_prompts_are_encoded_without_images(teacher, short, tmp_path):  # noqa: 
     c = settings(teacher, short)
     commands.encode_data(c, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
-    assert {*manifest["arrays"]} == {"encoder_hidden_states"}
+    assert {*manifest["row"]} == {"encoder_hidden_states"}
     stored = data.load(configure(source="arrays", path=str(tmp_path / "out")))
     prompts = data.load(config.resolve(c).data)
     assert len(stored) == len(prompts)

@@ -130,7 +130,7 @@ def read_shard(folder, kind: Kind, manifest: dict, k: int) -> tuple[dict[str, fi
         expected = f"rows {rows.start} to {rows.stop - 1}"
         raise ValueError(f"{file} does not hold {expected} of the {kind.noun} that {MANIFEST} describes: {kind.remedy}")
     shapes = {name: x.shape for name, x in tensors.items()}
-    known = manifest.get("arrays") or {"x0": [None, manifest.get("x0")]}
+    known = manifest.get("row") or {"x0": [None, manifest.get("x0")]}
     wrong = [name for name, (_, shape) in known.items() if shapes.get(name) != (len(rows), *shape)]
     if wrong or any(shape[:1] != (len(rows),) for shape in shapes.values()):
         raise ValueError(f"{file} has tensors of other shapes than {MANIFEST} says ({shapes}): {kind.remedy}")

@@ -20,8 +20,8 @@ import cddistill
 from cddistill import data, encoders, io, pipeline, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests, shards
+from cddistill.data.encoded import EncodedItems
 from cddistill.data.loader import stack
-from cddistill.data.sources.arrays import EncodedItems
 from cddistill.data.splits import SPLITS
 from cddistill.method import per_sample
 from cddistill.models.fingerprint import of_network
@@ -90,7 +90,7 @@ def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
             f"{folder} was encoded from something else ({'; '.join(differing)}): undo that, or encode again to "
             "another --output"
         )
-    places = places | {"made_by", "fingerprints", "arrays", "imageless"}
+    places = places | {"made_by", "fingerprints", "row", "imageless"}
     both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in (there, manifest))
     old, new = ({name: x for name, x in flat.items() if name not in places} for flat in both)
     if differing := digests.changes(old, new):
@@ -191,9 +191,9 @@ def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) 
             arrays = {name: np.concatenate([x[name] for x in rows]) for name in rows[0] if name != "caption"}
             none = {"imageless": [*arrays.pop("x0").shape[1:]]} if "imageless" in arrays else {}
             arrays = {name: x for name, x in arrays.items() if name != "imageless"}
-            if "arrays" not in manifest:  # a new folder
+            if "row" not in manifest:  # a new folder
                 shapes = {name: [str(x.dtype), [*x.shape[1:]]] for name, x in sorted(arrays.items())}
-                manifest = manifest | {"arrays": shapes} | none
+                manifest = manifest | {"row": shapes} | none
                 writing.prepare(folder, manifest, how.null)
             captions = [text for x in rows for text in x["caption"]]
             arrays["caption"] = shards.caption_rows(captions)

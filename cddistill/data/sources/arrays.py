@@ -11,10 +11,10 @@ import numpy as np
 
 from cddistill import io
 from cddistill.checksums import crc32_file, crc32_rows
-from cddistill.data import shards
 from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values, rows_file
+from cddistill.data.encoded import EncodedItems, is_encoded
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 from cddistill.typed import Count, Limit
@@ -92,49 +92,10 @@ class Arrays(Source):
 
     def fingerprint(self, opened):
         if isinstance(opened, EncodedItems):
-            names = (shards.shard_file("", int(k)).name for k in opened.numbers)
-            return {"arrays": of_files(opened.folder, [shards.MANIFEST, shards.NULL, *names])}
+            return {"arrays": of_files(opened.folder, opened.names())}
         paths = (part / f"{name}.npy" for part in opened.parts for name in opened.arrays)
         names = (path.relative_to(opened.root).as_posix() for path in paths)
         return {"arrays": of_files(opened.root, names), "captions": of_values(opened.captions)}
-
-
-def is_encoded(folder) -> bool:
-    """Whether a split's folder has shards; versions before these wrote .npy files, and other manifests."""
-    path = folder / shards.MANIFEST
-    return path.is_file() and "format" in io.read_json(path, "encode again")
-
-
-class EncodedItems(shards.Shards):
-    """The rows of a split that --mode=encode wrote: see `shards.Shards`. They are not augmented."""
-
-    kind = shards.Kind(
-        *("encode", "encoded rows", "data.path"),
-        {"arrays": dict, "made_by": str, "seed": int, "fingerprints": dict, "imageless": list | None},
-    )
-
-    def __init__(self, folder, config):
-        super().__init__(folder, config.skip_bad)
-        self.encoded, self.null_label = self.manifest, np.int32(config.num_classes)
-        if config.task.conditional and "cond" not in self.manifest["arrays"]:
-            raise ValueError(
-                f"task {config.task_name} on precomputed arrays needs conditions, and {folder} has none: "
-                "--mode=encode with the same data.task writes them"
-            )
-
-    def item(self, i, rng=None):
-        """Item i, with the keys of `Pixels.item`."""
-        item = super().item(i)
-        label = np.int32(item["text"].get("class_labels", self.null_label))
-        if not 0 <= label <= self.null_label:
-            raise ValueError(
-                f"row {i} of {self.folder} has the label {label}, and labels are in 0 .. {self.null_label}, the null "
-                "label: set data.num_classes to the number of classes"
-            )
-        item |= {"null": {"class_labels": self.null_label}} if "class_labels" in item["text"] else {}
-        if shape := self.manifest.get("imageless"):  # of prompts only
-            item |= {"x0": np.zeros(shape, np.float32), "imageless": np.bool_(True)}
-        return item | {"label": label}
 
 
 class ArrayItems:
