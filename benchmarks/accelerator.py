@@ -233,7 +233,7 @@ def line(row: dict) -> str:
             f"agrees: {row['agrees']}, off by {worst('off')}, XLA by {worst('off_xla')} in {row['ms_xla'][1]:.4g} ms"
         ]
     said += [f"ours / theirs {row['ours_over_theirs']:.2f}"] if "ours_over_theirs" in row else []
-    said += [row.get("note")]
+    said += [row.get("note"), f"{row['seconds']:.0f} s" if "seconds" in row else ""]
     cells = [
         row["part"], row.get("work", ""), number("batch", "d"), ms, number("images_per_s", ".4g"),
         number("tflops", ".4g"), number("mfu", ".1%"), number("peak_gb", ".1f"), number("first_s", ".0f"),

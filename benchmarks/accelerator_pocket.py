@@ -112,6 +112,7 @@ def progress(metrics: pathlib.Path, before: int, batch: int) -> dict:
     first, last = found[0], found[-1]
     images = (last["step"] - first["step"]) * batch
     row = {"work": "pocket, training", "batch": batch, "steps": last["step"], "loss": last["student/loss"]}
+    row["note"] = f"step {last['step']}, loss {last['student/loss']:.4f}"
     return row | {"images_per_s": images / max(last["time"] - first["time"], 1e-9)}
 
 

@@ -281,7 +281,7 @@ def sample_prompts(
     given = {"prompt": list(prompts), "label": list(labels), "image": inputs, "negative_prompt": negative}
     given, number = aligned({name: x for name, x in given.items() if x})
     io.ensure_writable(outputs[0].parent, "--output")
-    cache_programs()
+    cache_programs(workdir)
     model = open_model(settings, workdir, checkpoint)
     if takes_image(model) and not inputs:
         raise ValueError(f"{model.name} generates from an image: pass --input, an image or a folder of images")

@@ -40,7 +40,7 @@ class SumsHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError("checksums are written in the background only")
 
     def restore(self, directory, args):
-        return read_sums(Path(directory))
+        return read_sums(directory)
 
 
 @ocp.args.register_with_handler(SumsHandler, for_save=True, for_restore=True)
@@ -167,19 +167,28 @@ class Place:
             self.handle = None
 
 
-class Bucket(Place):
-    """A folder of checkpoints on an object store: orbax works in a scratch folder, and whole checkpoints are copied.
+class Shared(Place):
+    """A folder of checkpoints on gs:// that several hosts write together: orbax does, by tensorstore's driver.
 
-    That is the same for all stores. A checkpoint is complete if it has the file COMMITTED, which is copied last. Of the
-    others on the store, the scratch folder has what ranks them until they are read.
+    A checkpoint is complete if it has the file COMMITTED, which orbax writes last.
     """
 
     def __init__(self, folder: PurePath):
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{folder} cannot be the workdir of a run on several hosts: set --workdir to a folder that all of them "
-                "mount, of a file system or, by gcsfuse or Mountpoint, of this bucket"
-            )
+        self.folder, self.handle, self.path = folder, None, str(folder)
+
+    def check(self) -> None:
+        """A folder on an object store cannot be missed: it is a part of names."""
+
+
+class Bucket(Place):
+    """A folder of checkpoints on any object store, of one process: orbax works in a scratch folder, and whole
+    checkpoints are copied.
+
+    A checkpoint is complete if it has the file COMMITTED, which is copied last. Of the others on the store, the scratch
+    folder has what ranks them until they are read.
+    """
+
+    def __init__(self, folder: PurePath):
         self.folder, self.kept = folder, tempfile.TemporaryDirectory(prefix="cddistill-checkpoints-")
         self.path, self.fetched = self.kept.name, set()
         self.pool, self.pending = concurrent.futures.ThreadPoolExecutor(1), []
@@ -234,7 +243,16 @@ class Bucket(Place):
 
 def place(folder: PurePath) -> Place:
     """The folder as orbax can use it."""
-    return Bucket(folder) if io.is_remote(folder) else Place(folder)
+    if not io.is_remote(folder):
+        return Place(folder)
+    if jax.process_count() == 1:
+        return Bucket(folder)
+    if not str(folder).startswith("gs://"):
+        raise ValueError(
+            f"{folder} cannot be the workdir of a run on several hosts: set --workdir to gs://, or to a folder that "
+            "all of them mount, of a file system or, by Mountpoint, of this bucket"
+        )
+    return Shared(folder)
 
 
 def steps(folder: PurePath) -> list[int]:

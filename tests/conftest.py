@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import os
-import pathlib
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +21,6 @@ from jax._src.interpreters import mlir  # noqa: E402
 from parity import parity, pytest_addoption, pytest_terminal_summary  # noqa: E402, F401  (a fixture and hooks)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-RESIDENT = 2e9  # bytes; at most 7,000 programs, each with three maps of memory, of which Linux allows 65,530
 gc.set_threshold(100_000, 50, 50)  # tracing makes many small objects that live: a tenth of its time went into looking
 
 
@@ -103,20 +101,12 @@ def one_device():
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs():
-    """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have. Those of
-    a few files are kept, as most operations occur in many files and reading a program from the disk takes 8 ms.
+    """No process holds the programs of all tests: gigabytes, and more maps of memory than a process may have.
 
     The programs of a file are lowered in one MLIR context; JAX makes one for each, which took longer than lowering an
-    operation in it. A context keeps the constants of its programs, so each file has its own.
+    operation in it. A context keeps the constants of its programs, so it does not outlive the file.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlir, "make_ir_context", functools.cache(mlir.make_ir_context))
         yield
-    if resident() > RESIDENT:
-        jax.clear_caches()
-
-
-def resident():
-    """Bytes of memory that this process holds; infinite where that is unknown."""
-    file = pathlib.Path("/proc/self/statm")
-    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else float("inf")
+    jax.clear_caches()

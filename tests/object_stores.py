@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 import time
+import unittest.mock
 
 BUCKET = "bucket"
 ANONYMOUS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -65,8 +66,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start() -> dict[str, Proxy]:
-    """Start both servers, each with an empty bucket; {"gs://": its proxy, "s3://": its proxy}. Sets the environment."""
+@contextlib.contextmanager
+def served():
+    """Both servers, each with an empty bucket: {"gs://": its proxy, "s3://": its proxy}; the environment names them."""
     import boto3
     from gcp_storage_emulator.server import create_server
     from moto.server import ThreadedMotoServer
@@ -74,10 +76,14 @@ def start() -> dict[str, Proxy]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     http.server.HTTPServer.handle_error = lambda *_: None  # of a client that has given up
     gcs, s3 = free_port(), free_port()
-    create_server("127.0.0.1", gcs, in_memory=True, default_bucket=BUCKET).start()
+    emulator = create_server("127.0.0.1", gcs, in_memory=True, default_bucket=BUCKET)
+    emulator.start()
     ThreadedMotoServer("127.0.0.1", s3, verbose=False).start()
     proxies = {"gs://": Proxy(gcs), "s3://": Proxy(s3)}
-    os.environ |= ANONYMOUS
-    os.environ |= {"STORAGE_EMULATOR_HOST": proxies["gs://"].url, "AWS_ENDPOINT_URL": proxies["s3://"].url}
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    return proxies
+    hosts = {"STORAGE_EMULATOR_HOST": proxies["gs://"].url, "AWS_ENDPOINT_URL": proxies["s3://"].url}
+    with unittest.mock.patch.dict(os.environ, ANONYMOUS | hosts):
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        try:
+            yield proxies
+        finally:
+            emulator.stop()  # its thread would keep the process alive

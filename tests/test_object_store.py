@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import object_stores
 import pytest
 
 from cddistill import checkpoint, commands, config, io, lock, remote, train
@@ -30,14 +31,9 @@ needs_servers = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def proxies(tmp_path_factory):
     """Both servers, and clients that wait three seconds for a stalled connection."""
-    import object_stores
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in object_stores.ANONYMOUS.items():
-            patch.setenv(name, value)
-        found = object_stores.start()
-        patch.setenv("STORAGE_EMULATOR_HOST", found["gs://"].url)
-        patch.setenv("AWS_ENDPOINT_URL", found["s3://"].url)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        found = stack.enter_context(object_stores.served())
         patch.setenv("CDDISTILL_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
         patch.setattr(remote, "STALLED", 3.0)
         import fsspec
@@ -221,10 +217,10 @@ def settings(teacher):
 
 def child(folder, teacher, workdir):
     """A process that trains, with an empty folder as its own and as its home."""
-    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_object_store as t; "
-    script += f"t.train.train(t.settings({str(teacher)!r}), t.io.path({str(workdir)!r}))"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # as in this process: bits are compared
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "HOME": str(folder)}
+    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import conftest, test_object_store as t\n"
+    script += "with conftest.first_devices(1):\n"  # as in this process, by the same flags: bits are compared
+    script += f"    t.train.train(t.settings({str(teacher)!r}), t.io.path({str(workdir)!r}))"
+    env = os.environ | {"XLA_FLAGS": "", "HOME": str(folder)}
     env |= {
         "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
     }
@@ -239,7 +235,7 @@ def trained(teacher, workdir):
     with contextlib.closing(open_checkpoints(workdir, experiment, read_only=True)) as checkpoints:
         state = checkpoints.restore(build(experiment).abstract)
     lines = [json.loads(line) for line in io.read_appended(workdir / "metrics.jsonl").splitlines()]
-    return jax.device_get(state), [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    return jax.device_get(state), [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +275,50 @@ def test_a_run_on_a_store_is_killed_resumed_evaluated_and_exported_as_a_local_on
     commands.export_run(settings(there), run, str(bucket / "export"))
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (bucket / "export" / weights).read_bytes() == (undisturbed / "export" / weights).read_bytes()
+
+
+def hosts(teacher, workdir, steps):
+    """Two processes of one device each that train to this step together; what they said."""
+    script = f"""if True:
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_object_store as t
+        from cddistill import sharding
+        sharding.initialize()
+        c = t.settings({str(teacher)!r})
+        c.update(steps={steps}, report=False, fsdp=2)
+        t.train.train(c, t.io.path({str(workdir)!r}))
+        sharding.wait_for_others()
+    """
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
+    env |= {"CDDISTILL_PROCESSES": "2", "CDDISTILL_COORDINATOR": f"127.0.0.1:{object_stores.free_port()}"}
+    env |= {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    command = [sys.executable, "-c", script]
+    started = [
+        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(2)
+    ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return said[0]
+
+
+@needs_servers
+@pytest.mark.slow
+def test_two_hosts_train_in_one_bucket_and_resume_there(proxies, tmp_path, teacher, one_device, monkeypatch):
+    """Their checkpoints, each host's share of the weights, are one process's to read. Tolerance: the order of sums."""
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxies["gs://"].url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
+    run = io.path(f"gs://{object_stores.BUCKET}/two_hosts")
+    assert "step 4 of 4" in hosts(teacher, run, 4)
+    assert checkpoint.latest_step(run / "checkpoints") == 4
+    assert "step 6 of 6" in hosts(teacher, run, 6)
+    c = settings(teacher)
+    c.report = False
+    train.train(c, tmp_path / "run")
+    (state, logged), (alone, logged_alone) = trained(teacher, run), trained(teacher, tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, alone)
+    assert [line["step"] for line in logged] == [line["step"] for line in logged_alone]
+    commands.export_run(c, run, str(tmp_path / "export"))
 
 
 @needs_servers

@@ -71,7 +71,7 @@ def test_a_full_disk_is_named_with_the_file_and_the_last_good_checkpoint(tmp_pat
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     (tmp_path / "checkpoints" / "30.orbax-checkpoint-tmp").mkdir()
     writer = log.JsonlWriter(tmp_path)
-    writer.file = open("/dev/full", "a")  # noqa: SIM115
+    writer.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115  (as it is opened)
     with pytest.raises(OSError, match="the last good checkpoint is") as raised, train.naming_checkpoint(tmp_path):
         writer.write_scalars(1, {"student/loss": 1.0})
     good = f"the last good checkpoint is {tmp_path}/checkpoints/7"

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cddistill.data.images import fit
 
+RENAMED = {"depth": "depth_map"}  # a person's depth in an element, see `contracts.Element`
 TRIES = 100  # crops that are drawn until no depth map is constant in one, so that it says something
 
 Element = dict[str, Any]  # `contracts.Element`, whose images may be PIL images that are still to be cropped
@@ -32,7 +33,7 @@ def kept(crop: Crop, size: int, name: str, image: Image.Image, others: dict[str,
         if other.size != image.size:
             sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
             raise ValueError(f"{other_name} is {sizes} is {name}: save both at one size")
-    found = {"depth_map" if key == "depth" else key: crop.keep(other, size) for key, (_, other) in others.items()}
+    found = {RENAMED.get(key, key): crop.keep(other, size) for key, (_, other) in others.items()}
     return {"image": crop.keep(image, size)} | found
 
 
