@@ -65,11 +65,16 @@ def block_sum(start: tuple[int, ...], x: np.ndarray) -> int:
 
 @functools.lru_cache(1024)
 def weights(axis: int, first: int, n: int) -> np.ndarray:
-    """An odd number for each of the indices first ... first + n - 1 along an axis, uint64 [n]; SplitMix64 of these."""
-    x = (np.arange(first, first + n, dtype=np.uint64) + np.uint64((axis + 1) << 48)) * np.uint64(GOLDEN)
+    """An odd number for each of the indices first ... first + n - 1 along an axis, uint64 [n]."""
+    return mixed(np.arange(first, first + n, dtype=np.uint64) + np.uint64((axis + 1) << 48)) | np.uint64(1)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """Pseudo-random numbers that depend on each number alone, uint64; SplitMix64."""
+    x = x * np.uint64(GOLDEN)
     for shift, mixer in zip((30, 27), MIXERS, strict=True):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(mixer)
-    return (x ^ (x >> np.uint64(31))) | np.uint64(1)
+    return x ^ (x >> np.uint64(31))
 
 
 def host_sums(arrays: Mapping[str, list[Block]]) -> dict[str, int]:

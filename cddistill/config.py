@@ -64,7 +64,8 @@ class Run:
     pairs_batch: Count = 64  # rows generated at a time, on all devices together
     encode_epochs: Count = 1  # passes of --mode=encode over the training split; those after the first are augmented
     encode_sample: bool = False  # latents are drawn from the VAE's posterior, in training on images anew; or its mean
-    encode_dtype: Literal["float16", "float32"] = "float16"  # of latents and embeddings in .npy files of --mode=encode
+    encode_dtype: Literal["float16", "float32"] = "float16"  # of latents and embeddings that --mode=encode writes
+    encode_shard: Count = 1024  # rows per file
     decode_batch: Natural = 0  # images that the VAE decodes at a time when samples are generated; 0 = all of a batch
     decode_tile: Annotated[int, within(off=0, least=8)] = 0  # side of the overlapping tiles of a latent, in its pixels,
     # in which the VAE decodes larger ones; 0 = whole. Tiles change images slightly: norms and attention see less
@@ -91,12 +92,13 @@ MUTABLE_ON_RESUME = (
     *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("profile", "decode_batch", "decode_tile"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
-    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype", "data.threads"),
+    *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype", "encode_shard"),
+    "data.threads",
     *("protocol", "protocol_data", "protocol_images", "protocol_batch", "protocol_png"),
     "method.preset",  # the fields that it sets count themselves
 )
 """Fields that may change when a run is resumed: they alter neither the updates nor the data. A method has more."""
-PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs")
+PATHS = ("teacher", "lora", "controlnet", "baseline", "init_from_run", "data.path", "data.pairs", "data.prompts")
 
 
 def mutable_on_resume(experiment: Experiment) -> set[str]:

@@ -19,7 +19,7 @@ from cddistill.models.prompt import Prompts, embed, with_sizes
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
-INPUTS = ("x0", "cond", "tokens", "index")  # what encoding a batch takes of it
+INPUTS = ("x0", "cond", "tokens", "index", "imageless")  # what encoding a batch takes of it
 CACHED = 2**16  # captions whose token ids are kept
 POSTERIOR = 2**32 - 1  # folded into the seed's key, where the number of no step is
 
@@ -48,10 +48,14 @@ class Encoders:
         """What replaces the same names of a batch of pixels and tokens: x0, text, null, and cond_latent.
 
         x0 [b, h, w, c] are latents of images [b, f h, f w, 3] in [-1, 1]: the mean of the VAE's posterior or, with keys
-        [b], samples from it. It is a pure function of the networks `nets`, to be jitted.
+        [b], samples from it; zeros where the batch says that there are no images. It is a pure function of the networks
+        `nets`, to be jitted.
         """
         images, vae = batch["x0"], nets["autoencoder"]
-        made = {"x0": vae.encode(images, keys)}
+        if "imageless" in batch:
+            made = {"x0": jnp.zeros(jax.eval_shape(vae.encode, images).shape, jnp.float32)}
+        else:
+            made = {"x0": vae.encode(images, keys)}
         if self.condition is not None:
             made["cond_latent"] = self.condition(vae, batch["cond"])
         if self.family is None:

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import test_latent
 import tiny
 from PIL import Image
@@ -87,12 +88,39 @@ def out(made, tmp_path):
     return shutil.copytree(made / "out", tmp_path / "out")
 
 
-def part(out, split="train"):
+def x0(out, split="train"):
+    return stored_rows(out / split)["x0"]
+
+
+def stored_rows(folder):
+    """The arrays of a split, by name, as its shards have them."""
+    shards = [safetensors.numpy.load_file(file) for file in sorted(folder.glob("0*.safetensors"))]
+    return {name: np.concatenate([x[name] for x in shards]) for name in shards[0]}
+
+
+def old_part(out, split="train"):
     return out / split / "00000-of-00001"
 
 
-def x0(out, split="train"):
-    return np.load(part(out, split) / "x0.npy")
+@pytest.fixture
+def old(out, tmp_path):
+    """The same rows as versions before shards wrote them: a .npy file for each array, and other manifests."""
+    for split in ("train", "validation", "test"):
+        folder = old_part(tmp_path / "old", split)
+        folder.mkdir(parents=True)
+        rows, manifest = stored_rows(out / split), io.read_json(out / split / "manifest.json")
+        captions = json.dumps([x.tobytes().rstrip(b"\0").decode() for x in rows.pop("caption")])
+        for name, x in rows.items():
+            np.save(folder / f"{name}.npy", x)
+            np.save(folder / f"{name}.crc32.npy", checksums.crc32_rows(x))
+        (folder / "captions.json").write_text(captions)
+        made = ("teacher", "lora", "lora_scale", "data", "dtype", "encode_dtype", "seed")
+        io.write_json(folder / "manifest.json", {
+            "made": {name: manifest[name] for name in made}, "fingerprints": manifest["fingerprints"],
+            "rows": len(rows["x0"]), "total": len(rows["x0"]),
+            "crc32": {"captions.json": checksums.crc32_file(folder / "captions.json")},
+        })  # fmt: skip
+    return tmp_path / "old"
 
 
 def repaint(folder):
@@ -146,11 +174,11 @@ def test_a_change_is_found_before_the_first_row(teacher, pictures, out, tmp_path
     reload(pictures)
     with pytest.raises(ValueError, match="the test split of folder .* is empty"):
         commands.encode_data(settings(teacher, pictures), tmp_path / "new")
-    assert not any((tmp_path / "new").rglob("*.npy"))
+    assert not any((tmp_path / "new").rglob("*.safetensors"))
 
 
 def test_the_same_again_keeps_every_row(teacher, pictures, out):
-    before = part(out) / "x0.npy"
+    before = out / "train" / "00000000.safetensors"
     stamp = before.stat().st_mtime_ns
     reload(pictures)
     commands.encode_data(settings(teacher, pictures), out)
@@ -190,13 +218,19 @@ def test_what_moved_is_the_same(teacher, pictures, out, tmp_path, monkeypatch):
             commands.encode_data(settings("copy", "elsewhere", **changes), out)
 
 
-def test_a_manifest_without_fingerprints_serves_for_training_only(teacher, pictures, out):
+def test_rows_of_versions_before_shards_serve_for_training_only(teacher, pictures, out, old):
+    """With or without fingerprints of what they are from; they give the items that shards give."""
+    ours, theirs = (data.load(configure(source="arrays", path=str(x))) for x in (out, old))
+    assert len(ours) == len(theirs) == 2
+    for i in range(2):
+        jax.tree.map(np.testing.assert_array_equal, ours.item(i, None), theirs.item(i, None))
     for split in ("train", "validation", "test"):
-        path = part(out, split) / "manifest.json"
+        path = old_part(old, split) / "manifest.json"
         io.write_json(path, {k: v for k, v in io.read_json(path).items() if k != "fingerprints"})
-    with pytest.raises(ValueError, match=r"kept no fingerprints .*may serve for training .*: encode again, to another"):
-        commands.encode_data(settings(teacher, pictures), out)
-    assert len(data.load(configure(source="arrays", path=str(out)))) == 2
+        with pytest.raises(ValueError, match=r"wrote \.npy .*may serve for training .*: encode again, to another"):
+            commands.encode_data(settings(teacher, pictures), old)
+    reload(pictures)
+    assert len(data.load(configure(source="arrays", path=str(old)))) == 2
 
 
 def test_text_encoders_and_tokenizers_count(teacher, monkeypatch):
@@ -262,7 +296,7 @@ def test_latents_that_are_not_finite_are_refused(teacher, pictures, tmp_path):
     for dtype in ("float16", "float32"):
         with pytest.raises(ValueError, match=r"x0 of row 0 of train .* is not finite \(NaN or infinity\): check the w"):
             commands.encode_data(settings(teacher, pictures, encode_dtype=dtype), tmp_path / dtype)
-        assert not (part(tmp_path / dtype) / "manifest.json").exists()
+        assert not (tmp_path / dtype / "train" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -291,29 +325,29 @@ def flip(path):
 
 
 def test_a_damaged_row_is_named_before_the_first_step(out):
-    flip(part(out) / "x0.npy")
-    with pytest.raises(ValueError, match=r"row 1 of .*/train/.*/x0\.npy is damaged .*: delete its folder and enc"):
+    flip(out / "train" / "00000000.safetensors")
+    with pytest.raises(ValueError, match=r"/train/00000000\.safetensors is damaged .*: delete it and make it again"):
         data.load(configure(source="arrays", path=str(out)))
     data.load(configure(source="arrays", path=str(out)), "test")
 
 
-def test_damaged_captions_are_named(out):
-    path = part(out) / "captions.json"
+def test_a_row_that_is_damaged_later_is_named_when_it_is_read(out):
+    read = data.load(configure(source="arrays", path=str(out)))
+    flip(out / "train" / "00000000.safetensors")
+    read.item(0, None)
+    with pytest.raises(ValueError, match=r"row 1 of .*/train/00000000\.safetensors is damaged .*: delete it and make"):
+        read.item(1, None)
+
+
+def test_damage_of_versions_before_shards_is_named(old):
+    """Of a row, before the first step, and of captions."""
+    flip(old_part(old) / "x0.npy")
+    with pytest.raises(ValueError, match=r"row 1 of .*/train/.*/x0\.npy is damaged .*: delete its folder and enc"):
+        data.load(configure(source="arrays", path=str(old)))
+    path = old_part(old, "test") / "captions.json"
     path.write_text(path.read_text().replace("number 1", "number 2"))
     with pytest.raises(ValueError, match=r"captions\.json is damaged \(its checksum is wrong\)"):
-        data.load(configure(source="arrays", path=str(out)))
-
-
-def test_rows_of_an_older_version_get_checksums_when_they_are_continued(teacher, pictures, out):
-    folder = part(out)
-    (folder / "x0.crc32.npy").unlink()
-    manifest = io.read_json(folder / "manifest.json")
-    io.write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "crc32"} | {"rows": 1})
-    reload(pictures)
-    commands.encode_data(settings(teacher, pictures, batch_size=1), out)
-    sums = np.load(folder / "x0.crc32.npy")
-    assert [f"{x:08x}" for x in sums] == [checksums.crc32(row) for row in x0(out)]
-    assert "captions.json" in io.read_json(folder / "manifest.json")["crc32"]
+        data.load(configure(source="arrays", path=str(old)), "test")
 
 
 # --- fingerprints

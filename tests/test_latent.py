@@ -1,6 +1,5 @@
 """A latent text-to-image teacher, from its pipeline folder to a student in a folder: encode, train, sample, export."""
 
-import errno
 import functools
 import json
 import shutil
@@ -138,32 +137,63 @@ def test_latents_and_embeddings_are_the_teachers(encoded, teacher):
 
 
 def test_encoding_resumes_where_it_stopped(encoded, teacher, tmp_path):
+    """In shards of three rows: those that are whole are neither decoded nor written again."""
     settings, whole = encoded
     pixels = pictures(teacher, tmp_path / "x", write=False)
     pixels.data.path = str(teacher / ".." / "x")
-    pixels.batch_size = 3
-    part = tmp_path / "out" / "train" / "00000-of-00001"
+    pixels.update(batch_size=2, encode_shard=3)
+    folder, out = tmp_path / "out" / "train", str(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
         done, write = [], io.write_atomic
-        patch.setattr(io, "write_atomic", lambda *x: write(*x) if not done.append(x) and len(done) < 2 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # in the middle of the second batch, before its rows are counted
+        patch.setattr(io, "write_atomic", lambda *x: write(*x) if not done.append(x) and len(done) < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # after the manifest, the null text and the first shard
             commands.encode_data(pixels, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"rows: resume with the same --mode=encode|holds .* parts"):
-        data.load(configure(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")
-    commands.encode_data(pixels, tmp_path / "out")
-    for file in sorted((whole / "train" / "00000-of-00001").glob("*.npy")):
-        if not file.name.endswith(".crc32.npy"):  # other batches round otherwise
-            np.testing.assert_allclose(np.load(part / file.name), np.load(file), rtol=2e-3, atol=2e-3)
-    data.load(configure(source="arrays", path=str(tmp_path / "out"), task="sr"), "train")  # compares checksums
+    with pytest.raises(ValueError, match=r"lacks 00000001.safetensors, .* of 4 files: resume with the same --mode"):
+        data.load(configure(source="arrays", path=out, task="sr"), "train")
+    stamp = lambda: (x := (folder / "00000000.safetensors").stat()) and (x.st_mtime_ns, x.st_ino)
+    first, numbers, item = stamp(), [], encode.item_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "item_of", lambda *x: numbers.append(x[-1]) or item(*x))
+        commands.encode_data(pixels, tmp_path / "out")
+    assert sorted(numbers) == sorted([*range(3, 8), *range(4), *range(4)])
+    assert stamp() == first
+    ours, theirs = (data.load(configure(source="arrays", path=x, task="sr")) for x in (out, str(whole)))
+    assert len(ours) == len(theirs) == 8
+    for i in range(8):  # other batches round otherwise
+        got, want = (x.item(i, None) for x in (ours, theirs))
+        assert got.pop("caption") == want.pop("caption")
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), got, want)
     pixels.seed = 1
     with pytest.raises(ValueError, match="made by another command"):
         commands.encode_data(pixels, tmp_path / "out")
 
 
-def test_parts_of_several_hosts_are_one_data_set(encoded, tmp_path):
-    _, whole = encoded
+def test_any_number_of_hosts_encodes_and_any_other_reads(encoded, teacher, tmp_path, monkeypatch):
+    """Host 1 of 2, then 2 of 3, then 0 of 1: every shard is written once, with the bytes that one host gives it."""
+    pixels = pictures(teacher, tmp_path / "x", write=False)
+    pixels.data.path = str(teacher / ".." / "x")
+    pixels.update(batch_size=2, encode_shard=2)
+    commands.encode_data(pixels, tmp_path / "whole")
+    contents = lambda out: {x.name: x.read_bytes() for x in sorted((tmp_path / out / "train").iterdir())}
+    for host, hosts, new in ((1, 2, "13"), (2, 3, "2"), (0, 1, "0")):
+        monkeypatch.setattr(jax, "process_count", lambda n=hosts: n)
+        monkeypatch.setattr(jax, "process_index", lambda i=host: i)
+        before = contents("out") if (tmp_path / "out").exists() else {}
+        commands.encode_data(pixels, tmp_path / "out")
+        added = {*contents("out")} - {*before} - {"manifest.json", "null.safetensors"}
+        assert added == {f"0000000{k}.safetensors" for k in new}
+        assert before.items() <= contents("out").items()
+    assert contents("out") == contents("whole")
+    read = configure(source="arrays", path=str(tmp_path / "out"), task="sr", window=3)
+    rows = [next(data.batches(read, batch_size=8, seed=0, rows=x)) for x in (slice(0, 3), slice(3, 8), slice(None))]
+    jax.tree.map(lambda a, b, both: np.testing.assert_array_equal(np.concatenate([a, b]), both), *rows)
+    assert len({x.tobytes() for x in rows[2]["x0"]}) == 8
+
+
+def test_parts_of_several_hosts_are_one_data_set(tmp_path):
+    """As versions before shards wrote them."""
+    rows = np.random.default_rng(0).normal(size=(8, 8, 8, 4)).astype(np.float16)
     for split, (first, second) in {"train": (5, 3)}.items():
-        rows = np.load(whole / split / "00000-of-00001" / "x0.npy")
         for i, x in enumerate((rows[:first], rows[first:])):
             part = tmp_path / split / f"{i:05}-of-00002"
             part.mkdir(parents=True)
@@ -348,16 +378,6 @@ def test_a_pipeline_without_its_vae_is_refused(teacher, tmp_path):
     shutil.copytree(part / "unet", part / "vae")
     with pytest.raises(ValueError, match="vae holds a UNet2DConditionModel, not an AutoencoderKL or AutoencoderTiny"):
         commands.encode_data(settings, tmp_path / "out")
-
-
-def test_a_full_disk_is_noticed_before_rows_are_written(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(encode.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*x0\.npy'"):
-        encode.rows_file(tmp_path / "x0.npy", (4, 2), np.float16)
-    assert not (tmp_path / "x0.npy").exists()
 
 
 @pytest.mark.timeout(900)  # jax2onnx takes minutes

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from cddistill import build, checks, commands, config, data, generate, models, pipeline, sampling, sharding
-from cddistill.data import configure, loader, ode_pairs
+from cddistill.data import configure, loader, ode_pairs, shards
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.sources.folder import scan
 from cddistill.diffusion import EDM
@@ -315,7 +316,58 @@ def test_old_pairs_serve_for_training_only(teacher, tmp_path, monkeypatch):
         commands.make_pairs(c, tmp_path)
 
 
+def as_before(folder):
+    """Write the shards of a folder as versions did that had no checksums of rows."""
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "numpy") as opened:
+            header = json.loads(opened.metadata()["pairs"])
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no dict)
+        del header["row_crc32"]
+        file.write_bytes(safetensors.numpy.save(arrays, {"pairs": json.dumps(header, sort_keys=True)}))
+
+
+def test_shards_without_checksums_of_rows_are_read_and_continued(pairs, teacher, copy):
+    """Those of older versions are compared in whole when one of their rows is first read."""
+    as_before(copy)
+    jax.tree.map(np.testing.assert_array_equal, whole(copy), whole(pairs))
+    old = contents(copy)
+    (copy / SHARDS[1]).unlink()
+    commands.make_pairs(settings(teacher), copy)
+    assert contents(copy) == old | {SHARDS[1]: contents(pairs)[SHARDS[1]]}
+    opened = OdePairs(copy)
+    opened.opened.clear()
+    flip(copy / SHARDS[2])
+    opened.item(8)
+    with pytest.raises(ValueError, match=r"00000002.safetensors is damaged \(the checksum of its x0 is wrong\)"):
+        opened.item(16)
+
+
 # --- reading
+
+
+def test_a_row_is_compared_with_its_checksum_whenever_it_is_read(copy):
+    opened = OdePairs(copy)
+    flip(copy / SHARDS[1])
+    opened.item(14)
+    with pytest.raises(
+        ValueError, match=r"row 7 of .*00000001.safetensors is damaged \(its checksum is wrong\): delete"
+    ):
+        opened.item(15)
+
+
+def test_few_of_many_shards_are_read_when_a_folder_is_opened(pairs, teacher, tmp_path, monkeypatch):
+    """And all of them if bad ones are to be skipped: hosts must agree which."""
+    commands.make_pairs(settings(teacher, pairs_shard=1), tmp_path)
+    monkeypatch.setattr(shards, "CHECKED", 5)
+    read, check = [], shards.check_bytes
+    monkeypatch.setattr(shards, "check_bytes", lambda file, *rest: read.append(file.name) or check(file, *rest))
+    opened = OdePairs(tmp_path)
+    assert sorted(opened.opened) == [0, 4, 9, 14, 19]
+    assert sorted(read) == [f"{k:08}.safetensors" for k in (0, 9, 19)] + ["null.safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, opened.item(7), OdePairs(pairs).item(7))
+    read.clear()
+    OdePairs(tmp_path, skip_bad=True)
+    assert len(read) == 21
 
 
 def test_rows_are_read_one_by_one_and_by_several_threads(pairs, monkeypatch):
@@ -363,6 +415,12 @@ def test_embeddings_and_sizes_round_trip(tmp_path):
         jax.tree.map(close, {name: got[name] for name in ("text", "null")}, {n: want[n] for n in ("text", "null")})
         np.testing.assert_array_equal(got["null"]["added_cond_kwargs"]["time_ids"], 2049 + np.arange(6) + 6 * (i % 5))
         close(got["x0"], got["noise"])
+    for rows in (dataset, opened):  # a batch holds the null text once
+        items = [rows.item(i, None) for i in (4, 3)]
+        null, nulls = loader.stack(items)["null"], [item["null"] for item in items]
+        assert (null["encoder_hidden_states"].shape, null["encoder_hidden_states"].strides[0]) == ((2, 3, 6), 0)
+        assert null["added_cond_kwargs"]["time_ids"].strides[0] > 0
+        jax.tree.map(lambda x, *rows: np.testing.assert_array_equal(x, np.stack(rows)), null, *nulls)
 
 
 def flip(file):

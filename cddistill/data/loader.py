@@ -12,6 +12,8 @@ import numpy as np
 
 from cddistill import typed
 from cddistill.data.contracts import Source, Task
+from cddistill.data.digests import of_files
+from cddistill.data.lines import Lines, open_lines
 from cddistill.data.listing import patiently
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.order import digest, shuffled
@@ -35,7 +37,8 @@ class DataConfig:
 
     source: Source | str = SOURCES["emoji"]()
     task: Task | str = TASKS["none"]()
-    path: str = ""  # folder of images or arrays, or name of a tensorflow dataset
+    path: str = ""  # folder of images or arrays, file of prompts, or name of a tensorflow dataset
+    prompts: str = ""  # text file, a prompt on each line: training draws from it, instead of the images' captions
     size: Annotated[int, within(least=1, most=2**14)] = 32  # pixels, height and width
     num_classes: Count = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
     flip: bool = True  # mirror training images at random
@@ -116,6 +119,7 @@ class Pixels:
     source: object  # contracts.Images
     config: DataConfig
     augment: bool
+    prompts: Lines | None = None  # drawn from instead of captions
     bad: set[int] = dataclasses.field(default_factory=set)  # positions that were named
 
     def __len__(self):
@@ -146,7 +150,10 @@ class Pixels:
             logging.warning("%s; replaced by the next (%d so far)", error, len(self.bad))
 
     def usable(self, i, rng):
-        """x0 float32 [h,w,3] in [-1, 1]; the task's cond, float32 [h,w,c] in [0, 1]; text, null, label, caption."""
+        """x0 float32 [h,w,3] in [-1, 1]; the task's cond, float32 [h,w,c] in [0, 1]; text, null, label, caption.
+
+        Data without images have imageless, True, as well.
+        """
         config, task = self.config, self.config.task
         element = self.source.element(i, rng if self.augment else None)
         if self.augment and config.flip and rng.random() < 0.5:
@@ -155,7 +162,8 @@ class Pixels:
         cond = task.condition(element, rng)
         label, null = label_of(element["label"], config), np.int32(config.num_classes)
         item = {name: x for name, x in element.items() if name not in ("image", "target")}
-        item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": task.text(element)}
+        caption = task.text(element) if self.prompts is None else self.prompts[int(rng.integers(len(self.prompts)))]
+        item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": caption}
         item |= {"text": {"class_labels": label}, "null": {"class_labels": null}}
         return item if cond is None else item | {"cond": cond}
 
@@ -182,13 +190,19 @@ def load(config, split="train", augment=True):
     source = open_source(config, split)
     if not len(source):
         raise ValueError(f"the {split} split of {config.source_name} {config.path} is empty; add images")
+    if config.source.precomputed and config.prompts:
+        raise ValueError(
+            f"data.prompts cannot go with data.source={config.source_name}, whose text is encoded already: set "
+            "data.prompts when --mode=encode makes them"
+        )
     if config.source.precomputed:
         return source
     if source.num_labels > config.num_classes:
         raise ValueError(
             f"{config.source_name} has {source.num_labels} labels; data.num_classes is {config.num_classes}"
         )
-    return Pixels(source, config, augment)
+    drawn = open_lines(config.prompts, "data.prompts") if config.prompts and split == "train" else None
+    return Pixels(source, config, augment, drawn)
 
 
 @functools.lru_cache(maxsize=4)  # so that a folder is checked only once
@@ -199,7 +213,11 @@ def open_source(config, split):
 
 def fingerprint(config, split="train") -> dict[str, str]:
     """What a split is read from, by kind, as texts that change when it does: see `Source.fingerprint`."""
-    return config.source.fingerprint(open_source(config, split))
+    found = config.source.fingerprint(open_source(config, split))
+    if config.prompts and split == "train":
+        path = open_lines(config.prompts, "data.prompts").path
+        found = found | {"drawn prompts": of_files(path.parent, [path.name])}
+    return found
 
 
 def without_captions(batch: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +290,13 @@ def examples(config, split="test", n=0, seed=0):
 
 
 def stack(items):
-    """Stack a list of dicts with the same keys into one dict of arrays; strings become a list."""
+    """Stack a list of dicts with the same keys into one dict of arrays; strings become a list.
+
+    What is one array in all items, such as the null text, is kept once: the result is a view that cannot be written.
+    """
     first = items[0]
     if isinstance(first, dict):
         return {name: stack([item[name] for item in items]) for name in first}
+    if isinstance(first, np.ndarray) and len(items) > 1 and all(x is first for x in items):
+        return np.broadcast_to(first, (len(items), *first.shape))
     return items if isinstance(first, str) else np.stack(items)

@@ -1,6 +1,11 @@
 """Assign names to splits, by folder or by hash. By hash, adding or removing names never moves another name."""
 
+import functools
 import hashlib
+
+import numpy as np
+
+from cddistill.checksums import mixed
 
 SPLITS = ("train", "validation", "test")  # 80, 10 and 10 %
 SPELLINGS = {
@@ -29,6 +34,15 @@ def members(names, split: str) -> list[str]:
 def in_order(names) -> list[str]:
     """Names in a fixed pseudo-random order."""
     return sorted(names, key=lambda name: (digest(name), name))
+
+
+@functools.lru_cache(maxsize=4)
+def of_numbers(n: int) -> dict[str, np.ndarray]:
+    """{split: those of 0 ... n - 1 that belong to it, uint32, in a fixed pseudo-random order}."""
+    digests = mixed(np.arange(n, dtype=np.uint64))
+    order = np.argsort(digests, kind="stable").astype(np.uint32)
+    number = np.minimum(digests[order] % np.uint64(10), 2)
+    return {split: order[number == k] for split, k in (("train", 2), ("validation", 1), ("test", 0))}
 
 
 # ---- rules: {split: names} of names like "train/cat/1.png" and {top folder: its split}, {} without such folders

@@ -75,7 +75,7 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     paired, sets, nfe = "cond" in batch, {}, {}
     if paired:
         sets |= {name: np.asarray(x) for name, x in task.references(batch["cond"]).items()}
-    if (reconstruction := generate.reconstruction(parts, batch)) is not None:
+    if truth is not None and (reconstruction := generate.reconstruction(parts, batch)) is not None:
         sets[RECONSTRUCTION] = reconstruction
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()

@@ -92,5 +92,5 @@ def clip_scores(before: str, folder: Path) -> Look:
 
 def fingerprint(protocol: Protocol, folder: Path) -> dict[str, str]:
     """Fingerprints of the prompts and of CLIP's folder, as far as the protocol uses them."""
-    found = {PROMPTS: of_path(str(folder / PROMPTS))} if protocol.given == "prompts" else {}
+    found = {PROMPTS: of_path(str(folder / PROMPTS))} if protocol.given not in ("labels", "pairs") else {}
     return found | ({CLIP: of_path(str(folder / CLIP))} if protocol.clip is not None else {})

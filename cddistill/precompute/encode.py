@@ -1,33 +1,36 @@
 """Encode the images and captions of a data set as latents and text embeddings, for `data.source=arrays`.
 
-Each host writes its share of the rows to its own files and records its progress, so that a stopped command can resume.
+Each host writes its share of the shards, in the format of data/shards.py, so that a stopped command can resume.
 """
 
 import functools
 import itertools
 import json
-import os
 import pathlib
-from collections.abc import Callable, Sequence
-from io import BytesIO
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 from rich.progress import Progress
 
-from cddistill import checksums, data, encoders, io, pipeline, sharding
+import cddistill
+from cddistill import data, encoders, io, pipeline, sharding
 from cddistill.config import Experiment
-from cddistill.data import digests
-from cddistill.data.contracts import NULL_FILES
+from cddistill.data import digests, shards
+from cddistill.data.encoded import EncodedItems
 from cddistill.data.loader import stack
 from cddistill.data.splits import SPLITS
 from cddistill.method import per_sample
 from cddistill.models.fingerprint import of_network
 from cddistill.pipeline import Pipeline
+from cddistill.precompute import writing
+from cddistill.precompute.writing import stored
 
-MANIFEST = "manifest.json"
-ITEM = ("x0", "cond", "caption", "label")  # what is encoded or stored of an item
+ITEM = ("x0", "cond", "caption", "label", "imageless")  # what is encoded or stored of an item
+UNUSED = {f"data.{name}" for name in ("pairs", "skip_bad", "window", "threads")}  # options that change no row
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -35,9 +38,10 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
 
     Images are encoded by the VAE of config.teacher and captions by its text encoders, if it has them; for methods that
     train the text encoder, captions become token ids. The first pass over the training split is not augmented, the
-    others of config.encode_epochs are. Rows already written by the same command are kept. Raises ValueError if the data
-    is precomputed, the teacher has neither a VAE nor a text encoder, `output` was written by another command or from
-    other files or weights, or a row is not finite in config.encode_dtype.
+    others of config.encode_epochs are. Shards of config.encode_shard rows are written by host k modulo the number of
+    hosts; those already written by the same command are kept. Raises ValueError if the data is precomputed, the teacher
+    has neither a VAE nor a text encoder, `output` was written by another command or from other files or weights, or a
+    row is not finite in config.encode_dtype.
     """
     run = experiment.run
     if experiment.data.source.precomputed:
@@ -54,52 +58,46 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     for split in SPLITS:  # all are checked before the first is encoded
         plain, augmented = (data.load(experiment.data, split, augment) for augment in (False, True))
         rows = len(plain) * (run.encode_epochs if split == "train" else 1)
-        command = Command(made, data.fingerprint(experiment.data, split), weights)
-        part, numbers = share(output / split, rows)
-        command.known(part, len(numbers))
-        work[part] = command, numbers, functools.partial(item_of, plain, augmented, run.seed)
-    program, dtype = arrays_of(encode_rows, encoders.networks(teacher)), np.dtype(run.encode_dtype)
-    for part, (command, numbers, item) in work.items():
-        write_part(part, command, map(item, numbers), numbers, run.batch_size, program, dtype)
-        write_null(part, encode_rows.null, dtype)
+        source = data.fingerprint(experiment.data, split)
+        manifest = {"format": shards.FORMAT, "rows": rows, "shard": run.encode_shard} | made
+        places = UNUSED | {"teacher", "lora"} | ({"data.path", "data.prompts"} if source else set())
+        there = known(output / split, manifest | {"fingerprints": source | weights}, places)
+        work[output / split] = there, functools.partial(item_of, plain, augmented, run.seed)
+    size = -(-min(run.batch_size, run.encode_shard) // jax.device_count()) * jax.local_device_count()
+    program = program_of(encode_rows, encoders.networks(teacher), size)
+    how = How(program, size, experiment.data.threads, np.dtype(run.encode_dtype), null_of(encode_rows, experiment))
+    for folder, (manifest, item) in work.items():
+        write_split(folder, manifest, item, how)
 
 
-class Command(NamedTuple):
-    """What encoded rows depend on, as the manifest keeps it."""
+def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
+    """The manifest in a folder, or this new one.
 
-    made: dict  # the part of the config
-    source: dict[str, str]  # fingerprints of the data's files, which may change where their paths do not
-    weights: dict[str, str]  # and of the networks
-
-    def known(self, folder: pathlib.Path, total: int) -> dict:
-        """The manifest in a folder for so many rows, or a new one.
-
-        Raises ValueError, saying what differs, if it is of another command or of other files or weights. Files and
-        weights that were moved are the same.
-        """
-        fingerprints = self.source | self.weights
-        if not (folder / MANIFEST).is_file():
-            return {"made": self.made, "fingerprints": fingerprints, "rows": 0, "total": total}
-        kinds = {"rows": int, "total": int, "made": dict, "fingerprints": dict | None}
-        known = io.read_json(folder / MANIFEST, "encode again, to another --output", **kinds)
-        if "fingerprints" not in known:
-            raise ValueError(
-                f"{folder} is from a version of cddistill that kept no fingerprints of pictures and weights, so it may "
-                "serve for training but not be continued: encode again, to another --output"
-            )
-        if differing := digests.changes(known["fingerprints"], fingerprints):
-            raise ValueError(
-                f"{folder} was encoded from something else ({'; '.join(differing)}): undo that, or encode again to "
-                "another --output"
-            )
-        places = {"teacher", "lora", "data.pairs", "data.skip_bad"} | ({"data.path"} if self.source else set())
-        both = (io.flatten(json.loads(json.dumps(made))) for made in (known["made"], self.made))
-        old, new = ({k: x for k, x in made.items() if k not in places} for made in both)
-        if differing := digests.changes(old | {"rows": known["total"]}, new | {"rows": total}):
-            raise ValueError(
-                f"{folder} was made by another command ({'; '.join(differing)}): undo that, or choose another --output"
-            )
-        return known
+    Raises ValueError, saying what differs, if it is of another command or of other files or weights; `places` are the
+    keys that may differ.
+    """
+    manifest = json.loads(json.dumps(manifest | {"made_by": f"cddistill {cddistill.__version__}"}))
+    if folder.is_dir() and any(re.fullmatch(r"\d+-of-\d+", path.name) for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} is from a version of cddistill that wrote .npy files, so it may serve for training but not be "
+            "continued: encode again, to another --output"
+        )
+    if not (folder / shards.MANIFEST).is_file():
+        return manifest
+    there = shards.read_manifest(folder, EncodedItems.kind)
+    if differing := digests.changes(there["fingerprints"], manifest["fingerprints"]):
+        raise ValueError(
+            f"{folder} was encoded from something else ({'; '.join(differing)}): undo that, or encode again to "
+            "another --output"
+        )
+    places = places | {"made_by", "fingerprints", "row", "imageless"}
+    both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in (there, manifest))
+    old, new = ({name: x for name, x in flat.items() if name not in places} for flat in both)
+    if differing := digests.changes(old, new):
+        raise ValueError(
+            f"{folder} was made by another command ({'; '.join(differing)}): undo that, or choose another --output"
+        )
+    return there
 
 
 def weights_of(teacher: Pipeline) -> dict[str, str]:
@@ -120,125 +118,115 @@ def item_of(plain, augmented, seed: int, i: int):
     return dataset.item(i % len(plain), np.random.default_rng([seed, i]))
 
 
-def share(folder: pathlib.Path, rows: int) -> tuple[pathlib.Path, range]:
-    """This host's own sub-folder of `folder`, and the rows that it writes there."""
-    hosts, host = jax.process_count(), jax.process_index()
-    return folder / f"{host:05}-of-{hosts:05}", range(rows * host // hosts, rows * (host + 1) // hosts)
+# ---- encoding
 
 
-def write_null(folder: pathlib.Path, null: dict, dtype) -> None:
-    """Write the text of the empty prompt, one row, and record the checksums of all small files in the manifest."""
-    for name, x in text_arrays(null).items():
-        if name in NULL_FILES:
-            file = BytesIO()
-            np.save(file, stored(name, np.asarray(x), dtype, ["the empty prompt"])[0])
-            io.write_atomic(folder / NULL_FILES[name], file.getvalue())
-    small = [path for name in ("captions.json", *NULL_FILES.values()) if (path := folder / name).is_file()]
-    found = {path.name: checksums.crc32_file(path) for path in small}
-    io.write_json(folder / MANIFEST, io.read_json(folder / MANIFEST, "encode again") | {"crc32": found})
+class Part(NamedTuple):
+    """Rows of one shard that are encoded together."""
+
+    numbers: range
+    items: list[dict[str, Any]]
+    arrays: dict[str, Any]  # by name, [n, ...], perhaps still being computed; n may be more than the rows
 
 
-def write_part(folder: pathlib.Path, command: Command, items, numbers: range, batch_size: int, encode, dtype) -> None:
-    """Write one host's rows, `items` with these numbers, and record progress in the manifest.
+class How(NamedTuple):
+    """How rows are made and stored."""
 
-    encode maps batch_size items and their numbers to {file name: array}; floats are stored in dtype. The last batch
-    repeats its last item, so that one program serves all batches. Rows already written by the same command are kept.
+    program: Callable  # (items, numbers) -> arrays by name, on the devices
+    size: int  # rows at a time
+    threads: int  # that read and decode images
+    dtype: np.dtype
+    null: dict[str, np.ndarray]  # the text of the empty prompt
+
+
+def program_of(encode: encoders.Encoders, nets, size: int) -> Callable:
+    """f(up to `size` items of a data set, their numbers) -> {name: float32 or integers [size, ...]}, on the devices.
+
+    Rows are split over this host's devices. It does not wait for these.
     """
-    total = len(numbers)
-    known = command.known(folder, total)
-    folder.mkdir(parents=True, exist_ok=True)
-    files, captions = {}, []
-    with Progress(disable=not sharding.is_host0()) as progress:
-        task = progress.add_task(f"encoding {folder.parent.name}", total=total)
-        for start in range(0, total, batch_size):
-            rows = list(itertools.islice(items, batch_size))
-            captions += [row["caption"] for row in rows]
-            stop = start + len(rows)
-            progress.update(task, completed=stop)
-            if stop <= known["rows"]:
-                continue
-            captioned = zip(numbers[start:stop], (row["caption"] for row in rows), strict=True)
-            labels = [f"row {i} of {folder.parent.name} ({text or 'no caption':.60})" for i, text in captioned]
-            padded = rows + rows[-1:] * (batch_size - len(rows))
-            for name, x in encode(padded, np.arange(start, start + batch_size) + numbers.start).items():
-                x = stored(name, x[: len(rows)], dtype, labels)
-                if name not in files:
-                    files[name] = open_rows(folder / f"{name}.npy", (total, *x.shape[1:]), x.dtype, start)
-                for file, values in zip(files[name], (x, checksums.crc32_rows(x)), strict=True):
-                    file[start:stop] = values
-                    file.flush()
-            if stop == total:
-                io.write_atomic(folder / "captions.json", json.dumps(captions))
-            io.write_json(folder / MANIFEST, known | {"rows": stop})
+    mesh, key = sharding.make_mesh(devices=jax.local_devices()), jax.random.key(encode.seed)
+    layout = sharding.by_row(mesh)
+    nets = jax.device_put(nets, sharding.replicated(mesh))
 
+    def rows(nets, batch, numbers):
+        made = encode(nets, batch, per_sample(key, numbers) if encode.sampled else None)
+        return {name: x for name, x in made.items() if name != "null"}  # stored once
 
-def open_rows(path: pathlib.Path, shape, dtype, done: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, their checksums) as memory-mapped files; an older version has written no checksums of the first `done`."""
-    sums, rows = digests.rows_file(path), rows_file(path, shape, dtype)
-    known = sums.is_file()
-    found = rows_file(sums, shape[:1], np.dtype(np.uint32))
-    if not known:
-        found[:done] = checksums.crc32_rows(rows[:done])
-    return rows, found
-
-
-def rows_file(path: pathlib.Path, shape, dtype):
-    """A memory-mapped .npy file, opened if it exists, else created. Raises OSError if the disk is too full.
-
-    A file of this name has all of its blocks: a full disk would kill the process that has it mapped.
-    """
-    if not path.is_file():
-        draft = path.with_name(f".{path.name}.tmp")  # one process writes this folder; the next writes over what is left
-        try:
-            with io.naming(path):
-                np.lib.format.open_memmap(draft, "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    with draft.open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-                os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, "r+")
-
-
-def arrays_of(encode: encoders.Encoders, nets) -> Callable:
-    """f(items of a data set, their numbers) -> {file name: float32 or integers [b, ...]}."""
-    key, program = jax.random.key(encode.seed), jax.jit(encode)
+    program = jax.jit(sharding.inside(mesh, rows), out_shardings=layout)
 
     def arrays(items, numbers):
-        batch = encode.tokenized(stack([{name: x[name] for name in ITEM if name in x} for x in items]))
-        keys = per_sample(key, np.asarray(numbers, np.int32)) if encode.sampled else None
-        made = jax.device_get(program(nets, encoders.inputs(batch), keys))
-        text = text_arrays(made.pop("text", {"class_labels": batch["label"]}))
-        cond = {name: batch[name] for name in ("cond",) if name in batch}
-        return {name: x for name, x in made.items() if name != "null"} | cond | text
+        padded = items + items[-1:] * (size - len(items))
+        batch = encode.tokenized(stack([{name: x[name] for name in ITEM if name in x} for x in padded]))
+        numbers = np.arange(numbers.start, numbers.start + size, dtype=np.int32)
+        made = program(nets, *jax.device_put((encoders.inputs(batch), numbers), layout))
+        cond = {name: batch[name] for name in ("cond", "imageless") if name in batch}
+        text = shards.flatten_text(made.pop("text", {"class_labels": batch["label"]}))
+        return made | cond | text
 
     return arrays
 
 
-def stored(name: str, x: np.ndarray, dtype, labels: Sequence[str]) -> np.ndarray:
-    """Rows x of an array as they are stored: floats in dtype, but sizes in pixels (time_ids) in float32.
-
-    Raises ValueError with the label of the first row that is not finite then.
-    """
-    if np.issubdtype(x.dtype, np.integer):
-        return x
-    with np.errstate(over="ignore"):
-        kept = np.asarray(x, np.float32 if name.endswith("time_ids") else dtype)
-    bad = np.flatnonzero(~np.isfinite(kept.reshape(len(kept), -1)).all(1))
-    if len(bad):
-        where = f"{name} of {labels[bad[0]]}"
-        if not np.isfinite(x[bad[0]]).all():
-            raise ValueError(f"{where} is not finite (NaN or infinity): check the weights, or set config.dtype=float32")
-        raise ValueError(
-            f"{where} has numbers up to {np.abs(x[bad[0]]).max():.3g}, too large for {kept.dtype}: set "
-            "--config.encode_dtype=float32"
-        )
-    return kept
+def null_of(encode: encoders.Encoders, experiment: Experiment) -> dict[str, np.ndarray]:
+    """The text of the empty prompt or the null label, as it is stored, by name and without an axis of rows."""
+    null = encode.null or {"class_labels": np.array([experiment.data.num_classes], np.int32)}
+    dtype, flat = np.dtype(experiment.run.encode_dtype), shards.flatten_text(dict(null))
+    rows = {name: stored(name, np.asarray(x)[:1], dtype, ["the empty prompt"]) for name, x in flat.items()}
+    return {name: x.reshape(x.shape[1:]) for name, x in rows.items()}
 
 
-def text_arrays(text: dict) -> dict:
-    """A UNet's text inputs by file name: text, text_embeds, time_ids; unchanged without encoder_hidden_states."""
-    if "encoder_hidden_states" not in text:
-        return text
-    return {"text": text["encoder_hidden_states"], **text.get("added_cond_kwargs", {})}
+def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) -> None:
+    """Write this host's missing shards of a split, whose row i is item(i)."""
+    mine = filter(writing.is_mine, range(shards.num_shards(manifest)))
+    missing = writing.missing(folder, EncodedItems.kind, manifest, mine)
+    if (folder / shards.MANIFEST).is_file():
+        writing.prepare(folder, manifest, how.null)
+    if not missing:
+        return
+    total, size = sum(len(shards.shard_rows(manifest, k)) for k in missing), manifest["shard"]
+    with Progress(disable=not sharding.is_host0()) as progress:
+        task = progress.add_task(f"encoding {folder.name}", total=total)
+        parts = one_behind(encoded(manifest, missing, item, how))
+        for k, group in itertools.groupby(parts, lambda part: part.numbers.start // size):
+            rows = [on_host(part, folder.name, how.dtype) for part in group]
+            arrays = {name: np.concatenate([x[name] for x in rows]) for name in rows[0] if name != "caption"}
+            none = {"imageless": [*arrays.pop("x0").shape[1:]]} if "imageless" in arrays else {}
+            arrays = {name: x for name, x in arrays.items() if name != "imageless"}
+            if "row" not in manifest:  # a new folder
+                shapes = {name: [str(x.dtype), [*x.shape[1:]]] for name, x in sorted(arrays.items())}
+                manifest = manifest | {"row": shapes} | none
+                writing.prepare(folder, manifest, how.null)
+            captions = [text for x in rows for text in x["caption"]]
+            arrays["caption"] = shards.caption_rows(captions)
+            writing.save(shards.shard_file(folder, k), arrays, shards.describe(manifest, k))
+            progress.advance(task, len(captions))
+
+
+def encoded(manifest: dict, missing: list[int], item: Callable, how: How) -> Iterator[Part]:
+    """The rows of some shards, part by part. Threads decode the next ones while the devices encode these."""
+    size = manifest["shard"]
+    number = lambda i: missing[i // size] * size + i % size  # only the last shard has fewer rows
+    total = sum(len(shards.shard_rows(manifest, k)) for k in missing)
+    options = grain.ReadOptions(num_threads=how.threads, prefetch_buffer_size=2 * how.size)
+    items = iter(grain.MapDataset.range(total).map(lambda i: item(number(int(i)))).to_iter_dataset(options))
+    for k in missing:
+        rows = shards.shard_rows(manifest, k)
+        for start in range(rows.start, rows.stop, how.size):
+            numbers = range(start, min(start + how.size, rows.stop))
+            part = [next(items) for _ in numbers]
+            yield Part(numbers, part, how.program(part, numbers))
+
+
+def one_behind(stream: Iterator) -> Iterator:
+    """The same elements, each after the next has been made: the devices work on one while the other is stored."""
+    return (last for last, _ in itertools.pairwise(itertools.chain(stream, [None])))
+
+
+def on_host(part: Part, split: str, dtype: np.dtype) -> dict[str, Any]:
+    """The rows of a part as they are stored, by name, and caption, a list of str."""
+    captions = [item["caption"] for item in part.items]
+    labels = [
+        f"row {i} of {split} ({text or 'no caption':.60})" for i, text in zip(part.numbers, captions, strict=True)
+    ]
+    arrays = jax.device_get(part.arrays)
+    kept = {name: stored(name, np.asarray(x)[: len(labels)], dtype, labels) for name, x in arrays.items()}
+    return kept | {"caption": captions}

@@ -1,4 +1,4 @@
-"""Precompute pairs of noise and the teacher's ODE sample, in the format of data/ode_pairs.py, for `data.pairs`.
+"""Precompute pairs of noise and the teacher's ODE sample, in the format of data/shards.py, for `data.pairs`.
 
 The regression losses of DMD, of DMD2's warm-up and of Diffusion2GAN train on such pairs.
 """
@@ -7,26 +7,28 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jax.experimental import multihost_utils
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cddistill
 from cddistill import data, encoders, generate, io, pipeline, sharding
 from cddistill.checks import check_heun, check_shapes, check_table, describe_schedule
-from cddistill.checksums import crc32
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
 from cddistill.data.loader import stack
+from cddistill.data.shards import FORMAT, MANIFEST, flatten_text, num_shards, shard_file, shard_rows, unflatten_text
 from cddistill.models import adapter
 from cddistill.models.fingerprint import of_network
-from cddistill.precompute.encode import stored, weights_of
+from cddistill.precompute import writing
+from cddistill.precompute.encode import weights_of
+from cddistill.precompute.writing import stored
+
+UNUSED = ("pairs", "skip_bad", "window", "threads")  # config.data.<name>: rows do not depend on these
 
 
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -60,15 +62,14 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     manifest = prepare_folder(output, manifest, first["null"])
     size = -(-min(run.pairs_batch, run.pairs_shard) // jax.device_count()) * jax.local_device_count()
     generate_x0 = sampler(run, teacher.denoiser, size, controlnet)
-    shards = range(ode_pairs.num_shards(manifest))
-    missing = [k for k in shards if not is_complete(output, manifest, k)]
+    missing = writing.missing(output, ode_pairs.KIND, manifest, range(num_shards(manifest)))
     if not missing and sharding.is_host0():
         error, n = check_regenerated(ode_pairs.OdePairs(output), generate_x0)
         print(f"all {run.num_pairs} rows exist; {n} of them generated again differ by at most {error:.1e}", flush=True)
-    host_shards = [k for k in missing if k % jax.process_count() == jax.process_index()]
+    host_shards = [k for k in missing if writing.is_mine(k)]
     columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not (host_shards and sharding.is_host0())) as progress:
-        task = progress.add_task("", total=sum(len(ode_pairs.shard_rows(manifest, k)) for k in host_shards))
+        task = progress.add_task("", total=sum(len(shard_rows(manifest, k)) for k in host_shards))
         for k in host_shards:
             rows = functools.partial(row, dataset, run.seed, kind=kind)
             make_shard(output, manifest, k, rows, generate_x0, size, functools.partial(progress.advance, task))
@@ -81,7 +82,7 @@ def manifest_of(run, data_config: dict, weights: str, shape, fingerprints: Mappi
     weights is the fingerprint of the network, and fingerprints are those of the schedule and of the data's files.
     """
     manifest = {
-        "format": ode_pairs.FORMAT,
+        "format": FORMAT,
         "made_by": f"cddistill {cddistill.__version__}, numpy {np.__version__}",
         "teacher": run.teacher,
         "weights": weights,
@@ -95,7 +96,7 @@ def manifest_of(run, data_config: dict, weights: str, shape, fingerprints: Mappi
         "rows": run.num_pairs,
         "shard": run.pairs_shard,
         "x0": [*shape],
-        "data": {name: x for name, x in data_config.items() if name not in ("pairs", "skip_bad")},
+        "data": {name: x for name, x in data_config.items() if name not in UNUSED},
         "fingerprints": dict(fingerprints),
     }
     return json.loads(json.dumps(manifest))
@@ -106,30 +107,21 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
 
     Raises ValueError if that is of another command or from other data, and for one without fingerprints.
     """
-    path = folder / ode_pairs.MANIFEST
-    if path.is_file():
+    if (folder / MANIFEST).is_file():
         there = ode_pairs.read_manifest(folder)
         if "fingerprints" not in there:
             raise ValueError(
                 f"{folder} is from a version of cddistill that kept no fingerprints of the data, so it may serve for "
                 "training but not be continued: make pairs again, with another --output"
             )
-        moved = {"made_by", "teacher", "lora", "data.path"} if len(manifest["fingerprints"]) > 1 else {"made_by"}
+        moved = {"made_by", *(f"data.{name}" for name in UNUSED)}  # an older version wrote all of these
+        moved |= {"teacher", "lora", "data.path", "data.prompts"} if len(manifest["fingerprints"]) > 1 else set()
         old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in (there, manifest))
         if changes := digests.changes(old, new):
             said = "; ".join(changes)
             raise ValueError(f"{folder} was made by another command ({said}): undo it or choose another --output")
         manifest = there
-    else:
-        io.write_json(path, manifest)
-    sizes = "added_cond_kwargs.time_ids"  # each row uses its own sizes with the null text
-    null = {name: x[None] for name, x in ode_pairs.flatten_text(null).items() if name != sizes}
-    if not (folder / ode_pairs.NULL).is_file():
-        save(folder / ode_pairs.NULL, null, {})
-    for draft in folder.glob(".*.safetensors.*.tmp"):
-        number = re.match(r"\.(\d+)\.", draft.name)
-        if number and int(number[1]) % jax.process_count() == jax.process_index():
-            draft.unlink()
+    writing.prepare(folder, manifest, flatten_text(null))
     return manifest
 
 
@@ -141,9 +133,9 @@ def row(dataset, seed: int, i: int, kind: str = "none") -> dict:
     item = dataset.item(i % len(dataset), np.random.default_rng([seed, i]))
 
     def rounded(text):
-        flat = ode_pairs.flatten_text(text)
+        flat = flatten_text(text)
         half = {name: stored(name, np.asarray(x)[None], np.float16, [f"row {i}"])[0] for name, x in flat.items()}
-        return ode_pairs.unflatten_text(half)
+        return unflatten_text(half)
 
     given = {name: rounded(item[name]) for name in ("text", "null")}
     given |= {} if kind == "none" else {"cond": np.float16(adapter.condition(kind, item))}
@@ -179,31 +171,16 @@ def sampler(run, denoiser, size: int, controlnet=None):
     return generate_x0
 
 
-def is_complete(folder: pathlib.Path, manifest: dict, k: int) -> bool:
-    """Whether shard k exists with the right length and rows. Checksums are verified when it is read."""
-    try:
-        return bool(ode_pairs.read_shard(folder, manifest, k))
-    except ValueError:
-        return False
-
-
 def make_shard(folder: pathlib.Path, manifest: dict, k: int, row, generate_x0, size: int, advance) -> None:
     """Generate and write shard k. It depends only on the manifest and k."""
-    numbers, batches = ode_pairs.shard_rows(manifest, k), []
+    numbers, batches = shard_rows(manifest, k), []
     for start in range(numbers.start, numbers.stop, size):
         rows = [row(i) for i in range(start, min(start + size, numbers.stop))]
         cond = {name: np.stack([r[name] for r in rows]) for name in ("cond",) if name in rows[0]}
-        batches.append(ode_pairs.flatten_text(stack([r["text"] for r in rows])) | cond | {"x0": generate_x0(rows)})
+        batches.append(flatten_text(stack([r["text"] for r in rows])) | cond | {"x0": generate_x0(rows)})
         advance(len(rows))
     arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    save(ode_pairs.shard_file(folder, k), arrays, ode_pairs.describe(manifest, k))
-
-
-def save(file: pathlib.Path, arrays: dict, header: dict) -> None:
-    """Write a safetensors file atomically, with the checksum of each array. Its bytes are reproducible."""
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    header = header | {"crc32": {name: crc32(x) for name, x in arrays.items()}}
-    io.write_atomic(file, safetensors.numpy.save(arrays, {"pairs": json.dumps(header, sort_keys=True)}))
+    writing.save(shard_file(folder, k), arrays, ode_pairs.describe(manifest, k))
 
 
 def check_regenerated(pairs: ode_pairs.OdePairs, generate_x0, count: int = 4) -> tuple[float, int]:

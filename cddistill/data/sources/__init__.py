@@ -8,6 +8,7 @@ from cddistill.data.sources.icon_edits import IconEdits
 from cddistill.data.sources.icons import Icons
 from cddistill.data.sources.mixture import Mixture
 from cddistill.data.sources.parquet import ParquetFiles
+from cddistill.data.sources.prompts import PromptFile
 from cddistill.data.sources.scenes import Scenes
 from cddistill.data.sources.tfds import TensorflowDatasets
 from cddistill.data.sources.webdataset import WebDataset
@@ -24,4 +25,5 @@ SOURCES = {
     "array_record": ArrayRecords,
     "tfds": TensorflowDatasets,
     "arrays": Arrays,
+    "prompts": PromptFile,
 }

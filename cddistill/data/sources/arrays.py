@@ -1,4 +1,4 @@
-"""Precomputed arrays, such as latents and text embeddings, memory-mapped from disk."""
+"""Precomputed arrays, such as latents and text embeddings: shards of --mode=encode, or .npy files of any origin."""
 
 import dataclasses
 import itertools
@@ -14,6 +14,7 @@ from cddistill.checksums import crc32_file, crc32_rows
 from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values, rows_file
+from cddistill.data.encoded import EncodedItems, is_encoded
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 from cddistill.typed import Count, Limit
@@ -84,9 +85,14 @@ class Arrays(Source):
     precomputed = True
 
     def open(self, config, split):
-        return ArrayItems(config, split, self.x0_shape)
+        root = data_path(config.path, "a folder of arrays, such as --mode=encode writes")
+        if is_encoded(root / split):
+            return EncodedItems(root / split, config)
+        return ArrayItems(root, config, split, self.x0_shape)
 
     def fingerprint(self, opened):
+        if isinstance(opened, EncodedItems):
+            return {"arrays": of_files(opened.folder, opened.names())}
         paths = (part / f"{name}.npy" for part in opened.parts for name in opened.arrays)
         names = (path.relative_to(opened.root).as_posix() for path in paths)
         return {"arrays": of_files(opened.root, names), "captions": of_values(opened.captions)}
@@ -101,13 +107,12 @@ class ArrayItems:
     for methods that train the text encoder; for SDXL also text_embeds.npy [n,e], null_text_embeds.npy [e] and
     time_ids.npy [n,6]. With data.x0_shape, x0.npy is not needed: for methods that train on text only. Rows are not
     augmented: latents cannot be mirrored. The files may be split into folders 00000-of-00002 and so on, as
-    --mode=encode writes them.
+    --mode=encode wrote them before it wrote shards.
 
     Shapes, types and labels are checked in whole; that values are finite and in range, in ROWS_CHECKED rows a split.
     """
 
-    def __init__(self, config, split, x0_shape=()):
-        root = data_path(config.path, "a folder of .npy files, such as --mode=encode writes")
+    def __init__(self, root, config, split, x0_shape=()):
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
         self.parts = complete_parts(self.root)
