@@ -167,19 +167,6 @@ class Place:
             self.handle = None
 
 
-class Shared(Place):
-    """A folder of checkpoints on gs:// that several hosts write together: orbax does, by tensorstore's driver.
-
-    A checkpoint is complete if it has the file COMMITTED, which orbax writes last.
-    """
-
-    def __init__(self, folder: PurePath):
-        self.folder, self.handle, self.path = folder, None, str(folder)
-
-    def check(self) -> None:
-        """A folder on an object store cannot be missed: it is a part of names."""
-
-
 class Bucket(Place):
     """A folder of checkpoints on any object store, of one process: orbax works in a scratch folder, and whole
     checkpoints are copied.
@@ -245,14 +232,12 @@ def place(folder: PurePath) -> Place:
     """The folder as orbax can use it."""
     if not io.is_remote(folder):
         return Place(folder)
-    if jax.process_count() == 1:
-        return Bucket(folder)
-    if not str(folder).startswith("gs://"):
+    if jax.process_count() > 1:
         raise ValueError(
-            f"{folder} cannot be the workdir of a run on several hosts: set --workdir to gs://, or to a folder that "
-            "all of them mount, of a file system or, by Mountpoint, of this bucket"
+            f"{folder} cannot be the workdir of a run on several hosts: set --workdir to a folder that all of them "
+            "mount, of a file system or, by gcsfuse or Mountpoint, of this bucket"
         )
-    return Shared(folder)
+    return Bucket(folder)
 
 
 def steps(folder: PurePath) -> list[int]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Cloud TPUs: get a slice, put the program on it, run it, watch it, give it back.
 #
-#   launch/tpu.sh babysit sr us-east5-a --type=v6e-64 --spot -- --config=configs/ccd_sr.py:sd21 --workdir=gs://mine/sr
+#   launch/tpu.sh babysit sr us-east5-a --type=v6e-64 --spot -- --config=configs/ccd_sr.py:sd21 --workdir=/mnt/mine/sr
 #
 # launch/tpu.sh ACTION NAME ZONE [OPTIONS] [-- the program's options]
 #   create   request the slice, wait until it is there; again if that fails. With --startup its machines install and run

@@ -2,7 +2,7 @@
 # TPUs of a GKE cluster, by XPK: a JobSet that starts again when it was preempted.
 #
 #   launch/xpk.sh sr --cluster=mine --zone=us-east5-a --type=v6e-64 --image=gcr.io/mine/cddistill -- \
-#       --config=configs/ccd_sr.py:sd21 --workdir=gs://mine/sr
+#       --config=configs/ccd_sr.py:sd21 --workdir=/mnt/mine/sr
 #
 # launch/xpk.sh NAME OPTIONS -- the program's options
 # --cluster=C         the GKE cluster

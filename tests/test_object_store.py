@@ -359,50 +359,6 @@ def test_a_run_on_a_store_is_killed_resumed_evaluated_and_exported_as_a_local_on
     assert (bucket / "export" / weights).read_bytes() == (undisturbed / "export" / weights).read_bytes()
 
 
-def hosts(teacher, workdir, steps):
-    """Two processes of one device each that train to this step together; what they said."""
-    script = f"""if True:
-        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_object_store as t
-        from cddistill import sharding
-        sharding.initialize()
-        c = t.settings({str(teacher)!r})
-        c.update(steps={steps}, report=False, fsdp=2)
-        t.train.train(c, t.io.path({str(workdir)!r}))
-        sharding.wait_for_others()
-    """
-    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
-    env |= {"CDDISTILL_PROCESSES": "2", "CDDISTILL_COORDINATOR": f"127.0.0.1:{object_stores.free_port()}"}
-    env |= {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    command = [sys.executable, "-c", script]
-    started = [
-        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
-        for i in range(2)
-    ]
-    said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    return said[0]
-
-
-@needs_servers
-@pytest.mark.slow
-def test_two_hosts_train_in_one_bucket_and_resume_there(proxies, tmp_path, teacher, one_device, monkeypatch):
-    """Their checkpoints, each host's share of the weights, are one process's to read. Tolerance: the order of sums."""
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxies["gs://"].url)
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "x")
-    run = io.path(f"gs://{object_stores.BUCKET}/two_hosts")
-    assert "step 4 of 4" in hosts(teacher, run, 4)
-    assert checkpoint.latest_step(run / "checkpoints") == 4
-    assert "step 6 of 6" in hosts(teacher, run, 6)
-    c = settings(teacher)
-    c.report = False
-    train.train(c, tmp_path / "run")
-    (state, logged), (alone, logged_alone) = trained(teacher, run), trained(teacher, tmp_path / "run")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, alone)
-    assert [line["step"] for line in logged] == [line["step"] for line in logged_alone]
-    commands.export_run(c, run, str(tmp_path / "export"))
-
-
 @needs_servers
 @pytest.mark.slow
 def test_pairs_and_their_reader_work_on_a_store(bucket, teacher):
