@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # TPUs of a GKE cluster, by XPK: a JobSet that starts again when it was preempted.
 #
-#   launch/xpk.sh sr --cluster=mine --zone=us-east5-a --type=v6e-64 --image=gcr.io/mine/cddistill -- \
+#   launch/xpk.sh sr --cluster=mine --zone=us-east5-a --type=v6e-64 --image=REGISTRY/cddistill -- \
 #       --config=configs/ccd_sr.py:sd21 --workdir=/mnt/mine/sr
 #
 # launch/xpk.sh NAME OPTIONS -- the program's options
