@@ -19,8 +19,8 @@ import yaml
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = ("tpu", "xpk", "slurm", "local", "docker")
 FAKE = r"""#!/usr/bin/env bash
-printf '%s\x1f' "${0##*/}" "$@" >> "$FAKES/calls"
-printf '\x1e' >> "$FAKES/calls"
+call=$(printf '%s\x1f' "${0##*/}" "$@")
+printf '%s\x1e' "$call" >> "$FAKES/calls" # one write: fakes may run at once
 for word in "$@"; do [[ $word != *startup-script=* ]] || cp "${word##*=}" "$FAKES/startup.sh"; done
 key=${0##*/} && [ "$key" != gcloud ] || key=$key-${4%%--*}
 [ -f "$FAKES/$key" ] || exit 0
