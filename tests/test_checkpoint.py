@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hosts import together
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -608,19 +608,6 @@ print("SAME", flush=True)
 
 @pytest.mark.slow
 def test_two_hosts_agree_on_which_checkpoint_is_damaged(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
-    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
-    args = [sys.executable, "-c", HOSTS, str(tmp_path), os.path.dirname(__file__)]
-    hosts = [
-        subprocess.Popen(args, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
-        for i in range(2)
-    ]
-    try:
-        out = [host.communicate(timeout=300)[0] for host in hosts]
-    finally:
-        [host.kill() for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], out
+    args = ("-c", HOSTS, tmp_path, os.path.dirname(__file__))
+    out = together(*args, hosts=2, devices=4, timeout=300)
     assert all("SAME" in said and "continuing from" in said for said in out), out

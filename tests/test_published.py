@@ -3,17 +3,14 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hosts import together
 from PIL import Image
 
 from cddistill import build, commands, config, generate
@@ -207,23 +204,7 @@ def test_labels_follow_in_turn(evaluate, protocol, tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(whole, data, teacher, tmp_path):
     """Each samples and measures its half of every batch, and reads its half of the files."""
-    here = pathlib.Path(__file__).parent
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-    command = [sys.executable, str(here / "two_hosts_protocol.py"), *map(str, (tmp_path, data, teacher))]
-    hosts = [
-        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
-        for i in range(2)
-    ]
-    try:
-        out = [host.communicate()[0] for host in hosts]
-    finally:
-        [host.kill() for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], out
+    together(pathlib.Path(__file__).with_name("two_hosts_protocol.py"), tmp_path, data, teacher, hosts=2, devices=2)
     for column, (value, _) in metrics(whole).items():
         np.testing.assert_allclose(metrics(tmp_path)[column][0], value, rtol=1e-5)
 

@@ -2,11 +2,7 @@
 rows. Real processes, so all of it is slow; tests of what each part does are in the parts' own files."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,6 +11,7 @@ import safetensors.numpy
 import test_encode
 import test_indexed
 import test_object_store
+from hosts import together
 from PIL import Image
 from several_hosts import BATCH, ROWS, STEPS, settings
 
@@ -35,25 +32,10 @@ def places(teacher, tmp_path_factory):
     return teacher, test_encode.make_teacher(folder / "vae"), test_indexed.write(folder / "shards")
 
 
-def together(hosts, devices, folder, places, modes):
+def run(hosts, devices, folder, places, modes):
     """Run modes in processes that share some devices."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "HOME": str(places[1])}
-    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // hosts}")}
-    if hosts > 1:
-        env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
-    command = [sys.executable, str(HERE / "several_hosts.py"), *map(str, (folder, *places)), *modes]
-    started = [
-        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
-        for i in range(hosts)
-    ]
-    try:
-        out = [host.communicate(timeout=400)[0] for host in started]
-    finally:
-        [host.kill() for host in started]
-    assert [host.returncode for host in started] == [0] * hosts, "\n".join(x[-3000:] for x in out)
+    args = (HERE / "several_hosts.py", folder, *places, *modes)
+    together(*args, hosts=hosts, devices=devices, timeout=400, HOME=str(places[1]))
     return folder
 
 
@@ -61,7 +43,7 @@ def together(hosts, devices, folder, places, modes):
 def runs(request, places, tmp_path_factory):
     """(number of hosts, the folder of one process, that of as many hosts as it has devices)."""
     n = request.param
-    return n, *(together(hosts, n, tmp_path_factory.mktemp(f"{hosts}-of-{n}"), places, MODES[n]) for hosts in (1, n))
+    return n, *(run(hosts, n, tmp_path_factory.mktemp(f"{hosts}-of-{n}"), places, MODES[n]) for hosts in (1, n))
 
 
 def decoded(folder, n, mode):
@@ -178,7 +160,7 @@ def test_two_hosts_read_shards_from_a_bucket_and_write_pairs_and_encoded_rows_to
     teacher, vae, shards = places
     for path in shards.glob("*.tar"):
         io.write_atomic(bucket / "shards" / path.name, path.read_bytes())
-    together(2, 2, bucket, (teacher, vae, bucket / "shards"), ("encode", "pairs"))
+    run(2, 2, bucket, (teacher, vae, bucket / "shards"), ("encode", "pairs"))
     assert "shards/.cddistill/index.tar.json" in io.sizes(bucket)
     check_pairs(bucket, two[0])
     check_encoded(bucket, two[0])

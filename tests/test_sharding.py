@@ -1,16 +1,13 @@
 """Devices and hosts: sharding by shape, rows per host, and two real processes that agree with one."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from hosts import together
 from jax.sharding import PartitionSpec as P
 
 from cddistill import sharding
@@ -63,22 +60,7 @@ REPEATED = [pytest.param(name, marks=pytest.mark.slow) for name in ("codi", "dmd
 @pytest.mark.parametrize("name", ["diffusion", *REPEATED])
 def test_two_processes_of_four_devices_equal_one_of_eight(name):
     """The same losses and weights in real processes. Tolerance as in test_methods: the order of sums."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": "2"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    env |= {"XLA_FLAGS": env["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
-    command = [sys.executable, str(HERE / "two_hosts.py"), name]
-    hosts = [
-        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
-        for i in range(2)
-    ]
-    try:
-        out = [host.communicate()[0] for host in hosts]
-    finally:
-        [host.kill() for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], out
+    out = together(HERE / "two_hosts.py", name, hosts=2, devices=8)
     said = [line.split() for line in out[0].splitlines() if line.startswith(("LOSS", "WEIGHTS"))]
     state, logs = tiny.run(name, devices=8)
     loss = f"{[*tiny.parts(name)[1]][-1]}/loss"

@@ -1,0 +1,31 @@
+"""A Python command in several processes, as hosts that share some devices."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+
+
+def together(*args, hosts, devices, timeout=None, **env):
+    """What each of `hosts` processes of `python ARGS...` printed; each has its share of the devices, all end with 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | env
+    env |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // hosts}")}
+    if hosts > 1:
+        env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
+    command = [sys.executable, *map(str, args)]
+    started = [
+        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        for i in range(hosts)
+    ]
+    try:
+        out = [host.communicate(timeout=timeout)[0] for host in started]
+    finally:
+        [host.kill() for host in started]
+    assert [host.returncode for host in started] == [0] * hosts, "\n".join(x[-3000:] for x in out)
+    return out
