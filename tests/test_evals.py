@@ -251,6 +251,7 @@ def test_scores_do_not_depend_on_batches(monkeypatch):
     for row, images in zip(rows, (near, far), strict=True):
         values = np.asarray(fidelity.psnr(images, real))
         assert row.metrics["PSNR"] == pytest.approx((values.mean(), values.std(ddof=1) / 70**0.5), rel=1e-4)
+        np.testing.assert_allclose(row.each["PSNR"], values, rtol=1e-4)
         assert row.metrics["SSIM"][0] == pytest.approx(float(fidelity.ssim(images, real).mean()), rel=1e-4)
         assert row.metrics["LPIPS-VGG"] is None
     reasons = "\n".join(rows[0].missing)

@@ -1,5 +1,6 @@
 """The report: one self-contained file, everything escaped, and sentences that follow from the numbers."""
 
+import dataclasses
 import json
 import re
 
@@ -120,6 +121,15 @@ def test_headline_compares_a_student_alone_with_what_needs_no_network():
     psnr = report.headline([row("bicubic", None), row("student", None, 4)])
     assert psnr[0] == "student: pixel accuracy (PSNR, dB) 24, against 20 for bicubic (higher is better)."
     assert report.headline(ROWS[:1]) == report.headline([]) == report.headline(ROWS[2:]) == []
+
+
+def test_what_is_better_on_every_image_is_better_however_much_images_differ():
+    """The means alone, 0.5 and 0.49 with errors of 0.01, would be too close to call."""
+    each = np.linspace(0.3, 0.7, 100)
+    ours, theirs = row("student, 4 steps", 0.49, 4), row("bicubic", 0.5)
+    paired = [dataclasses.replace(x, each={"LPIPS-VGG": v}) for x, v in ((ours, each - 0.01), (theirs, each))]
+    assert "clearly better than bicubic" in report.headline(paired)[1]
+    assert "too close to call" in report.headline([ours, theirs])[1]
 
 
 def test_reading_metrics_skips_bad_lines_and_handles_restarts(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from cddistill import health, io
 from cddistill.evals.grids import encoded
-from cddistill.evals.scores import METRICS, STUDENT, Metric, Row, arrow, cell, columns_of
+from cddistill.evals.scores import METRICS, STUDENT, Metric, Row, arrow, cell, columns_of, mean_and_error
 
 HEADLINES = {  # the headline uses the first of these metrics that was computed
     "LPIPS-VGG": "perceptual distance (LPIPS-VGG)",
@@ -105,10 +105,14 @@ def best(rows: Sequence[Row], metric: str) -> Row | None:
 
 
 def verdict(metric: str, a: Row, b: Row) -> str:
-    """Whether a and b differ by more than twice the standard error of the difference."""
-    (x, x_error), (y, y_error) = a.metrics[metric], b.metrics[metric]
-    gain = (x - y) * (1 if METRICS[metric].higher else -1)
-    if not abs(gain) > 2.0 * math.hypot(x_error, y_error):  # also if a standard error is unknown
+    """Whether a and b differ by more than twice the standard error of the difference, image by image if they can be."""
+    if metric in a.each and metric in b.each:
+        difference, error = mean_and_error(a.each[metric] - b.each[metric])
+    else:
+        (x, x_error), (y, y_error) = a.metrics[metric], b.metrics[metric]
+        difference, error = x - y, math.hypot(x_error, y_error)
+    gain = difference * (1 if METRICS[metric].higher else -1)
+    if not abs(gain) > 2.0 * error:  # also if a standard error is unknown
         return "too close to call against"
     return "clearly better than" if gain > 0 else "clearly worse than"
 

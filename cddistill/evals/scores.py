@@ -78,6 +78,7 @@ class Row:
     n: int  # images
     nfe: int | None = None  # network evaluations per image; None without a network, as for bicubic upscaling
     missing: tuple[str, ...] = ()  # metrics that were not computed, with reasons
+    each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # by image [n]
 
     @property
     def competes(self) -> bool:
@@ -114,13 +115,15 @@ def evaluate(
     of_sets += [] if paired else ["Precision-EffLite0", "Recall-EffLite0"]  # trivial for outputs near their targets
     features = functools.cache(lambda: extract(size, all_sets))
     columns = comparisons(sets, all_sets.get(None), of_sets, paired, teacher)
-    scores, missing = {name: {} for name in sets}, []
+    scores, each, missing = {name: {} for name in sets}, {name: {} for name in sets}, []
     for column, (reference, truth, compared) in columns.items():
         metric = column.removesuffix(TO_TEACHER)
         try:
             require(metric, [truth, *compared.values()])
             if metric in PAIR_METRICS:
-                values = pair_scores(PAIR_METRICS[metric](), compared, truth)
+                for (name, _), by_image in pair_values(PAIR_METRICS[metric](), compared, truth).items():
+                    each[name][column] = by_image
+                values = {name: mean_and_error(each[name][column]) for name in compared}
             else:
                 values = set_scores(metric, features(), reference, compared)
         except (NotComputed, lpips.WeightsMissing) as error:
@@ -128,7 +131,8 @@ def evaluate(
             missing.append(f"{column}: not computed ({error})")
         for name in compared:
             scores[name][column] = values[name]
-    return [Row(name, scores[name], len(x), (nfe or {}).get(name), missing=tuple(missing)) for name, x in sets.items()]
+    calls, why = nfe or {}, tuple(missing)
+    return [Row(name, scores[name], len(x), calls.get(name), why, each[name]) for name, x in sets.items()]
 
 
 def comparisons(sets, targets, of_sets, paired: bool, teacher: str) -> dict[str, tuple[str | None, Any, Mapping]]:
@@ -197,11 +201,6 @@ def require(metric, sets):
         raise NotComputed(f"needs images of at least {need.pixels} px")
     if min(map(len, sets)) < need.images:
         raise NotComputed(f"needs at least {need.images} images")
-
-
-def pair_scores(metric: PairMetric, sets, targets) -> dict[str, tuple[float, float]]:
-    """Mean and standard error of a metric of image pairs, by set."""
-    return {name: mean_and_error(each) for (name, _), each in pair_values(metric, sets, targets).items()}
 
 
 def pair_values(metric: PairMetric, sets, targets, regions: Mapping[str, Any] = WHOLE) -> dict[tuple, np.ndarray]:
