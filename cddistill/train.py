@@ -20,6 +20,7 @@ from cddistill import (
     io,
     lock,
     log,
+    memory,
     profiling,
     sharding,
     signals,
@@ -184,6 +185,7 @@ class Recorder:
         if not self.timings:
             self.timings["time to first step, s"] = seconds = time.monotonic() - self.began
             print(f"first step after {seconds:.1f} s, peak memory {peak_memory():.2f} GB", flush=True)
+            memory.trim()
         if step % self.run.log_every == 0 or step == self.run.steps:
             self.writer.write_scalars(step, self.means.take() | self.times.take(step))
 
