@@ -27,7 +27,7 @@ def settings(mode, teacher, vae, pictures):
     if mode == "pairs":
         c.update(num_pairs=ROWS, pairs_shard=4, pairs_batch=4, teacher_steps=(2,))
     elif mode == "encode":
-        c.batch_size = 4
+        c.update(batch_size=4, encode_shard=4)  # shards for every host
     else:
         c.update(checkpoint_every=2, eval_every=2, eval_images=4, sample_steps=(2,))
     return c

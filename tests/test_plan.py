@@ -179,7 +179,7 @@ def test_devices_are_found_by_what_jax_calls_them(name, kind):
         pytest.param("stable-diffusion-v1-5", "unet", 859_520_964, marks=pytest.mark.slow),
         pytest.param("stable-diffusion-2-1", "unet", 865_910_724, marks=pytest.mark.slow),
         pytest.param("stable-diffusion-xl-base-1.0", "unet", 2_567_463_684, marks=pytest.mark.slow),
-        pytest.param("edm-imagenet-64x64-cond-adm", "unet", 295_899_075, marks=pytest.mark.slow),
+        pytest.param("edm-imagenet-64x64-cond-adm", "unet", 295_899_267, marks=pytest.mark.slow),
     ],
 )
 def test_shipped_architectures_have_the_published_number_of_weights(folder, part, number):
@@ -260,7 +260,8 @@ def test_the_planned_peak_is_that_of_a_step_on_a_cpu(tmp_path):
     wide = WIDE | {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
     wide |= {"_class_name": "UNet2DConditionModel"}
     (tmp_path / "unet" / "config.json").write_text(json.dumps(wide))
-    found = subprocess.run([sys.executable, "-c", STEP, tmp_path], capture_output=True, text=True, check=True)
+    command, env = [sys.executable, "-c", STEP, tmp_path], os.environ | {"XLA_FLAGS": ""}  # one device, optimised
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     measured, planned, temporaries = map(int, found.stdout.split())
     assert temporaries > planned / 4
     np.testing.assert_allclose(planned, measured, rtol=0.1)

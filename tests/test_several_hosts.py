@@ -120,7 +120,7 @@ def test_encoded_rows_are_those_of_one_process_bit_for_bit(two):
     check_encoded(several, one)
     whole = len(sum(decoded(one, 1, "encode")[0].values(), []))
     for part in decoded(several, 2, "encode"):
-        assert len(sum(part.values(), [])) <= whole // 2 + 3  # a row more in each split
+        assert len(sum(part.values(), [])) == whole // 2
 
 
 @all_modes
