@@ -85,6 +85,9 @@ def build(experiment: Experiment, splits: Mapping[str, str] | None = None, train
     batch = encoded_shapes(encode, frozen, loaded_shapes(experiment, encode, checks.first_rows(experiment.data)))
     if requires.teacher:
         checks.check_teacher(experiment, requires, frozen, batch)
+        for shape, some in data.first_of_each(experiment.data).items() if training else ():
+            in_bucket = loaded_shapes(experiment, encode, some)
+            checks.check_bucket(shape, frozen, encoded_shapes(encode, frozen, in_bucket))
         checks.check_table(experiment, requires, teacher)
         checks.check_encoded(experiment, teacher)
         checks.check_exportable(experiment, teacher)
@@ -119,6 +122,8 @@ def networks(experiment: Experiment, teacher: Pipeline) -> tuple[dict[str, Any],
     if requires.teacher and controlnet:
         frozen["controlnet"] = teacher.controlnet(controlnet)
     encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
+    if encode is None:
+        encoders.check_takes_sizes(experiment, {})
     frozen |= encoders.networks(teacher) if encode else {"autoencoder": teacher.autoencoder}
     if requires.text_encoder:
         frozen["teacher_text_encoder"] = teacher.text_encoder

@@ -1,6 +1,7 @@
 """What a run needs of its data and its teacher, checked before the first step: each fault is a ValueError of one
 sentence."""
 
+import dataclasses
 import functools
 import logging
 import tempfile
@@ -25,7 +26,8 @@ from cddistill.pipeline import Pipeline
 @functools.cache
 def first_rows(data_config):
     """Two training rows as they are loaded, with their captions: they show the shapes of a batch."""
-    return next(data.batches(data_config, batch_size=2, seed=0, prepare=dict))
+    square = dataclasses.replace(data_config, buckets="")
+    return next(data.batches(square, batch_size=2, seed=0, prepare=dict))
 
 
 def check_exports(method) -> None:
@@ -224,6 +226,15 @@ def check_shapes(teacher, batch) -> None:
         teacher = Adapted(teacher)
         args.append(adapter.condition("concat", batch))
     jax.eval_shape(lambda n, x0, *rest: n(x0, t, *rest), teacher, *args)
+
+
+def check_bucket(shape, frozen, batch) -> None:
+    """ValueError for one of data.buckets, (height, width), that the teacher cannot take."""
+    try:
+        check_shapes(frozen["teacher"], batch)
+    except (ValueError, TypeError) as error:
+        height, width = shape
+        raise ValueError(f"the teacher cannot take {width}x{height} in data.buckets ({error}): leave it out") from error
 
 
 def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:

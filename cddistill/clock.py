@@ -160,20 +160,21 @@ class Programs:
 
     def __call__(self, state, frozen, batch, play):
         """(next state, metrics); it does not wait for them."""
-        if play in self.known:
-            program, flops = self.known[play]
+        key = play, tuple(x.shape for x in jax.tree.leaves(batch))  # each of data.buckets has its programs
+        if key in self.known:
+            program, flops = self.known[key]
             state, metrics = program(state, frozen, batch)
         elif hasattr(self.step, "lower"):
             with self.clock.spending("compile"):
                 program = self.step.lower(state, frozen, batch, play).compile()
             flops = flops_of(program, self.accumulate)
-            self.known[play] = program, flops
+            self.known[key] = program, flops
             state, metrics = program(state, frozen, batch)
         else:  # pmap compiles when it is called
             with self.clock.spending("compile"):
                 state, metrics = self.step(state, frozen, batch, play)
             flops = None
-            self.known[play] = (lambda state, frozen, batch: self.step(state, frozen, batch, play)), flops
+            self.known[key] = (lambda state, frozen, batch: self.step(state, frozen, batch, play)), flops
         self.clock.watch(metrics, flops)
         return state, metrics
 

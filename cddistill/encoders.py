@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cddistill.config import Experiment
+from cddistill.data import buckets
 from cddistill.method import per_sample
 from cddistill.models.families import Family
 from cddistill.models.prompt import Prompts, embed, with_sizes
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline
 
-INPUTS = ("x0", "cond", "tokens", "index", "imageless")  # what encoding a batch takes of it
+INPUTS = ("x0", "cond", "tokens", "index", "imageless", "time_ids")  # what encoding a batch takes of it
 CACHED = 2**16  # captions whose token ids are kept
 POSTERIOR = 2**32 - 1  # folded into the seed's key, where the number of no step is
 
@@ -60,11 +61,11 @@ class Encoders:
             made["cond_latent"] = self.condition(vae, batch["cond"])
         if self.family is None:
             return made
-        null = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(images), *x.shape[1:])), self.null)
+        null = sized(jax.tree.map(lambda x: jnp.broadcast_to(x, (len(images), *x.shape[1:])), self.null), batch)
         if self.tokens:
             return made | {"text": {"input_ids": batch["tokens"][0]}, "null": null}
         text = embed(self.family, tuple(nets[role] for role in roles(self.family)), batch["tokens"])
-        return made | {"text": with_sizes(text, target_size=images.shape[1:3]), "null": null}
+        return made | {"text": sized(text, batch), "null": null}
 
     def networks(self, frozen) -> dict[str, Any]:
         """Those of a run's frozen networks that it is called with."""
@@ -89,6 +90,13 @@ class Encoders:
             yield joined(batch, program(nets, inputs(batch), np.int32(step)))
 
 
+def sized(text, batch) -> dict[str, Any]:
+    """A text with the images' sizes, if it takes them (SDXL): each one's own if the batch has them, else the whole."""
+    if "time_ids" in batch:
+        return text | {"added_cond_kwargs": text["added_cond_kwargs"] | {"time_ids": batch["time_ids"]}}
+    return with_sizes(text, target_size=batch["x0"].shape[1:3])
+
+
 def roles(family: Family | None) -> tuple[str, ...]:
     """The names of a family's text encoders among a run's frozen networks."""
     return tuple(f"teacher_{name}" for name in family.text_encoders) if family else ()
@@ -101,7 +109,7 @@ def inputs(batch) -> dict[str, Any]:
 
 def joined(batch, made) -> dict[str, Any]:
     """The batch with what was made of it."""
-    return {name: x for name, x in batch.items() if name != "tokens"} | made
+    return {name: x for name, x in batch.items() if name not in ("tokens", "time_ids")} | made
 
 
 def needed(experiment: Experiment, teacher: Pipeline) -> bool:
@@ -126,15 +134,19 @@ def make(experiment: Experiment, teacher: Pipeline) -> Encoders:
         _ = teacher.text_encoder  # raises if there is not exactly one
     condition = None
     if vae.params is not None:
-        check_size(run.teacher, vae, config.size)
+        check_size(run.teacher, vae, config.size, "data.size")
+        for side in sorted({side for shape in buckets.parse(config.buckets) for side in shape}):
+            check_size(run.teacher, vae, side, "a side in data.buckets")
         if config.task.conditional:
             image = jax.ShapeDtypeStruct((1, config.size, config.size, 3), np.float32)
             z = jax.eval_shape(Autoencoder.encode, vae, image)
             condition = config.task.encode if teacher.takes_latent_condition(requires, z.shape[-1]) else None
     how = {"condition": condition, "tokens": requires.text_encoder, "sampled": run.encode_sample, "seed": run.seed}
     if prompts is None:
+        check_takes_sizes(experiment, {})
         return Encoders(None, None, {}, **how, accumulate=run.accumulate)
     null = prompts.null(1, target_size=(config.size,) * 2)
+    check_takes_sizes(experiment, null)
     null = {"input_ids": prompts.tokenize([""])[0]} if requires.text_encoder else jax.device_get(null)
     return Encoders(prompts.family, tokenizer_of(prompts), null, **how, accumulate=run.accumulate)
 
@@ -164,15 +176,25 @@ class Items:
         """Item i, as encoded data would give it."""
         item = self.dataset.item(i, rng)
         tokens = self.encode.tokenized({"caption": [item["caption"]]})
-        rows = {name: item[name][None] for name in ("x0", "cond") if name in item} | tokens
+        rows = {name: item[name][None] for name in ("x0", "cond", "time_ids") if name in item} | tokens
         return item | jax.tree.map(lambda x: x[0], jax.device_get(self.program(self.nets, rows)))
 
 
-def check_size(name: str, vae: Autoencoder, size: int) -> None:
-    """ValueError for images of a size that the VAE of the teacher `name` does not divide."""
+def check_takes_sizes(experiment: Experiment, null) -> None:
+    """ValueError for data.size_conditions=own and a teacher whose null text has no sizes."""
+    config = experiment.data
+    if config.size_conditions == "own" and not config.source.precomputed and "added_cond_kwargs" not in null:
+        raise ValueError(
+            f"data.size_conditions=own is for teachers that take sizes of images, such as Stable Diffusion XL, and "
+            f"{experiment.run.teacher} takes none: set it to full"
+        )
+
+
+def check_size(name: str, vae: Autoencoder, size: int, key: str) -> None:
+    """ValueError for a number of pixels, of the config key `key`, that the VAE of the teacher `name` cannot reduce."""
     factor = vae.encoder.module.factor
     if size % factor:
         raise ValueError(
-            f"data.size={size} is not divisible by {factor}, the factor by which the VAE of {name} reduces images: set "
+            f"{key}={size} is not divisible by {factor}, the factor by which the VAE of {name} reduces images: set "
             f"it to {size // factor * factor or factor} or {(size // factor + 1) * factor}"
         )

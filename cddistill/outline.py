@@ -15,7 +15,7 @@ import numpy as np
 from cddistill import build, checks, models, pipeline, sharding
 from cddistill.build import Parts
 from cddistill.config import Experiment
-from cddistill.data import loader
+from cddistill.data import crops, loader
 from cddistill.method import Requires
 from cddistill.models.prompt import embed, with_sizes
 from cddistill.pipeline import Pipeline
@@ -104,7 +104,8 @@ class Blank:
         image = np.zeros((self.size, self.size, 3), np.uint8)
         depth = np.linspace(1.0, 2.0, self.size**2, dtype=np.float32).reshape(self.size, self.size)
         images = {"image": image, "edited": image, "mask": image[..., 0], "depth": depth}
-        return images | {"label": 0, "caption": "", "instruction": ""}
+        place = crops.placed((self.size, self.size), self.size)
+        return images | {"label": 0, "caption": "", "instruction": "", "place": place}
 
 
 def rows(experiment: Experiment, teacher: Pipeline, requires: Requires):
@@ -121,7 +122,8 @@ def rows(experiment: Experiment, teacher: Pipeline, requires: Requires):
 
 def pixels(config, size: int) -> dict[str, Any]:
     """One item of images of this size, through the run's own task."""
-    return loader.Pixels(Blank(size), config, augment=True).item(0, np.random.default_rng(0))
+    pixels = loader.Pixels(Blank(size), config, augment=True, sized=config.size_conditions == "own")
+    return pixels.item(0, np.random.default_rng(0))
 
 
 def precomputed(config, teacher: Pipeline, requires: Requires) -> dict[str, Any]:

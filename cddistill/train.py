@@ -275,7 +275,12 @@ def overview(parts) -> str:
     moving = sorted({name for turn in parts.experiment.method.turns().values() for name in turn.moves})
     weights = {name: sum(x.size for x in jax.tree.leaves(parts.abstract.nets[name])) / 1e6 for name in moving}
     trained = " + ".join(f"{name} {millions:.1f} M" for name, millions in weights.items())
-    return f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    said = f"trains {trained} weights on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    numbers = data.loader.numbers_of(parts.experiment.data)
+    if not numbers:
+        return said
+    each = ", ".join(f"{width}x{height} {n}" for (height, width), n in numbers.items())
+    return f"{said}\ntraining images in {len(numbers)} buckets, for each of which a program is compiled: {each}"
 
 
 def cache_programs(folder: PurePath) -> None:

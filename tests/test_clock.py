@@ -181,6 +181,16 @@ def test_programs_are_compiled_once_and_their_flops_are_xlas(tmp_path):
     assert times.times()["steps"] == 2
 
 
+def test_each_shape_of_a_batch_has_its_program(tmp_path):
+    times = clock.Clock(tmp_path, 0, time.monotonic(), 8)
+    step = jax.jit(lambda state, frozen, batch, play: (state, {"loss": batch["x0"].sum()}), static_argnums=3)
+    programs = clock.Programs(step, times, accumulate=1)
+    for shape in ((4, 8), (4, 4), (4, 8)):
+        assert programs(0.0, 0.0, {"x0": jnp.ones(shape)}, ())[1]["loss"] == shape[0] * shape[1]
+    assert len(programs.known) == 2
+    times.close()
+
+
 def test_a_step_that_compiles_itself_as_pmaps_does_is_timed_without_flops(tmp_path):
     times, played = clock.Clock(tmp_path, 0, time.monotonic(), 8), []
 

@@ -197,7 +197,7 @@ JSONL, CSV = "train/metadata.jsonl", "train/metadata.csv"
         ({JSONL: '{"file_name": "a.png", "text": ["red", "dark"]}'}, r"text is \['red', 'dark'\]; write one text"),
         ({CSV: "file_name,text\na.png,red\na.png,blue\n"}, "line 3 of .*train/a.png has another text|caption"),
         ({"metadata.csv": "file_name,text\na.png,red"}, "none of the 1 names in .*, such as 'a.png', is an image"),
-        ({"train/metadata.parquet": b"PAR1"}, "metadata.parquet cannot be read: write it as metadata.jsonl or"),
+        ({"train/metadata.parquet": b"PAR1"}, r"metadata.parquet cannot be read \(.*\): write it again"),
         ({JSONL: '{"file_name": "a.png", "label": 1.5}'}, "a label must be a whole number or a name, not 1.5"),
         ({CSV: "file_name,label\na.png,-1\n"}, "line 2 of .* a label must not be negative"),
         ({"train/b.png": RED, CSV: "file_name,label\na.png,1\nb.png,cat\n"}, r"both numbers \(1\) and names \(cat\)"),

@@ -1,6 +1,16 @@
 """Data: sources of images or latents, tasks, splits, and batches that depend only on the seed and the position."""
 
-from cddistill.data.loader import DataConfig, batches, configure, defaults, examples, fingerprint, load, order_digest
+from cddistill.data.loader import (
+    DataConfig,
+    batches,
+    configure,
+    defaults,
+    examples,
+    fingerprint,
+    first_of_each,
+    load,
+    order_digest,
+)
 from cddistill.data.sources import SOURCES
 from cddistill.data.tasks import TASKS
 
@@ -13,6 +23,7 @@ __all__ = [
     "defaults",
     "examples",
     "fingerprint",
+    "first_of_each",
     "load",
     "order_digest",
 ]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cddistill.data.images import SUFFIXES
 from cddistill.data.listing import read_all, report_bad
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")  # the first that exists is read
 NAMES = ("file_name", "filename", "file", "image", "image_path", "filepath", "file_path", "path", "original_image",
          "original", "original_file_name", "input_image")  # fmt: skip
@@ -29,7 +29,10 @@ FURTHER = {
 FILES = {"edited", "depth"}  # of these, which are no images of the data set themselves
 MAPS = (".npy", *SUFFIXES)
 DEPTH_SUFFIX = "_depth"  # photo_depth.png or photo_depth.npy is the depth map of photo.jpg
-EXAMPLES = {".jsonl": '{"file_name": "a.jpg", "text": "a cat"}', ".csv": "a.jpg,a cat"}
+EXAMPLES = {
+    ".jsonl": '{"file_name": "a.jpg", "text": "a cat"}', ".csv": "a.jpg,a cat",
+    ".parquet": 'the columns file_name and text, "a.jpg" and "a cat"',
+}  # fmt: skip
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 """By the byte order mark that a file starts with; without one it is UTF-8."""
 
@@ -145,8 +148,6 @@ def read_sidecar(path: Path) -> str:
 def read_metadata(root: Path, images, files, skip_bad: bool) -> Captions:
     """What all metadata files below root say of these images; a file in a sub-folder overrides those above it."""
     paths = sorted((p for p in files if posixpath.basename(p) in METADATA), key=lambda p: (p.count("/"), p))
-    if not paths and (foreign := [p for p in files if posixpath.basename(p) == "metadata.parquet"]):
-        raise ValueError(f"{root / foreign[0]} cannot be read: write it as {' or '.join(METADATA)}")
     spellings = [Spellings(root, names) for names in (images, files)] if paths else None
     by_folder, records, unmatched, unused = defaultdict(dict), {}, [], set()
     for path in paths:
@@ -177,7 +178,8 @@ def read_file(path: Path, folder: str, spellings, records, unmatched, skip_bad: 
             else:
                 add(records, image, record)
         except (ValueError, TypeError, RecursionError) as error:
-            bad.append(f"line {number} of {path} is not like {EXAMPLES[path.suffix]}: {error}")
+            unit = "row" if path.suffix == ".parquet" else "line"
+            bad.append(f"{unit} {number} of {path} is not like {EXAMPLES[path.suffix]}: {error}")
             continue
         unused |= others
         useful |= has_keys
@@ -216,7 +218,28 @@ def named(header, cells) -> dict[str, str]:
     return dict(zip(header, cells, strict=True))
 
 
-READERS = {".jsonl": jsonl_lines, ".csv": csv_lines}
+def parquet_rows(path: Path):
+    """(row number from 1, function that returns {column: value}) of each row. Columns of other names are not read."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs pyarrow: pip install cddistill[data], or write it as {' or '.join(METADATA[:2])}"
+        ) from error
+    known = {*NAMES, *CAPTIONS, "label"}.union(*FURTHER.values())
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            others = dict.fromkeys(name for name in names if name.strip().lower() not in known)
+            table = file.read([name for name in names if name not in others])
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): write it again") from error
+    for number, row in enumerate(rows, 1):
+        yield number, functools.partial(dict, others | row)
+
+
+READERS = {".jsonl": jsonl_lines, ".csv": csv_lines, ".parquet": parquet_rows}
 
 
 def entry(row) -> tuple[str, dict[str, Any], bool, set[str]]:

@@ -15,7 +15,8 @@ from cddistill.data.resample import to_float
 Element = dict[str, Any]
 """One example from a source of images: "image" uint8 [h, w, 3], "label" int, "caption" str. Some sources add "depth"
 float32 [h, w], "mask" uint8 [h, w] (0: background, k: object k), "edited" uint8 [h, w, 3] and "instruction" str, or
-"depth_map" float32 [h, w], a person's, see `tasks.depth.Depth`."""
+"depth_map" float32 [h, w], a person's, see `tasks.depth.Depth`; sources that decode pictures add "place", a
+`crops.Place`."""
 
 NULL_FILES = {"text": "null.npy", "text_embeds": "null_text_embeds.npy", "input_ids": "null_input_ids.npy"}
 """Files of encoded data with the empty prompt's row, by the array that it belongs to."""
@@ -27,6 +28,8 @@ class Images(Protocol):
 
     It may also have `name(i)`, a text that identifies example i, and `layout()`, for data in shards: the positions in
     the order in which they lie there, uint32 [n], and the number of them up to and with each shard, int [shards].
+    Those of a source that is `bucketed` have `sides()`, the width and height of each picture, int [n, 2], 0 where they
+    cannot be read, without decoding all; their `element` takes a third argument, (height, width) instead of data.size.
     """
 
     num_labels: int  # 0 if there are no labels
@@ -53,6 +56,8 @@ class Source(Protocol):
 
     precomputed: ClassVar[bool] = False  # `open` returns Items (for example latents) instead of Images
     note: ClassVar[str] = ""  # a sentence for the notes of the report, or ""
+    sized: ClassVar[bool] = False  # elements have their "place", for data.size_conditions=own
+    bucketed: ClassVar[bool] = False  # what `open` returns has what data.buckets needs, see `Images`
 
     def open(self, config, split: str) -> Images | Items:
         """The split "train", "validation" or "test". Raises ValueError, in one sentence, for unreadable data."""
@@ -71,6 +76,7 @@ class Task(Protocol):
     `__init__`."""
 
     conditional: ClassVar[bool] = True  # False: no conditioning image
+    any_shape: ClassVar[bool] = True  # False: only for squares
     input_suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of files in a user's folder that may be inputs
     best_metric: ClassVar[str | None] = "val/psnr"  # preview metric that selects the best checkpoint (highest)
 

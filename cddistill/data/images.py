@@ -115,6 +115,17 @@ def size_of(path) -> tuple[int, int]:
         return file.size
 
 
+def sides_of(path, name=None) -> tuple[int, int]:
+    """(width, height) of an image file as `read` returns it, from its header. ValueError, naming it, for any other."""
+    try:
+        with Image.open(path) as file:
+            return file.size[::-1] if 5 <= orientation(file) <= 8 else file.size
+    except Exception as error:  # Pillow raises almost anything for broken files
+        if is_hiccup(error):
+            raise
+        raise ValueError(f"{name or name_of(path)} cannot be read ({error})") from error
+
+
 def read_alpha(path):
     """The alpha channel of an image file or PIL image, upright as `read` returns it: mode L, or None without one."""
     with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
@@ -184,20 +195,33 @@ def from_array(array, name):
 
 
 def fit(image, size):
-    """A PIL image as uint8 [size,size,3]: shorter side resized (bicubic, antialiased), then centre-cropped.
+    """A PIL image as uint8 [h,w,3], with h = w = size or (h, w) = size: resized to cover this (bicubic, antialiased),
+    then centre-cropped.
 
-    A depth map becomes float32 [size,size]; it is resized bilinearly, so that no distance turns negative at an edge.
+    A depth map becomes float32 [h,w]; it is resized bilinearly, so that no distance turns negative at an edge.
     """
     method = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC
-    scale = size / min(image.size)
-    w, h = (max(size, round(side * scale)) for side in image.size)
-    left, top = (w - size) // 2, (h - size) // 2
-    if w * h > MAX_PIXELS:  # 2 x 16000 px, say: resize only the square that is kept
+    height, width = shape_of(size)
+    (w, h), (left, top) = covering(image.size, size)
+    if w * h > MAX_PIXELS:  # 2 x 16000 px, say: resize only the part that is kept
         sx, sy = image.width / w, image.height / h
-        box = (left * sx, top * sy, (left + size) * sx, (top + size) * sy)
-        return np.asarray(image.resize((size, size), method, box))
+        box = (left * sx, top * sy, (left + width) * sx, (top + height) * sy)
+        return np.asarray(image.resize((width, height), method, box))
     image = image.resize((w, h), method)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def shape_of(size) -> tuple[int, int]:
+    """(height, width) of a size in pixels: one number for squares, or (height, width)."""
+    return (size, size) if np.ndim(size) == 0 else tuple(size)
+
+
+def covering(sides, size) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((width, height), (left, top)) to which `fit` resizes an image of these sides (width, height), and crops it."""
+    height, width = shape_of(size)
+    scale = max(width / sides[0], height / sides[1])
+    w, h = (max(least, round(side * scale)) for least, side in zip((width, height), sides, strict=True))
+    return (w, h), ((w - width) // 2, (h - height) // 2)
 
 
 def resize(array, size):

@@ -1,5 +1,6 @@
 """Images in shards, such as tar files: what all sources that read through an index have in common."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -15,7 +16,7 @@ from cddistill.data.contracts import Element, Source
 from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_values
 from cddistill.data.images import read, read_map
-from cddistill.data.index import Format, Index, open_index, stamp_of
+from cddistill.data.index import THREADS, Format, Index, open_index, stamp_of
 from cddistill.data.listing import check_some, report_bad
 from cddistill.data.splits import RULES, SPELLINGS, SPLITS, split_folders, top
 
@@ -37,6 +38,7 @@ class Indexed(Source):
 
     format: ClassVar[Format]
     needs: ClassVar[str] = ""  # a module of the extra `data`
+    sized = True
 
     def open(self, config, split):
         if self.needs and importlib.util.find_spec(self.needs) is None:
@@ -167,20 +169,30 @@ class IndexedImages:
         order = np.argsort(self.rows)
         return order.astype(np.uint32), np.searchsorted(self.rows[order], self.ends)
 
-    def element(self, i, rng):
-        """Image i."""
+    def sides(self):
+        """The width and height of each image, int32 [n, 2], as the shards state them."""
+        found = np.zeros((len(self.index.rows), 2), np.int32)
+        starts = [0, *self.ends[:-1].tolist()]
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            read = lambda shard: self.format.sides(self.index.root / shard["name"], shard["name"])
+            for start, sides in zip(starts, pool.map(read, self.index.shards), strict=True):
+                found[start : start + len(sides)] = sides
+        return found[self.rows]
+
+    def element(self, i, rng, shape=None):
+        """Image i, of data.size or of a shape (height, width)."""
         row = int(self.rows[i])
         shard = self.index.shards[int(np.searchsorted(self.ends, row, "right"))]["name"]
         at, size, _ = self.index.rows[row].tolist()
         name, fields = self.format.sample(self.index.root / shard, shard, at, size)
         try:
-            element = self.opened(name, fields)
+            element = self.opened(name, fields, shape or self.size)
         except ValueError as error:
             said = str(error)
             raise ValueError(said if said.startswith(name) else f"{name}: {said}") from error
-        return self.crop.cut(element, self.size, rng)
+        return self.crop.cut(element, shape or self.size, rng)
 
-    def opened(self, name: str, fields: dict[str, Any]) -> Element:
+    def opened(self, name: str, fields: dict[str, Any], size) -> Element:
         """The images of a sample, decoded, and what is known of them."""
         if fields.get("image") is None:
             raise ValueError("it has no image: leave it out")
@@ -189,6 +201,6 @@ class IndexedImages:
         readers = {"edited": read, "depth": read_map}
         others = {key: (f"{name}'s {key} image", fields[key]) for key in readers if fields.get(key) is not None}
         others = {key: (what, readers[key](io.BytesIO(x), what)) for key, (what, x) in others.items()}
-        element = kept(self.crop, self.size, name, read(io.BytesIO(fields["image"]), name), others)
+        element = kept(self.crop, size, name, read(io.BytesIO(fields["image"]), name), others)
         further = {"instruction": fields["instruction"]} if "instruction" in fields else {}
         return element | {"label": label, "caption": fields.get("caption", "")} | further

@@ -5,16 +5,17 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import grain
 import numpy as np
 
 from cddistill import typed
+from cddistill.data.buckets import SHAPES, InTurn, Part, divide, parse
 from cddistill.data.contracts import Source, Task
 from cddistill.data.digests import of_files
 from cddistill.data.lines import Lines, open_lines
-from cddistill.data.listing import patiently
+from cddistill.data.listing import patiently, report_bad
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.order import digest, shuffled
 from cddistill.data.sources import SOURCES
@@ -25,7 +26,7 @@ from cddistill.typed import Count, Natural, within
 REPLACED = 100  # bad items in a row that are replaced by the next
 OPTIONAL = ("name", "layout")  # of contracts.Images
 IMAGES = ("image", "depth", "depth_map", "edited", "mask")  # of an element, which are mirrored together
-KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless", "caption")  # keys of an item that a batch keeps
+KEPT = ("x0", "text", "null", "cond", "cond_latent", "imageless", "time_ids", "caption")  # of an item, in a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,15 @@ class DataConfig:
 
     source: Source | str = SOURCES["emoji"]()
     task: Task | str = TASKS["none"]()
-    path: str = ""  # folder of images or arrays, file of prompts, or name of a tensorflow dataset
+    path: str = ""  # folder of images or arrays, file of prompts, or name or folder of a tensorflow dataset
     prompts: str = ""  # text file, a prompt on each line: training draws from it, instead of the images' captions
     size: Annotated[int, within(least=1, most=2**14)] = 32  # pixels, height and width
     num_classes: Count = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
     flip: bool = True  # mirror training images at random
+    buckets: Annotated[str, SHAPES] = ""  # 512x512,576x448: widths x heights of training images, each of which
+    # goes to the one of the nearest aspect ratio; "" = squares of data.size
+    size_conditions: Literal["full", "own"] = "full"  # SDXL's sizes in training: of an image that is whole, or each
+    # image's own size and crop; validation, test and samples have those of a whole one
     pairs: str = ""  # folder written by --mode=pairs; adds one pair of noise and x0 per row to each batch
     skip_bad: bool = False  # take the next image for an unreadable one, and skip bad pairs, instead of stopping
     threads: Count = 4  # that read and decode images; the batches do not depend on it
@@ -53,6 +58,7 @@ class DataConfig:
                 object.__setattr__(self, kind, registered(kind, name)())
         if not self.source.precomputed:
             self.task.check(self.size)
+        check_shapes(self)
 
     @property
     def source_name(self) -> str:
@@ -61,6 +67,33 @@ class DataConfig:
     @property
     def task_name(self) -> str:
         return name_in(TASKS, self.task)
+
+
+def check_shapes(config: DataConfig) -> None:
+    """ValueError for data.size_conditions or data.buckets that the source or another option cannot go with."""
+    source = f"data.source={config.source_name}"
+    if config.size_conditions == "own" and not (config.source.sized or config.source.precomputed):
+        raise ValueError(
+            f"data.size_conditions=own needs the pictures' own sizes, which {source} does not have: set it to full"
+        )
+    if not config.buckets:
+        return
+    refused = {
+        f"{source}, whose images are not of several shapes, or of sizes that only reading all of them tells":
+            not config.source.bucketed,
+        f"data.task={config.task_name}, which is for squares": not config.task.any_shape,
+        "data.window, which orders all images as one": config.window,
+        "data.pairs, which have one shape": config.pairs,
+    }  # fmt: skip
+    for what, refuses in refused.items():
+        if refuses:
+            raise ValueError(f"data.buckets cannot go with {what}: leave one of them out")
+    for height, width in parse(config.buckets):
+        try:
+            config.task.check(height)
+            config.task.check(width)
+        except ValueError as error:
+            raise ValueError(f"{width}x{height} in data.buckets: {error}") from error
 
 
 REGISTRIES = {"source": SOURCES, "task": TASKS}
@@ -120,6 +153,7 @@ class Pixels:
     config: DataConfig
     augment: bool
     prompts: Lines | None = None  # drawn from instead of captions
+    sized: bool = False  # items have time_ids, their own sizes
     bad: set[int] = dataclasses.field(default_factory=set)  # positions that were named
 
     def __len__(self):
@@ -152,19 +186,21 @@ class Pixels:
     def usable(self, i, rng):
         """x0 float32 [h,w,3] in [-1, 1]; the task's cond, float32 [h,w,c] in [0, 1]; text, null, label, caption.
 
-        Data without images have imageless, True, as well.
+        Data without images have imageless, True, as well; with `sized` there are time_ids, float32 [6].
         """
         config, task = self.config, self.config.task
         element = self.source.element(i, rng if self.augment else None)
         if self.augment and config.flip and rng.random() < 0.5:
             element |= {name: element[name][:, ::-1] for name in IMAGES if name in element}
+            element |= {name: element[name].mirrored() for name in ("place",) if name in element}
         element["target"] = task.target(element)
         cond = task.condition(element, rng)
         label, null = label_of(element["label"], config), np.int32(config.num_classes)
-        item = {name: x for name, x in element.items() if name not in ("image", "target")}
+        item = {name: x for name, x in element.items() if name not in ("image", "target", "place")}
         caption = task.text(element) if self.prompts is None else self.prompts[int(rng.integers(len(self.prompts)))]
         item |= {"x0": element["target"] * 2 - 1, "label": label, "caption": caption}
         item |= {"text": {"class_labels": label}, "null": {"class_labels": null}}
+        item |= {"time_ids": element["place"].time_ids()} if self.sized else {}
         return item if cond is None else item | {"cond": cond}
 
 
@@ -184,10 +220,10 @@ def load(config, split="train", augment=True):
     Random choices (mirroring, emoji variant, degradation) come only from rng. Only the train split is augmented.
     Raises ValueError, in one sentence, for data that is missing, unreadable or of the wrong shape.
     """
-    augment = augment and split == "train"
+    augment, sized = augment and split == "train", config.size_conditions == "own" and split == "train"
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    source = open_source(config, split)
+    source = open_source(squares(config), split)
     if not len(source):
         raise ValueError(f"the {split} split of {config.source_name} {config.path} is empty; add images")
     if config.source.precomputed and config.prompts:
@@ -202,7 +238,12 @@ def load(config, split="train", augment=True):
             f"{config.source_name} has {source.num_labels} labels; data.num_classes is {config.num_classes}"
         )
     drawn = open_lines(config.prompts, "data.prompts") if config.prompts and split == "train" else None
-    return Pixels(source, config, augment, drawn)
+    return Pixels(source, config, augment, drawn, sized)
+
+
+def squares(config: DataConfig) -> DataConfig:
+    """The same data without what a source does not look at: the shapes and sizes of training images."""
+    return dataclasses.replace(config, buckets="", size_conditions="full")
 
 
 @functools.lru_cache(maxsize=4)  # so that a folder is checked only once
@@ -213,7 +254,7 @@ def open_source(config, split):
 
 def fingerprint(config, split="train") -> dict[str, str]:
     """What a split is read from, by kind, as texts that change when it does: see `Source.fingerprint`."""
-    found = config.source.fingerprint(open_source(config, split))
+    found = config.source.fingerprint(open_source(squares(config), split))
     if config.prompts and split == "train":
         path = open_lines(config.prompts, "data.prompts").path
         found = found | {"drawn prompts": of_files(path.parent, [path.name])}
@@ -228,17 +269,21 @@ def without_captions(batch: dict[str, Any]) -> dict[str, Any]:
 def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None), prepare=without_captions):
     """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 
-    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1]; text-only data has zeros and imageless, bool
-    [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null are a UNet's text inputs:
-    {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32 [b], is the row in the
-    global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others: others[i] = pairs[i+1], modulo
-    the global batch. Row r of step k is element k * batch_size + r of an endless stream that is reshuffled every epoch;
-    that number also seeds its randomness. Threads make the next batches in advance, and pass them, with caption, a list
-    of b str, through `prepare`.
+    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1], of one of data.buckets in training; text-only
+    data has zeros and imageless, bool [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null
+    are a UNet's text inputs: {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32
+    [b], is the row in the global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others:
+    others[i] = pairs[i+1], modulo the global batch. Row r of step k is element k * batch_size + r of an endless stream
+    that is reshuffled every epoch; that number also seeds its randomness. Threads make the next batches in advance, and
+    pass them, with caption, a list of b str, through `prepare`.
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
-    stream = Steps(shuffled(load(config, split), seed, config.window), pairs, batch_size, index, prepare)
+    if config.buckets and split == "train":
+        items = InTurn.of(parts_of(config), seed, batch_size)
+    else:
+        items = shuffled(load(config, split), seed, config.window)
+    stream = Steps(items, pairs, batch_size, index, prepare)
     threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
@@ -246,7 +291,39 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
 
 def order_digest(config, split="train", *, seed):
     """16 hexadecimal digits that hosts have in common if `batches` gives them the same examples in the same order."""
+    if config.buckets and split == "train":
+        return " ".join(digest(part, (seed, k)) for k, part in enumerate(parts_of(config).values()))
     return digest(load(config, split), seed, config.window)
+
+
+@functools.lru_cache(maxsize=4)
+def parts_of(config) -> dict[tuple[int, int], Pixels]:
+    """The training images in each of data.buckets that has some, by (height, width).
+
+    Raises ValueError for sizes that cannot be known, and for images that are too small to be cropped.
+    """
+    pixels = load(config, "train")
+    sides = pixels.source.sides()
+    found = {}
+    for shape, rows in divide(sides, parse(config.buckets)).items():
+        if getattr(config.source, "crop", "") == "random":
+            small = rows[(sides[rows] < shape[::-1]).any(1)]
+            said = [f"{pixels.name(i)} is {sides[i][0]} x {sides[i][1]} px" for i in small[:3]]
+            what = f"{len(small)} images are smaller than {shape[1]}x{shape[0]}, their bucket, and are cropped"
+            report_bad(said * bool(said), what, config.skip_bad)
+        found[shape] = dataclasses.replace(pixels, source=Part(pixels.source, rows, shape), bad=set())
+    return found
+
+
+def numbers_of(config) -> dict[tuple[int, int], int]:
+    """{(height, width): number of training images} of data.buckets that have some; {} without buckets."""
+    return {shape: len(part) for shape, part in parts_of(config).items()} if config.buckets else {}
+
+
+def first_of_each(config) -> dict[tuple[int, int], dict[str, Any]]:
+    """{(height, width): two training rows of this bucket as they are loaded, with captions}; {} without buckets."""
+    parts = parts_of(config) if config.buckets else {}
+    return {shape: Steps(shuffled(part, 0), None, 2, np.arange(2), dict)[0] for shape, part in parts.items()}
 
 
 @functools.lru_cache(maxsize=4)  # so that checksums are verified only once
@@ -259,7 +336,7 @@ def load_pairs(folder, skip_bad=False):
 class Steps:
     """This host's rows of each batch, indexed by step."""
 
-    stream: grain.MapDataset
+    stream: grain.MapDataset | InTurn
     pairs: grain.MapDataset | None
     batch_size: int
     rows: np.ndarray

@@ -11,7 +11,7 @@ import numpy as np
 FIRST = 1024  # positions that `digest` tells apart
 
 
-def shuffled(dataset, seed: int, window: int = 0) -> grain.MapDataset:
+def shuffled(dataset, seed: int | tuple[int, ...], window: int = 0) -> grain.MapDataset:
     """An endless stream of items. Each epoch has every item once, with a new order and new random choices.
 
     With a window the shards are shuffled, and in the row that they make, each `window` items by themselves: whoever
@@ -63,7 +63,7 @@ def permuted(n: int, *seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n)
 
 
-def digest(dataset, seed: int, window: int = 0) -> str:
+def digest(dataset, seed: int | tuple[int, ...], window: int = 0) -> str:
     """16 hexadecimal digits that two hosts have in common if they read the same examples in the same order.
 
     From the first FIRST positions, and the names of what is there, if the data set has them.

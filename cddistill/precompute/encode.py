@@ -29,7 +29,7 @@ from cddistill.pipeline import Pipeline
 from cddistill.precompute import writing
 from cddistill.precompute.writing import stored
 
-ITEM = ("x0", "cond", "caption", "label", "imageless")  # what is encoded or stored of an item
+ITEM = ("x0", "cond", "caption", "label", "imageless", "time_ids")  # what is encoded or stored of an item
 UNUSED = {f"data.{name}" for name in ("pairs", "skip_bad", "window", "threads")}  # options that change no row
 
 
@@ -46,6 +46,8 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     run = experiment.run
     if experiment.data.source.precomputed:
         raise ValueError(f"data.source={experiment.data.source_name} is already encoded: --mode=encode takes images")
+    if experiment.data.buckets:
+        raise ValueError("--mode=encode writes rows of one shape: leave out data.buckets, or train on the images")
     teacher = pipeline.of_run(run)
     if not encoders.needed(experiment, teacher):
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
@@ -91,7 +93,8 @@ def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
             "another --output"
         )
     places = places | {"made_by", "fingerprints", "row", "imageless"}
-    both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in (there, manifest))
+    compared = writing.with_new_options(there, manifest), manifest
+    both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in compared)
     old, new = ({name: x for name, x in flat.items() if name not in places} for flat in both)
     if differing := digests.changes(old, new):
         raise ValueError(

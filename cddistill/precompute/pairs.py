@@ -28,7 +28,7 @@ from cddistill.precompute import writing
 from cddistill.precompute.encode import weights_of
 from cddistill.precompute.writing import stored
 
-UNUSED = ("pairs", "skip_bad", "window", "threads")  # config.data.<name>: rows do not depend on these
+UNUSED = ("pairs", "skip_bad", "window", "threads", "buckets")  # config.data.<name>: rows do not depend on these
 
 
 def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
@@ -116,7 +116,8 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
             )
         moved = {"made_by", *(f"data.{name}" for name in UNUSED)}  # an older version wrote all of these
         moved |= {"teacher", "lora", "data.path", "data.prompts"} if len(manifest["fingerprints"]) > 1 else set()
-        old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in (there, manifest))
+        compared = writing.with_new_options(there, manifest), manifest
+        old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in compared)
         if changes := digests.changes(old, new):
             said = "; ".join(changes)
             raise ValueError(f"{folder} was made by another command ({said}): undo it or choose another --output")

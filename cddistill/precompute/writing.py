@@ -9,9 +9,17 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from cddistill import io
+from cddistill import data, io
 from cddistill.checksums import crc32
 from cddistill.data import shards
+
+
+def with_new_options(there: dict, manifest: dict) -> dict:
+    """A manifest as a new one of the same command is written: options of the data that are newer had their default."""
+    if not isinstance(there.get("data"), dict):
+        return there
+    known = {name: x for name, x in data.defaults().items() if name in manifest["data"]}
+    return there | {"data": json.loads(json.dumps(known)) | there["data"]}
 
 
 def is_mine(k: int) -> bool:

@@ -15,8 +15,8 @@ from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
 from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, is_image, read, read_map, size_of
-from cddistill.data.listing import check_some, data_path, files_below
+from cddistill.data.images import SUFFIXES, is_image, read, read_map, sides_of, size_of
+from cddistill.data.listing import check_some, data_path, files_below, patiently, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
 CACHE_BYTES = 2**30  # of decoded images kept in memory
@@ -29,6 +29,8 @@ class Folder(Source):
     split: Literal[*RULES] = "auto"  # by folders like train/ and val/, else by hash; see splits.RULES
     crop: Literal[*CROPS] = "resize"  # shorter side to data.size, centre cropped; "random": crops at their own size
     folder_labels: bool = False  # an image's label is the folder it lies in, as in cat/1.png
+
+    sized = bucketed = True
 
     def open(self, config, split):
         try:
@@ -63,6 +65,7 @@ class FolderImages:
     def __init__(self, contents: Contents, config, split: str, crop: Crop):
         self.root, self.records, self.num_labels = contents.root, contents.records, contents.num_labels
         self.size, self.null, self.task, self.crop = config.size, config.num_classes, config.task, crop
+        self.skip = config.skip_bad
         if not contents.parts[split]:
             raise ValueError(
                 f"the {split} split of folder {self.root} is empty ({sizes(contents.parts)}): add images, or set "
@@ -80,22 +83,29 @@ class FolderImages:
         """The path of image i."""
         return self.names[i]
 
-    def element(self, i, rng):
-        """Image i."""
-        return self.crop.cut(dict(self.opened(self.names[i])), self.size, rng)
+    def sides(self):
+        """The width and height of each image, int32 [n, 2], from the headers of the files."""
+        names = [f"{self.root / name}" for name in self.names]
+        found = read_all(lambda name: patiently(sides_of, name), names, f"headers of images in {self.root}", self.skip)
+        return np.array([found.get(name, (0, 0)) for name in names], np.int32)
 
-    def opened(self, name):
+    def element(self, i, rng, shape=None):
+        """Image i, of data.size or of a shape (height, width)."""
+        size = shape or self.size
+        return self.crop.cut(dict(self.opened(self.names[i], size)), size, rng)
+
+    def opened(self, name, size):
         """`open`, kept while there is room."""
-        if name in self.cache:
-            return self.cache[name]
-        element = self.open(name)
+        if (name, size) in self.cache:
+            return self.cache[name, size]
+        element = self.open(name, size)
         pixels = (x for x in element.values() if isinstance(x, np.ndarray | Image.Image))
         needed = sum(x.nbytes if isinstance(x, np.ndarray) else 4 * x.width * x.height for x in pixels)
         if needed <= self.room:
-            self.cache[name], self.room = element, self.room - needed
+            self.cache[name, size], self.room = element, self.room - needed
         return element
 
-    def open(self, name):
+    def open(self, name, size):
         """Read an image, and add its caption and label, and what else there is.
 
         Raises ValueError, naming it, for a file that cannot be read or that has not the size of the image.
@@ -103,7 +113,7 @@ class FolderImages:
         record, readers = self.record(name), {"edited": read, "depth": read_map}
         paths = {key: record.pop(key) for key in readers if key in record}
         others = {key: (path, readers[key](self.root / path, path)) for key, path in paths.items()}
-        return kept(self.crop, self.size, name, read(self.root / name, name), others) | record
+        return kept(self.crop, size, name, read(self.root / name, name), others) | record
 
     def check(self, name):
         """Raise ValueError, naming it, for an image that cannot be used."""
@@ -115,7 +125,7 @@ class FolderImages:
 
     def check_whole(self, name):
         """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
-        element = self.crop.whole(dict(self.opened(name)), self.size)
+        element = self.crop.whole(dict(self.opened(name, self.size)), self.size)
         try:
             element["target"] = self.task.target(element)
             self.task.text(element)

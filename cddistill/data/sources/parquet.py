@@ -15,6 +15,7 @@ from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import PICTURES, Indexed, fields_of
 from cddistill.data.splits import digest
 
+SIDES = ("width", "height")  # of an image as it is stored, upright
 CACHE_BYTES = 2**28  # of row groups, which are read whole
 OPEN_FILES = 256
 COLUMNS = {*CAPTIONS, "txt", "label", "cls"}.union(*PICTURES.values(), *FURTHER.values())
@@ -80,6 +81,23 @@ class Parquet:
         rows["digest"] = [digest(f"{shard}/{i}") for i in range(len(rows))]
         return Found(rows, bare=0 if names & {*CAPTIONS, "txt"} else len(rows))
 
+    def sides(self, path: PurePath, shard: str) -> np.ndarray:
+        """The width and height that the columns of these names state, int32 [n, 2]; 0 where there is none."""
+        import pyarrow
+
+        file = opened(path)
+        names = {name.lower(): name for name in file.schema_arrow.names}
+        if not {*SIDES} <= {*names}:
+            raise ValueError(
+                f"{shard} has no columns {' and '.join(SIDES)}, of which data.buckets makes buckets: write them, as "
+                "img2dataset does, or leave out data.buckets"
+            )
+        try:
+            table = file.read(columns=[names[side] for side in SIDES])
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{shard} is damaged ({error}): download it again") from error
+        return np.stack([whole_numbers(table.column(names[side]), shard) for side in SIDES], 1)
+
     def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """Row `size` of row group `at`."""
         import pyarrow
@@ -101,6 +119,16 @@ def opened(path: PurePath):
     return pyarrow.parquet.ParquetFile(io.opened(path) if io.is_remote(path) else path)
 
 
+def whole_numbers(column, shard: str) -> np.ndarray:
+    """A column as int32 [n], 0 where it is null. Raises ValueError for one that holds no whole numbers."""
+    import pyarrow
+
+    try:
+        return column.fill_null(0).cast(pyarrow.int32()).to_numpy()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{shard} has sides of images that are no whole numbers of pixels: {error}") from error
+
+
 def used(schema) -> list[str]:
     """Names of the columns that are read."""
     return [name for name in schema.names if name.lower() in COLUMNS]
@@ -111,4 +139,5 @@ class ParquetFiles(Indexed):
     """Parquet files in the folder data.path."""
 
     format = Parquet()
+    bucketed = True
     needs = "pyarrow"

@@ -25,6 +25,7 @@ class Inpainting(Task):
     paste: bool = False  # put the known pixels of the input over those of the generated image
 
     best_metric = None  # PSNR prefers blurred holes
+    any_shape = False  # holes are drawn in squares
 
     def check(self, size):
         if size < 8:

@@ -1,0 +1,271 @@
+"""Aspect-ratio buckets: which image is in which, what each step has, and runs on several shapes."""
+
+import collections
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from test_crops import noise, place
+from test_indexed import write_table
+
+from cddistill import build, checks, commands, config, train
+from cddistill.data import batches, buckets, configure, examples, loader, order_digest
+from cddistill.data.images import fit
+
+SHAPES = ((8, 8), (6, 12))  # "8x8,12x6": squares and wide ones
+SIDES = [(10, 10)] * 5 + [(24, 12)] * 9 + [(30, 16)] * 2  # width, height: 5 squares, 11 wide ones
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Sixteen pictures, captioned by their numbers."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, sides in enumerate(SIDES):
+        Image.fromarray(noise(i, *sides)).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(str(i))
+    return root
+
+
+def of(root, **changes):
+    settings = {"source": "folder", "path": str(root), "split": "all", "size": 8, "num_classes": 4, "flip": False}
+    return configure(**settings | {"buckets": "8x8,12x6"} | changes)
+
+
+def taken(n, config, **options):
+    return [*itertools.islice(batches(config, **{"batch_size": 4, "seed": 3, "prepare": dict} | options), n)]
+
+
+# --- division
+
+
+def test_shapes_are_widths_and_heights():
+    assert buckets.parse("512x512,576x448") == ((512, 512), (448, 576))
+    assert buckets.parse("64x32, 32x64") == ((32, 64), (64, 32))
+    assert buckets.parse("") == ()
+
+
+@pytest.mark.parametrize("text", ["512", "512x512;64x64", "8x8,8x8", "0x8", "8x99999", "8x8,", "8 x 8", "-8x8", ","])
+def test_other_texts_are_refused(text):
+    with pytest.raises(ValueError, match="data.buckets=.* must be widths x heights like 512x512,576x448, each"):
+        configure(source="folder", buckets=text)
+
+
+def test_an_image_is_in_the_bucket_of_the_nearest_aspect_ratio():
+    sides = np.array([(10, 10), (20, 10), (100, 71), (100, 70), (10, 40), (0, 0)], np.int32)
+    found = buckets.divide(sides, ((8, 8), (6, 12), (90, 10)))  # 1:1, 2:1, 1:9; the bound of the first two is sqrt(2):1
+    expected = {(8, 8): [0, 2, 5], (6, 12): [1, 3], (90, 10): [4]}
+    assert {shape: rows.tolist() for shape, rows in found.items()} == expected
+    assert [*buckets.divide(sides[:1], ((6, 12), (8, 8)))] == [(8, 8)]  # those without images are left out
+
+
+# --- order
+
+
+@pytest.mark.parametrize("sizes", [(5, 11), (1, 3, 100), (40,), (2, 1)])
+def test_every_image_is_used_once_an_epoch(sizes):
+    """Each bucket's batches come one after the other, without a gap, as often as its share of the images."""
+    schedule = buckets.Schedule(np.array(sizes, np.int64), 8, 0)
+    epochs = 48  # a multiple of the batch: nothing waits at its end
+    steps = [schedule(k) for k in range(epochs * sum(sizes) // 8)]
+    for bucket, n in enumerate(sizes):
+        numbers = [number for b, number in steps if b == bucket]
+        assert sorted(numbers) == [*range(epochs * n // 8)]
+        assert all(abs(number - i) <= n // 8 + 1 for i, number in enumerate(numbers))  # shuffled within an epoch only
+    assert steps == [buckets.Schedule(np.array(sizes, np.int64), 8, 0)(k) for k in range(len(steps))]
+    other = [buckets.Schedule(np.array(sizes, np.int64), 8, 1)(k) for k in range(len(steps))]
+    assert (steps == other) == (len(sizes) == 1 and sizes[0] < 16)
+
+
+def test_a_late_step_is_found_at_once():
+    schedule = buckets.Schedule(np.array([12_000_000 - 7, 7], np.int64), 1024, 0)
+    assert [schedule(k)[1] for k in (0, 10**7)] != [0, 0]
+
+
+def test_a_batch_has_one_shape_and_an_epoch_every_image(folder):
+    """Four epochs of sixteen images in sixteen batches of four."""
+    found = taken(16, of(folder))
+    counts = collections.Counter(itertools.chain(*(batch["caption"] for batch in found)))
+    assert counts == {str(i): 4 for i in range(16)}
+    for batch in found:
+        shape = SHAPES[int(batch["caption"][0]) >= 5]
+        assert batch["x0"].shape == (4, *shape, 3)
+        assert {int(i) >= 5 for i in batch["caption"]} == {shape == SHAPES[1]}
+    assert len({batch["x0"].shape for batch in found[:4]}) == 2
+
+
+def test_batches_depend_on_the_step_alone(folder):
+    """Not on where a run starts, on the number of hosts or on threads; on the seed."""
+    expected = taken(9, of(folder))
+    for other in (
+        taken(3, of(folder), start=6),
+        [
+            {name: np.concatenate([a[name], b[name]]) for name in ("x0", "caption")}
+            for a, b in zip(*(taken(9, of(folder, threads=1), rows=slice(i, i + 2)) for i in (0, 2)), strict=True)
+        ][6:],
+    ):
+        for a, b in zip(expected[6:], other, strict=True):
+            np.testing.assert_array_equal(a["x0"], b["x0"])
+            assert [*a["caption"]] == [*b["caption"]]
+    assert [b["caption"] for b in taken(9, of(folder), seed=4)] != [b["caption"] for b in expected]
+
+
+def test_hosts_with_other_sizes_have_another_digest(folder, monkeypatch):
+    ours = order_digest(of(folder), seed=0)
+    assert ours == order_digest(of(folder, threads=2), seed=0)
+    assert ours != order_digest(of(folder, buckets="12x6,8x8"), seed=0)
+    assert ours != order_digest(of(folder, buckets=""), seed=0)
+
+
+# --- pixels
+
+
+def test_a_picture_is_resized_to_cover_its_bucket(folder):
+    for batch in taken(4, of(folder)):
+        for x0, caption in zip(batch["x0"], batch["caption"], strict=True):
+            picture = Image.open(folder / f"{caption}.png")
+            np.testing.assert_allclose((x0 + 1) * 127.5, fit(picture, x0.shape[:2]), atol=1e-3)
+
+
+def test_crops_at_the_pictures_own_resolution(folder):
+    for batch in taken(4, of(folder, crop="random", flip=True, size_conditions="own")):
+        for x0, caption, ids in zip(batch["x0"], batch["caption"], batch["time_ids"].astype(int), strict=True):
+            image, crop = np.asarray(Image.open(folder / f"{caption}.png")), np.rint((x0 + 1) * 127.5).astype(np.uint8)
+            assert (ids[3], ids[2]) in (place(crop, image), place(crop, image[:, ::-1]))
+            assert (*ids[:2], *ids[4:]) == (*image.shape[:2], *crop.shape[:2])
+
+
+def test_conditions_have_the_shape_of_the_bucket(folder):
+    for batch in taken(4, of(folder, task="sr", scale=2)):
+        assert batch["cond"].shape == batch["x0"].shape
+
+
+def test_validation_and_test_stay_squares(folder):
+    for split in ("train", "validation", "test"):
+        assert examples(of(folder), split)["x0"].shape == (16, 8, 8, 3)
+
+
+def test_the_header_is_turned_as_the_picture_is(tmp_path):
+    image = Image.fromarray(noise(0, 12, 24))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert loader.numbers_of(of(tmp_path)) == {(6, 12): 1}
+
+
+def test_parquet_states_sizes_in_columns(folder, tmp_path, monkeypatch):
+    """As img2dataset writes them; the pictures are then not looked at."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    columns = {
+        "jpg": [(folder / f"{i}.png").read_bytes() for i in range(16)], "caption": [*map(str, range(16))],
+        "WIDTH": [w for w, _ in SIDES], "height": [h for _, h in SIDES],
+    }  # fmt: skip
+    for k in (0, 1):
+        part = {name: x[8 * k : 8 * k + 8] for name, x in columns.items()}
+        (tmp_path / "x").mkdir(exist_ok=True)
+        write_table(tmp_path / "x" / f"{k}.parquet", part, row_group_size=3)
+    assert loader.numbers_of(of(tmp_path / "x", source="parquet")) == {(8, 8): 5, (6, 12): 11}
+    for batch in taken(4, of(tmp_path / "x", source="parquet")):
+        assert {int(i) >= 5 for i in batch["caption"]} == {batch["x0"].shape[1:3] == (6, 12)}
+
+
+def test_parquet_without_sizes_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, columns, said in (
+        ("none", {}, "0.parquet has no columns width and height, of which data.buckets makes buckets: write them"),
+        ("texts", {"width": ["8"], "height": ["high"]}, "0.parquet has sides of images that are no whole numbers"),
+    ):
+        (tmp_path / name).mkdir()
+        write_table(tmp_path / name / "0.parquet", {"jpg": [(folder / "0.png").read_bytes()]} | columns)
+        with pytest.raises(ValueError, match=said):
+            loader.numbers_of(of(tmp_path / name, source="parquet"))
+
+
+# --- runs
+
+
+def settings(teacher, folder, **changes):
+    c = config.defaults("diffusion")
+    c.update(teacher=str(teacher), steps=4, batch_size=8, log_every=1, checkpoint_every=2, eval_every=9, report=False)
+    c.data.update(source="folder", path=str(folder), split="all", size=8, buckets="8x8,12x6", num_classes=4)
+    c.data.update(changes)
+    return c
+
+
+def losses(workdir):
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r["student/loss"] for r in records if "student/loss" in r}
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_all_shapes_and_resumes(one_device, teacher, folder, tmp_path, capsys):
+    """A program for each shape; a run in two parts has the losses of one."""
+    c = settings(teacher, folder)
+    assert train.train(c, tmp_path / "whole") == 0
+    said = "training images in 2 buckets, for each of which a program is compiled: 8x8 5, 12x6 11"
+    assert said in capsys.readouterr().out
+    found = taken(4, config.resolve(c).data, seed=c.seed, batch_size=8)
+    assert {batch["x0"].shape[1:3] for batch in found} == {*SHAPES}
+    c.steps = 2
+    train.train(c, tmp_path / "parts")
+    c.steps = 4
+    train.train(c, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert {*losses(tmp_path / "whole")} == {1, 2, 3, 4}
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"source": "emoji"}, "data.buckets cannot go with data.source=emoji, whose images are not of several shapes"),
+        ({"source": "webdataset"}, "data.buckets cannot go with data.source=webdataset, .* only reading all of them"),
+        ({"source": "arrays"}, "data.buckets cannot go with data.source=arrays"),
+        ({"task": "inpaint"}, "data.buckets cannot go with data.task=inpaint, which is for squares"),
+        ({"window": 10}, "data.buckets cannot go with data.window, which orders all images as one"),
+        ({"pairs": "x"}, "data.buckets cannot go with data.pairs, which have one shape"),
+        ({"task": "sr", "scale": 4}, "12x6 in data.buckets: data.size 6 must be divisible by data.scale 4"),
+    ],
+)
+def test_what_buckets_cannot_go_with(folder, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        of(folder, **changes)
+
+
+def test_pictures_that_are_too_small_to_be_cropped_are_named(folder):
+    config = of(folder, crop="random", buckets="8x8,26x12")
+    with pytest.raises(ValueError, match=r"9 images are smaller than 26x12, their bucket, .*png is 24 x 12 px; "):
+        loader.numbers_of(config)
+
+
+def test_headers_that_cannot_be_read_are_named_or_skipped(folder, tmp_path):
+    Image.fromarray(noise(0, 24, 12)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1 of 2 .*b.png cannot be read"):
+        loader.numbers_of(of(tmp_path))
+    config = of(tmp_path, skip_bad=True, buckets="12x6,8x8")
+    assert loader.numbers_of(config) == {(6, 12): 2}
+    assert len({x0.tobytes() for x0 in taken(1, config)[0]["x0"]}) == 1
+
+
+def test_teachers_and_modes_that_need_one_shape(teacher, folder, tmp_path):
+    with pytest.raises(ValueError, match="--mode=encode writes rows of one shape: leave out data.buckets"):
+        commands.encode_data(settings(teacher, folder), tmp_path)
+    batch = {"x0": np.zeros((2, 7, 8, 5), np.float32), "text": {"class_labels": np.zeros(2, np.int32)}}
+    with pytest.raises(ValueError, match=r"the teacher cannot take 8x7 in data.buckets \(.*\): leave it out"):
+        checks.check_bucket((7, 8), {"teacher": tiny.teacher()}, batch)
+
+
+def test_every_bucket_is_checked_before_the_first_step(one_device, teacher, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checks, "check_bucket", lambda shape, frozen, batch: seen.append((shape, batch["x0"].shape)))
+    parts = build.build(config.resolve(settings(teacher, folder)))
+    assert seen == [(shape, (8, *shape, 3)) for shape in SHAPES]
+    said = "training images in 2 buckets, for each of which a program is compiled: 8x8 5, 12x6 11"
+    assert train.overview(parts).endswith(said)
+    stream = parts.batches(parts.driver(), parts.frozen)
+    assert {next(stream)["x0"].shape for _ in range(4)} == {(8, *shape, 3) for shape in SHAPES}
