@@ -7,7 +7,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"remote"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
-        "memory",
+        *("memory", "rounding"),
     },
     {"net", "storage", "lock", "environment", "profiling", "targets"},
     {"models", "method"},

@@ -163,5 +163,5 @@ def conv(x, w, bias, stride=1, pad=None):
         out = patches @ jnp.reshape(w, (-1, w.shape[-1]))
     else:
         axes = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(x, w, (stride, stride), [(pad, pad)] * 2, dimension_numbers=axes)
+        out = jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride, stride), [(pad, pad)] * 2, dimension_numbers=axes)
     return out + jnp.reshape(bias, (1, 1, 1, -1))
