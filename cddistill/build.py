@@ -47,7 +47,7 @@ class Parts(NamedTuple):
             seed=run.seed,
             accumulate=run.accumulate,
         )
-        return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
+        return sharding.make_driver(run.parallel, step, self.mesh, self.abstract, run.reduce_dtype)
 
     def batches(self, driver: sharding.Driver, frozen: dict[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of steps `start`, start + 1 ... for driver.step, encoded by the driver's networks `frozen`."""

@@ -155,7 +155,7 @@ def max_pool(x, size):
 
 def conv(x, w, bias, stride=1, pad=None):
     """Channels-last convolution; pad None keeps the size at stride 1."""
-    k, (h, width) = w.shape[0], x.shape[1:3]
+    k, (h, width), w = w.shape[0], x.shape[1:3], w.astype(x.dtype)
     pad = k // 2 if pad is None else pad
     if h * width < 16:  # VGG's last stage at 32 px: XLA's CPU convolution reaches 2 GFLOP/s there, a matrix product 160
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -163,5 +163,5 @@ def conv(x, w, bias, stride=1, pad=None):
         out = patches @ jnp.reshape(w, (-1, w.shape[-1]))
     else:
         axes = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride, stride), [(pad, pad)] * 2, dimension_numbers=axes)
+        out = jax.lax.conv_general_dilated(x, w, (stride, stride), [(pad, pad)] * 2, dimension_numbers=axes)
     return out + jnp.reshape(bias, (1, 1, 1, -1))

@@ -1,0 +1,84 @@
+"""Gradients that devices sum in float32: layers' values and gradients, and the operands of the collectives."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cddistill import reduction, sharding
+from cddistill.models.blocks import conv
+
+LAYERS = {
+    "dense": (nn.Dense(6, dtype=jnp.bfloat16), (4, 5, 3)),
+    "dense without bias": (nn.Dense(6, use_bias=False, dtype=jnp.bfloat16), (4, 3)),
+    "conv": (conv(6, 3, jnp.bfloat16, None), (4, 8, 7, 3)),
+    "conv of stride 2": (conv(6, 3, jnp.bfloat16, None, 2), (4, 8, 7, 3)),
+    "conv padded on one side": (conv(6, 3, jnp.bfloat16, None, 2, ((0, 1), (0, 1))), (4, 8, 8, 3)),
+    "conv of another kind": (nn.Conv(6, (3,), padding="VALID", dtype=jnp.bfloat16), (4, 8, 3)),
+}
+
+
+def loss(layer, params, x):
+    out = layer.apply({"params": params}, x)
+    return (out.astype(jnp.float32) * jnp.arange(out.size).reshape(out.shape) / out.size).sum(), out
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_give_the_same_and_gradients_of_weights_are_not_rounded(name):
+    """Gradients are those of float32 arithmetic on the same rounded values. Tolerance: bfloat16 keeps 8 bits."""
+    layer, shape = LAYERS[name]
+    x = tiny.randn(0, *shape).astype(jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)["params"]
+    grads = jax.jit(jax.value_and_grad(lambda p, x: loss(layer, p, x), (0, 1), has_aux=True))
+    (_, out), (dp, dx) = grads(params, x)
+    jax.clear_caches()
+    with nn.intercept_methods(reduction.in_float32):
+        grads = jax.jit(jax.value_and_grad(lambda p, x: loss(layer, p, x), (0, 1), has_aux=True))
+        (_, same), (wide, same_dx) = grads(params, x)
+    np.testing.assert_array_equal(out, same)
+    np.testing.assert_array_equal(dx, same_dx)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.02), wide, dp)
+    rounded = [(g == g.astype(jnp.bfloat16)).all() for g in jax.tree.leaves(wide)]
+    assert all((g == g.astype(jnp.bfloat16)).all() for g in jax.tree.leaves(dp))
+    assert any(rounded) == (name == "conv of another kind")
+
+
+def summed(program):
+    """{type: bytes} that the all-reduces and reduce-scatters of a lowered program sum."""
+    found = {}
+    for kind, dims in re.findall(r" = \(?(\w+)\[([\d,]*)\]\S* (?:all-reduce|reduce-scatter)\(", program):
+        found[kind] = found.get(kind, 0) + int(np.prod([int(n) for n in dims.split(",") if n] or [1]))
+    return found
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.silu(conv(16, 3, jnp.bfloat16, "conv")(x))
+        return nn.Dense(8, dtype=jnp.bfloat16, name="dense")(x)
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_what_devices_sum_is_float32(fsdp, tmp_path):
+    """The program as the partitioner leaves it: later, XLA for CPUs computes all of bfloat16 in float32."""
+    net, x = Small(), jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32)
+    mesh = sharding.make_mesh(fsdp)
+    params = jax.eval_shape(net.init, jax.random.key(0), x)
+    layout = sharding.by_shape(mesh, params, min_elements=64)
+    given = sharding.laid_out(params, layout), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.by_row(mesh))
+    found = {}
+    for how in ("same", "float32"):
+        grad = jax.grad(lambda p, x: (net.apply(p, x).astype(jnp.float32) ** 2).mean())
+        program = jax.jit(sharding.inside(mesh, grad, how), out_shardings=layout).lower(*given)
+        folder = tmp_path / how
+        program.compile({"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partition.*"})
+        (file,) = [p for p in folder.iterdir() if "after_spmd-partitioning" in p.name]
+        found[how] = summed(file.read_text())
+    n = sum(x.size for x in jax.tree.leaves(params))
+    assert found["same"].get("bf16", 0) >= n
+    assert "bf16" not in found["float32"]
+    assert found["float32"]["f32"] >= n
