@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from cddistill import rounding, sharding
+from cddistill import build, checkpoint, config, rounding, sharding, train
 from cddistill.optim import OptimConfig, optimizer
 
 KEY = jax.random.key(0)
@@ -87,6 +87,21 @@ def test_the_first_update_is_that_of_float32():
     first = lambda dtype: (adam := optimizer(OptimConfig(state_dtype=dtype), 1)).update(g, adam.init(w), w)[0]
     for dtype in ("bfloat16", "int8"):
         np.testing.assert_array_equal(first(dtype), first("float32"))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_resuming_is_bit_exact(teacher, tmp_path, monkeypatch):
+    """Codes and their scales are a part of a checkpoint, and what is rounded depends on the update alone."""
+    monkeypatch.setattr(rounding, "SMALLEST", 64)  # the test's network has small kernels
+    settings = config.defaults("diffusion")
+    settings.update(teacher=str(teacher), steps=4, batch_size=8, checkpoint_every=2, eval_every=100, report=False)
+    settings.data.size, settings.optim.state_dtype = 8, "int8"
+    abstract = build.build(config.resolve(settings)).abstract
+    assert {jnp.dtype("int8")} <= {x.dtype for x in jax.tree.leaves(abstract.opt)}
+    train.train(settings, tmp_path / "straight")
+    train.train(settings, tiny.until(2, tmp_path / "straight", tmp_path / "resumed"))
+    read = lambda name: checkpoint.Checkpoints(tmp_path / name / "checkpoints", read_only=True).restore(abstract, 4)
+    jax.tree.map(np.testing.assert_array_equal, read("straight"), read("resumed"))
 
 
 def test_codes_are_sharded_as_the_weights_are():
