@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from cddistill import reduction, sharding
+from cddistill import config, outline, reduction, sharding
 from cddistill.models.blocks import conv
 
 LAYERS = {
@@ -85,3 +85,17 @@ def test_what_devices_sum_is_float32(fsdp, tmp_path):
     assert found["same"].get("bf16", 0) >= n
     assert "bf16" not in found["float32"]
     assert found["float32"]["f32"] >= n
+
+
+@pytest.mark.parametrize("how", ["same", "float32"])
+def test_a_run_takes_the_option_through_rematerialised_blocks(how, teacher):
+    """Convolutions of the traced step that give float32 from bfloat16: each kernel's gradient, with the option only."""
+    settings = config.defaults("diffusion")
+    settings.update(teacher=str(teacher), batch_size=8, dtype="bfloat16", remat=True, fsdp=8, reduce_dtype=how)
+    settings.data.size = 8
+    run = outline.outline(config.resolve(settings), sharding.make_mesh(8))
+    (turn,) = run.parts.experiment.method.turns()
+    traced = run.parts.driver().step.trace(run.parts.abstract, run.parts.frozen, run.parts.batch, (turn,))
+    wide = re.findall(r"conv_general_dilated\[[^\]]*?preferred_element_type=float32", str(traced.jaxpr))
+    kernels = sum(x.ndim == 4 for x in jax.tree.leaves(run.parts.abstract.nets))
+    assert len(wide) == (kernels if how == "float32" else 0)
