@@ -106,7 +106,7 @@ def test_resuming_is_bit_exact(teacher, tmp_path, monkeypatch):
 
 def test_codes_are_sharded_as_the_weights_are():
     w = {"kernel": jnp.zeros((3, 3, 256, 512)), "bias": jnp.zeros(512)}
-    adam, mesh = optimizer(OptimConfig(state_dtype="int8"), 10), sharding.make_mesh(8)
+    adam, mesh = optimizer(OptimConfig(state_dtype="int8"), 10), sharding.make_mesh(8, jax.devices())
     state = jax.eval_shape(adam.init, w)
     own = sharding.by_shape(mesh, w)["kernel"]
     found = jax.tree.leaves(sharding.by_shape(mesh, state))
