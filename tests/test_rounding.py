@@ -90,6 +90,7 @@ def test_the_first_update_is_that_of_float32():
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.slow
 def test_resuming_is_bit_exact(teacher, tmp_path, monkeypatch):
     """Codes and their scales are a part of a checkpoint, and what is rounded depends on the update alone."""
     monkeypatch.setattr(rounding, "SMALLEST", 64)  # the test's network has small kernels
