@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from cddistill import checkpoint, checks, data, encoders, pipeline, sharding
 from cddistill.config import Experiment
@@ -46,7 +47,7 @@ class Parts(NamedTuple):
             seed=run.seed,
             accumulate=run.accumulate,
         )
-        return sharding.make_driver(run.parallel, step, self.mesh, self.abstract)
+        return sharding.make_driver(run.parallel, step, self.mesh, self.abstract, run.reduce_dtype)
 
     def batches(self, driver: sharding.Driver, frozen: dict[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of steps `start`, start + 1 ... for driver.step, encoded by the driver's networks `frozen`."""
@@ -152,6 +153,19 @@ def initial(experiment: Experiment, batch, frozen) -> TrainState:
     method = experiment.method
     nets = method.init(jax.random.key(experiment.run.seed), frozen, batch)
     return init_state(nets, method.turns(), make_optimizers(experiment), method.ema())
+
+
+def in_frozen_dtype(parts: Parts) -> Parts:
+    """The run with its frozen networks as config.frozen_dtype says, once what is trained has been initialised."""
+    layout = jax.tree.map(lambda x: x.sharding, parts.frozen)
+    cast = jax.jit(functools.partial(in_dtype, dtype=parts.experiment.run.frozen_dtype), out_shardings=layout)
+    return parts if parts.experiment.run.frozen_dtype == "float32" else parts._replace(frozen=cast(parts.frozen))
+
+
+def in_dtype(tree, dtype: str):
+    """Networks with their matrices, kernels and tables in another type. Vectors stay: they are few, and norms and
+    biases are not rounded to the type that networks compute in, as kernels are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 and x.dtype == jnp.float32 else x, tree)
 
 
 def open_checkpoints(workdir: PurePath, experiment: Experiment, read_only: bool = False) -> checkpoint.Checkpoints:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from cddistill import checkpoint, config, data, export, generate, io, lock, plan, sharding, targets
-from cddistill.build import Parts, build, of_one_host, open_checkpoints
+from cddistill.build import Parts, build, in_frozen_dtype, of_one_host, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
 from cddistill.evals import compare, grids, published
@@ -51,10 +51,10 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     if (run := config.resolve(settings).run).protocol:
         paired = published.of_run(run)[0].given == "pairs"
         parts, state = finished(settings, workdir, which, "test" if paired else None)
-        published.evaluate(parts, state, workdir)
+        published.evaluate(in_frozen_dtype(parts), state, workdir)
         return
     parts, state = finished(settings, workdir, which, "test")
-    compare.evaluate_and_report(parts, state, workdir, {}, config.plain(settings))
+    compare.evaluate_and_report(in_frozen_dtype(parts), state, workdir, {}, config.plain(settings))
 
 
 def export_run(settings, workdir: PurePath, output: str, which: str = "latest") -> None:

@@ -44,6 +44,9 @@ class Run:
     fsdp: Annotated[int, within(off=-1, least=1)] = 1  # devices that share the weights; -1 = all; jit only
     dtype: Literal["float32", "bfloat16"] = "float32"  # that networks compute in; "bfloat16" halves activations;
     # weights stay float32
+    reduce_dtype: Literal["same", "float32"] = "same"  # in which devices sum gradients: "same" as networks compute in
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of networks that do not train, while
+    # others do and in evaluation; "bfloat16" halves them. Norms and biases stay float32; exports do not change
     remat: bool = False  # recompute activations block by block in the backward pass
     remat_policy: Literal[*POLICIES] = "nothing_saveable"  # what remat keeps of a block besides its inputs: nothing,
     # convolutions and products with weights, all products, those with weights, or these in the host's memory

@@ -55,6 +55,10 @@ def outline(experiment: Experiment, mesh) -> Outline:
     if requires.teacher and not requires.text_encoder:
         checks.check_shapes(frozen["teacher"], batch)
     state = build.abstract_state(experiment, mesh, batch, frozen)
+    frozen = sharding.laid_out(
+        jax.eval_shape(functools.partial(build.in_dtype, dtype=run.frozen_dtype), frozen),
+        jax.tree.map(lambda x: x.sharding, frozen),
+    )
     by_row = lambda tree: sharding.laid_out(tree, jax.tree.map(lambda _: sharding.by_row(mesh), tree))
     parts = Parts(experiment, mesh, slice(None), teacher, frozen, state, by_row(batch), encode)
     return Outline(parts, by_row(loaded))

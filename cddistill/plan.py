@@ -225,9 +225,11 @@ def changes(experiment: Experiment, target: Target, run: Outline, found: dict, l
         whole = sharding.make_mesh(-1, target.devices)
         shared = 1 - run.parts.mesh.shape["fsdp"] / devices  # of the gradients
         add("fsdp=-1", now - sum(resident(run, whole).values()) + shared * largest["gradients"], "exact")
-    for change, variant in loras(experiment).items():
+    variants = [(x, "exact") for x in lighter(experiment).items()]
+    variants += [(x, "exact, without gradients") for x in loras(experiment).items()]
+    for (change, variant), how in variants:
         other = outline(variant, run.parts.mesh)
-        add(change, now - sum(resident(other, run.parts.mesh).values()), "exact, without gradients")
+        add(change, now - sum(resident(other, run.parts.mesh).values()), how)
     if not settings.remat and activations:
         variant = experiment._replace(run=dataclasses.replace(settings, remat=True))
         other = temporaries(variant, target, largest["name"])
@@ -242,6 +244,16 @@ def changes(experiment: Experiment, target: Target, run: Outline, found: dict, l
     if settings.fsdp in (-1, devices) and devices > 1:
         add(f"{2 * devices} devices, fsdp=-1", now / 2 + largest["gradients"] / 2, "estimate")
     return sorted(made, key=lambda change: -change["saves"])
+
+
+def lighter(experiment: Experiment) -> dict[str, Experiment]:
+    """The run with frozen networks and moments in fewer bits, by the change."""
+    run, optim = experiment.run, experiment.optim
+    made = {"frozen_dtype='bfloat16'": experiment._replace(run=dataclasses.replace(run, frozen_dtype="bfloat16"))}
+    for dtype in ("bfloat16", "int8"):
+        own = {turn: dataclasses.replace(config, state_dtype=dtype) for turn, config in optim.items()}
+        made[f"optim.state_dtype='{dtype}'"] = experiment._replace(optim=own)
+    return made
 
 
 def loras(experiment: Experiment) -> dict[str, Experiment]:

@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cddistill import reduction
+
 LONGEST = 7 * 24 * 3600 * 1000  # ms that hosts wait for the others at the end; of one that is gone they learn earlier
 
 
@@ -145,16 +147,20 @@ class Driver(NamedTuple):
     by_row: Callable  # f(frozen, batch, number), pure, to arrays by row -> the same, compiled; it does not wait
 
 
-def inside(mesh, f):
+def inside(mesh, f, reduce_dtype: str = "same"):
     """f, to be jitted, traced under the abstract mesh: kernels that GSPMD cannot partition use shard_map over it.
 
-    On a mesh that shards weights, what every layer of a network returns is kept sharded by row.
+    On a mesh that shards weights, what every layer of a network returns is kept sharded by row. With reduce_dtype
+    "float32" the weights' gradients are summed over devices in float32: see `reduction`.
     """
+    interceptors = [keep_rows(mesh)] * (mesh.shape["fsdp"] > 1)
+    interceptors += [reduction.in_float32] * (reduce_dtype == "float32")
 
     @functools.wraps(f)
     def traced(*args):
-        pinned = nn.intercept_methods(keep_rows(mesh)) if mesh.shape["fsdp"] > 1 else contextlib.nullcontext()
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), pinned:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), contextlib.ExitStack() as stack:
+            for interceptor in interceptors:
+                stack.enter_context(nn.intercept_methods(interceptor))
             return f(*args)
 
     return traced
@@ -176,10 +182,15 @@ def keep_rows(mesh):
     return call
 
 
-def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18) -> Driver:
+def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18, reduce_dtype: str = "same") -> Driver:
     """`jax.jit` over the mesh, the default. Only the shapes of `state` are used."""
     layout = by_shape(mesh, state, min_elements)
-    compiled = jax.jit(inside(mesh, step), static_argnums=3, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    compiled = jax.jit(
+        inside(mesh, step, reduce_dtype),
+        static_argnums=3,
+        donate_argnums=0,
+        out_shardings=(layout, replicated(mesh)),
+    )
     return Driver(
         put_state=lambda tree: put(tree, layout),
         put_frozen=lambda tree: put(tree, by_shape(mesh, tree, min_elements)),
@@ -240,13 +251,14 @@ def put_rows(mesh, batch):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row(mesh), x), batch)
 
 
-def make_driver(parallel: str, step: Callable, mesh: Mesh, state) -> Driver:
-    """The driver of `step(state, frozen, batch, play, axis=None)` for parallel = "jit" or "pmap".
+def make_driver(parallel: str, step: Callable, mesh: Mesh, state, reduce_dtype: str = "same") -> Driver:
+    """The driver of `step(state, frozen, batch, play, axis=None)` for parallel = "jit" or "pmap". pmap sums whole
+    gradients, which are float32 whatever networks compute in, so reduce_dtype changes nothing there.
 
     Raises ValueError for anything else, and for pmap on a mesh that shards weights.
     """
     if parallel == "jit":
-        return jit_driver(step, mesh, state)
+        return jit_driver(step, mesh, state, reduce_dtype=reduce_dtype)
     if parallel != "pmap":
         raise ValueError(f"parallel {parallel!r} is neither 'jit' nor 'pmap'")
     if mesh.shape["fsdp"] != 1:

@@ -25,7 +25,7 @@ from cddistill import (
     sharding,
     signals,
 )
-from cddistill.build import Parts, build, open_checkpoints
+from cddistill.build import Parts, build, in_frozen_dtype, open_checkpoints
 from cddistill.checks import training_splits
 from cddistill.data import digests
 from cddistill.evals import compare, preview
@@ -60,6 +60,7 @@ def train_alone(experiment: config.Experiment, plain: dict, workdir: PurePath, b
     parts = prepare(workdir, experiment, plain)
     checkpoints = open_checkpoints(workdir, experiment)
     state = start(parts, checkpoints)
+    parts = in_frozen_dtype(parts)
     first = int(state.step)
     environment.record(workdir, first)
     print(overview(parts), flush=True)

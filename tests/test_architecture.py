@@ -4,10 +4,10 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
-    {"remote"},
+    {"remote", "reduction"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
-        "memory",
+        *("memory", "rounding"),
     },
     {"net", "storage", "lock", "environment", "profiling", "targets"},
     {"models", "method"},

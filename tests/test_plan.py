@@ -90,6 +90,9 @@ def test_a_run_that_does_not_fit_says_what_to_change(made):
     assert found["fits"] is False
     assert sum(found["held"].values()) / 3 < changes["fsdp=-1"]["saves"] < sum(found["held"].values())
     assert {"dtype='bfloat16'", "batch_size=8"} <= {*changes}
+    matrices = sum(x.size for x in jax.tree.leaves(models.abstract(WIDE)[1]) if x.ndim > 1)
+    assert changes["frozen_dtype='bfloat16'"]["saves"] == 2 * matrices
+    assert 0.95 * 6 * N < changes["optim.state_dtype='int8'"]["saves"] < 6 * N
     assert saved == sorted(saved, reverse=True)
     assert "IT DOES NOT FIT" in plan.described(found)
     assert "fsdp=-1" in plan.described(found)

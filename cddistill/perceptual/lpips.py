@@ -155,7 +155,7 @@ def max_pool(x, size):
 
 def conv(x, w, bias, stride=1, pad=None):
     """Channels-last convolution; pad None keeps the size at stride 1."""
-    k, (h, width) = w.shape[0], x.shape[1:3]
+    k, (h, width), w = w.shape[0], x.shape[1:3], w.astype(x.dtype)
     pad = k // 2 if pad is None else pad
     if h * width < 16:  # VGG's last stage at 32 px: XLA's CPU convolution reaches 2 GFLOP/s there, a matrix product 160
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
