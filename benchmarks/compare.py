@@ -37,6 +37,7 @@ class Study(NamedTuple):
 
 
 SR, FINETUNE = "--config=configs/ccd_sr.py", "--config=configs/finetune_sr.py"
+L2 = "--config.method.signal=l2"  # the paper's; the config's default is perceptual
 ONE, FOUR = "--config=configs/dmd2_emoji.py", "--config=configs/dmd2_emoji.py:four"
 NO_GAN = "--config.method.gan_weight=0."
 PAIRS = "--config=configs/d2g_emoji.py"
@@ -99,9 +100,9 @@ STUDIES = {
     "sr": Study(
         variants={
             "fine-tuned, not distilled": [FINETUNE],
-            "CoDi": [SR],
+            "CoDi": [SR, L2],
             "PE-CoDi": [f"{SR}:pe"],
-            **{name: [SR, *flags] for name, flags in ABLATIONS.items()},
+            **{name: [SR, L2, *flags] for name, flags in ABLATIONS.items()},
         },
         variant_evals={
             "fine-tuned, not distilled": {"": [CHOSEN, "--config.sample_steps=(4,8)"],
