@@ -42,7 +42,7 @@ EXTRAS = {
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "data": ["pyarrow>=20", "array-record>=0.8.1"],  # data.source parquet and array_record; webdataset needs nothing
-    "notebooks": ["ipykernel>=7", "jupytext>=1.19", "nbclient>=0.11", "pytest>=8"],  # notebooks/build.py, and to run them
+    "notebooks": ["ipykernel>=7", "jupytext>=1.19", "nbclient>=0.11", "pytest>=8"],  # to build and to run them
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
         "array-record>=0.8.1",

@@ -152,6 +152,7 @@ elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("diff
 else:
     import diffusers
     import torch
+    from IPython.display import display
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     noise = np.asarray(cddistill.noises(1, np.arange(len(PROMPTS)), student.shape, 1))[:, 0]

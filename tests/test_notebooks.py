@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -150,12 +152,12 @@ def test_saved_outputs_are_small_whole_and_of_the_run_that_is_named(name):
 
 @pytest.mark.slow
 @every
-def test_a_notebook_runs(name, tmp_path):
-    """In the size of the saved outputs. Minutes each."""
+def test_a_notebook_runs(name, tmp_path, monkeypatch):
+    """In the size of the saved outputs, on one device. Minutes each."""
     pytest.importorskip("jupytext")
     pytest.importorskip("nbclient")
-    import runpy
-
+    flags = os.environ["XLA_FLAGS"].split()  # conftest's, which the notebook's process inherits
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
     build = runpy.run_path(str(FOLDER / "build.py"))
     assert [(cell.cell_type, cell.source) for cell in build["source"](name).cells] == cells(name)
     done = build["execute"](name, constant("SHORT")[name], tmp_path)

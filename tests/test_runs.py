@@ -14,10 +14,17 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def tiny_run(root, **changes):
-    """The config of super-resolution, for a tiny teacher and pictures that lie in a folder."""
-    here = {"source": "folder", "path": str(root / "data"), "size": 8, "scale": 2}
-    small = {"steps": 2, "batch_size": 8, "checkpoint_every": 2, "eval_every": 10, "sample_steps": (1,), "baseline": ""}
-    return cddistill.configure("ccd_sr", teacher=str(root / "teacher"), data=here, **(small | changes))
+    """Super-resolution for a tiny teacher and pictures in a folder: a program that test_api.py compiles, too."""
+    here = {"source": "folder", "path": str(root / "data"), "task": "sr", "size": 8, "scale": 2}
+    small = {
+        "steps": 2,
+        "batch_size": 8,
+        "checkpoint_every": 2,
+        "eval_every": 10,
+        "sample_steps": (1,),
+        "report": False,
+    }
+    return cddistill.configure(root / "codi.py", teacher=str(root / "teacher"), data=here, **(small | changes))
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,7 @@ def root(tmp_path_factory):
     """A folder with a teacher and pictures."""
     root, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     tiny.save_teacher(root / "teacher")
+    (root / "codi.py").write_text("from cddistill.config import defaults\nget_config = lambda: defaults('codi')\n")
     for split, count in {"train": 3, "validation": 2, "test": 2}.items():
         (root / "data" / split).mkdir(parents=True)
         for i in range(count):
@@ -35,7 +43,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(root):
     """(its config, workdir, what `fit` returned)."""
-    settings = tiny_run(root, log_every=1, report=False)
+    settings = tiny_run(root, log_every=1)
     return settings, root / "run", cddistill.fit(settings, root / "run")
 
 
