@@ -25,7 +25,7 @@
 # [Diffusion2GAN](https://arxiv.org/abs/2405.05967) first lets the teacher draw pictures from known noise, then teaches a student the way
 # from that noise to that picture in one call. How alike two pictures are is measured by a latent LPIPS, which is trained here, too.
 #
-# The saved outputs are those of a short run on a CPU: `NUM_PAIRS = 64`, `TEACHER_STEPS = 10`, `METRIC_STEPS = 40`, `STEPS = 60`.
+# Outputs that are saved here are of a short run on a CPU: `NUM_PAIRS = 64`, `TEACHER_STEPS = 10`, `METRIC_STEPS = 40`, `STEPS = 60`.
 
 # %% cellView="form" tags=["install"]
 # @title Install

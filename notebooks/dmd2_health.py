@@ -26,7 +26,7 @@
 # curve does not show. The package looks for signs of them in its metrics. Here a healthy run and a sick one are trained side by
 # side from the embedded emoji teacher, and the alarms name the cause.
 #
-# The saved outputs are those of a short run on a CPU: `SICKNESS = "GAN weight x 100"`, `STEPS = 120`, `LOG_EVERY = 5`.
+# Outputs that are saved here are of a short run on a CPU: `SICKNESS = "GAN weight x 100"`, `STEPS = 120`, `LOG_EVERY = 5`.
 
 # %% cellView="form" tags=["install"]
 # @title Install

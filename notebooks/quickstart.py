@@ -26,7 +26,7 @@
 # px in 1 to 4 calls ([CoDi](https://arxiv.org/abs/2310.01407)). Teacher and data, both of emoji, come with the package:
 # nothing is downloaded. 8 minutes on 2 CPU cores.
 #
-# The saved outputs are those of a short run on a CPU: `STEPS = 100`, `EVAL_IMAGES = 32`. A full run is sharper.
+# Outputs that are saved here are of a short run on a CPU: `STEPS = 100`, `EVAL_IMAGES = 32`. A full run is sharper.
 
 # %% cellView="form" tags=["install"]
 # @title Install

@@ -26,7 +26,7 @@
 # [CoDi](https://arxiv.org/abs/2310.01407) from `pocket`, a small Stable Diffusion at 64 px that comes with the package. No students
 # are shipped yet, so short ones are trained here; more steps make them better.
 #
-# The saved outputs are those of a very short run on a CPU: `TASK = "inpaint"`, `STEPS = 40`. They show how it goes, not how good it
+# Outputs that are saved here are of a short run on a CPU: `TASK = "inpaint"`, `STEPS = 40`. They show how it goes, not how good it
 # gets.
 
 # %% cellView="form" tags=["install"]

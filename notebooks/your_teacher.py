@@ -26,7 +26,7 @@
 # runs: images are encoded once, a LoRA or a branch beside the frozen teacher is trained, and the result is exported. Take a GPU
 # runtime. **Not run at this size by us**: with `TEACHER = "pocket"`, the small Stable Diffusion of the package, it runs on a CPU.
 #
-# The saved outputs are those of a short run on a CPU: `TEACHER = "pocket"`, `SIZE = 64`, `NUM_IMAGES = 24`, `STEPS = 6`, `BATCH = 4`.
+# Outputs that are saved here are of a short run on a CPU: `TEACHER = "pocket"`, `SIZE = 64`, `NUM_IMAGES = 24`, `STEPS = 6`, `BATCH = 4`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
@@ -57,9 +57,10 @@ NUM_IMAGES = 200  # @param {type:"integer"}
 METHOD = "LoRA DMD2"  # @param ["LoRA DMD2", "PE-CoDi"]
 STEPS = 500  # @param {type:"integer"}
 BATCH = 2  # @param {type:"integer"}
+RANK = 16  # @param {type:"integer"}
 WORKDIR = "runs/your_teacher"  # @param {type:"string"}
 # @markdown `IMAGES`: a folder of images, each with its caption in a `.txt` beside it; empty: drawings that come with the package.
-# @markdown PE-CoDi trains a branch for inpainting, DMD2 a LoRA for prompts.
+# @markdown PE-CoDi trains a branch for inpainting, DMD2 a LoRA of `RANK` for prompts.
 
 # %% cellView="form" tags=["device"]
 # @title Device and time
@@ -113,7 +114,13 @@ cddistill.encode_data(cddistill.configure(config, **common, data=raw, encode_epo
 # DMD2: student and fake score are two LoRAs over one base. PE-CoDi: the backbone is frozen, and its branch is as a ControlNet.
 
 # %%
-lora = {"student_lora": "attention", "fake_lora": "attention", "lora_rank": 16, "student_timesteps": (999,), "ratio": 2}
+lora = {
+    "student_lora": "attention",
+    "fake_lora": "attention",
+    "lora_rank": RANK,
+    "student_timesteps": (999,),
+    "ratio": 2,
+}
 own = {"method": lora} if METHOD == "LoRA DMD2" else {}
 rates = {"lr": 1e-4, "warmup": 0}
 settings = cddistill.configure(
