@@ -42,6 +42,7 @@ EXTRAS = {
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "data": ["pyarrow>=20", "array-record>=0.8.1"],  # data.source parquet and array_record; webdataset needs nothing
+    "notebooks": ["ipykernel>=7", "jupytext>=1.19", "nbclient>=0.11", "pytest>=8"],  # to build and to run them
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
         "array-record>=0.8.1",
@@ -64,7 +65,7 @@ EXTRAS["test-storage"] = [  # 80 MB: servers of both object stores, for tests/te
     "moto[s3]>=5.2.5",
 ]
 EXTRAS["dev"] = [  # everything above that runs on a CPU, and PyTorch diffusers, the judge of exported students
-    *(f"cddistill[{extra}]" for extra in ("eval", "data", "tfds", "test")),
+    *(f"cddistill[{extra}]" for extra in ("eval", "data", "tfds", "notebooks", "test")),
     "diffusers>=0.42,<0.43",
     "peft>=0.18",  # diffusers loads LoRAs with it
     "pre-commit>=4",

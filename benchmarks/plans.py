@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from cddistill import config, main, plan, targets
+from cddistill import config, config_files, plan, targets
 
 ROOT = Path(__file__).parents[1]
 PAGE, BEGIN, END = ROOT / "docs" / "scale.md", "<!-- plans: begin -->\n", "<!-- plans: end -->\n"
@@ -34,7 +34,7 @@ HEADER = (
 def found(name: str, topology: str, depth: str) -> dict:
     """The plan of a config, "dmd2_sdxl:one"."""
     file, _, variant = name.partition(":")
-    settings = main.load_config(f"{ROOT}/configs/{file}.py{f':{variant}' * bool(variant)}")
+    settings = config_files.load_config(f"{ROOT}/configs/{file}.py{f':{variant}' * bool(variant)}")
     experiment = config.resolve(settings)
     trained = {net for turn in experiment.method.turns().values() for net in turn.moves}
     made = plan.plan(experiment, targets.target(topology), depth)

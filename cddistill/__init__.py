@@ -2,13 +2,20 @@
 
 student = cddistill.load("runs/ccd_sr")                        # a run, a diffusers folder or "emoji"
 images = cddistill.sample(student, image="small.png", steps=4)  # float32 [n, h, w, 3] in [0, 1]
+
+Training and looking at runs: `runs`.
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "SOURCES", "TASKS", "__version__", "load", "noises", "sample"]
+RUNS = (
+    *("configure", "fit", "make_pairs", "encode_data", "save"),
+    *("alarms", "evaluate", "examples", "grid", "records", "scores"),
+)
 HOMES = {"METHODS": "methods", "SOURCES": "data", "TASKS": "data", "load": "api", "sample": "api", "noises": "generate"}
+HOMES |= dict.fromkeys(RUNS, "runs")  # no name is also that of a module, which an import of it would put in its place
+__all__ = sorted(("__version__", *HOMES))
 
 
 def __getattr__(name: str):

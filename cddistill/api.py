@@ -37,6 +37,7 @@ class Model:
     shape: tuple[int, int, int]  # of x0
     null_label: int
     steps: int  # in which it samples unless told otherwise
+    cond_shape: tuple[int, int, int] | None = None  # of a condition as the student takes it; None: an image's
 
     def __repr__(self) -> str:
         made = type(self.student.method).__name__
@@ -81,7 +82,8 @@ def load_run(workdir: PurePath, checkpoint: str, settings) -> Model:
     parts, state = commands.finished(settings, workdir, checkpoint, split=None)
     student, data = generate.student_of(parts, state), parts.experiment.data
     shape, steps = parts.batch["x0"].shape[1:], max(parts.experiment.run.sample_steps)
-    return Model(str(workdir), student, parts.pipeline, data.task, shape, data.num_classes, steps)
+    cond = parts.batch["cond"].shape[1:] if "cond" in parts.batch else None
+    return Model(str(workdir), student, parts.pipeline, data.task, shape, data.num_classes, steps, cond)
 
 
 def moved_settings(workdir: PurePath, teacher=None) -> dict[str, Any]:
@@ -114,8 +116,9 @@ def sample(
 ) -> np.ndarray:  # fmt: skip
     """Images, float32 [n, h, w, 3] in [0, 1].
 
-    prompt, label and image are one or a list: texts, class labels, and conditions (a path, a PIL image or a uint8 array
-    [h, w, c]). n images are generated if none of them is a list. Guidance leads away from negative_prompt, one or a
+    prompt, label and image are one or a list: texts, class labels, and conditions (a path, a PIL image, a uint8 array
+    [h, w, c], or floats [h, w, c] in [0, 1] as `examples` has them, which are taken as they are). An array [n, h, w, c]
+    is a list. n images are generated if none of them is a list. Guidance leads away from negative_prompt, one or a
     list, instead of from the empty prompt, and image_guidance away from no image (editing). The same seed gives the
     same images. With tiles=True images are generated at the size of their conditions, in overlapping tiles
     (super-resolution). Raises ValueError for inputs that the model does not take, or of different numbers or sizes.
@@ -160,7 +163,7 @@ def number(value, kind, name: str):
 
 def listed(x) -> list:
     """One thing or several, as a list."""
-    return list(x) if isinstance(x, list | tuple) or (isinstance(x, np.ndarray) and x.ndim == 1) else [x]
+    return list(x) if isinstance(x, list | tuple) or (isinstance(x, np.ndarray) and x.ndim in (1, 4)) else [x]
 
 
 def aligned(given: dict[str, list], n: int = 1) -> tuple[dict[str, list], int]:
@@ -207,6 +210,8 @@ def texts(model: Model, prompts, labels, n: int, negatives=None) -> dict[str, An
 
 def condition(model: Model, source, tiled: bool = False) -> np.ndarray:
     """The condition [h, w, c] in [0, 1] of a path, a PIL image or an array; if tiled, at its own size."""
+    if isinstance(source, np.ndarray) and source.ndim == 3 and source.dtype.kind == "f" and not tiled:
+        return own_condition(model, source)
     if isinstance(source, np.ndarray):
         source = images.from_array(source, "image")
     elif isinstance(source, str | PurePath):
@@ -218,6 +223,17 @@ def condition(model: Model, source, tiled: bool = False) -> np.ndarray:
     if model.task is not None:
         return model.task.read(source, model.size)
     return to_float(images.fit(images.read(source), model.size))
+
+
+def own_condition(model: Model, cond: np.ndarray) -> np.ndarray:
+    """A condition [h, w, c] that was made already, as float32. ValueError unless it has the student's shape and is in
+    [0, 1]."""
+    shape = model.cond_shape or (model.size, model.size, 3)
+    if cond.shape != shape:
+        raise ValueError(f"image is {cond.dtype} {cond.shape}; {model.name} takes floats of shape {shape}, or uint8")
+    if not (cond.min() >= 0 and cond.max() <= 1):
+        raise ValueError("image has floats outside of [0, 1]: divide 8-bit values by 255, or pass them as uint8")
+    return np.float32(cond)
 
 
 def guided(student: Student, scale: float | None, name: str = "guidance") -> Student:

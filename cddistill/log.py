@@ -87,7 +87,7 @@ class Terminal(MetricWriter):
     """A progress bar with losses, images per second and the time left; without a terminal, a line every `seconds`."""
 
     def __init__(self, total_steps: int, batch_size: int, first_step: int = 0, console=None, seconds: float = 30.0):
-        self.console = console or rich.console.Console()
+        self.console = console or rich.console.Console(force_jupyter=False)  # notebooks, too, get plain lines
         self.total = total_steps
         self.batch_size = batch_size
         self.seconds = seconds

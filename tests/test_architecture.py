@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+import cddistill
+
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
     {"remote", "reduction"},
     {
@@ -16,16 +18,17 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"methods"},
     {"step", "optim", "data"},
     {"config"},
-    {"checkpoint", "checks", "log", "encoders", "clock"},
+    {"config_files", "checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
     {"generate", "outline"},
     {"evals", "precompute", "export", "plan"},
     {"train"},
     {"commands"},
     {"api"},
+    {"runs"},
     {"main"},
 ]
-PUBLIC = {"METHODS", "SOURCES", "TASKS", "__version__", "load", "noises", "sample"}  # of cddistill.__init__
+PUBLIC = {*cddistill.__all__}
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 ROOT = pathlib.Path(__file__).parents[1] / "cddistill"
 
@@ -61,3 +64,9 @@ def test_only_step_takes_gradients_and_applies_updates():
             text = path.read_text()
             assert "value_and_grad" not in text, path
             assert "apply_updates" not in text, path
+
+
+def test_no_public_name_is_that_of_a_module():
+    """Importing the module would put it in the place of the function."""
+    modules = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert not PUBLIC & modules

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cddistill import build, config, io, main, models
+from cddistill import build, config, config_files, io, models
 from cddistill.diffusion import DDPM
 from cddistill.methods import METHODS
 from cddistill.methods.codi import CoDi
@@ -124,7 +124,8 @@ def test_a_preset_sets_the_fields_that_are_not_set_themselves(written, changes, 
     if written == "in a config file":
         settings.method.update(changes)
     elif written == "on the command line":
-        settings = main.override(settings, [(f"method.{field}", str(value)) for field, value in changes.items()])
+        texts = [(f"method.{field}", str(value)) for field, value in changes.items()]
+        settings = config_files.override(settings, texts, "configs/ccd_sr.py")
     method = config.resolve(settings).method
     assert (method.ode, method.space, method.delta_t) == values
     stored = config.plain(settings)  # a config that is written has the values themselves
