@@ -16,9 +16,11 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def settings(teacher, **changes):
+    """Those of a student whose loss asks the frozen teacher."""
     c = config.defaults("codi")
     c.update(teacher=str(teacher), steps=2, batch_size=8, log_every=1, eval_every=100, report=False)
     c.update(changes)
+    c.method.update(ode="teacher", space="x0", noise="predicted", delta_t=100)
     c.data.update(size=8, task="sr", scale=2)
     return c
 

@@ -71,6 +71,8 @@ class DataConfig:
 
 def check_shapes(config: DataConfig) -> None:
     """ValueError for data.size_conditions or data.buckets that the source or another option cannot go with."""
+    if config.size_conditions == "full" and not config.buckets:
+        return
     source = f"data.source={config.source_name}"
     if config.size_conditions == "own" and not (config.source.sized or config.source.precomputed):
         raise ValueError(
