@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
+    {"progress"},
     {"remote", "reduction"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
