@@ -42,6 +42,7 @@ EXTRAS = {
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.20"],  # without constraints.txt: wants an older orbax
     "tfds": ["tensorflow-datasets>=4.9.9", "array-record>=0.8.1"],
     "data": ["pyarrow>=20", "array-record>=0.8.1"],  # data.source parquet and array_record; webdataset needs nothing
+    "wandb": ["wandb>=0.19"],  # config.log=wandb
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],  # .ci/docs builds the site
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
