@@ -8,7 +8,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"remote", "reduction"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
-        *("memory", "rounding"),
+        *("hub", "memory", "rounding"),
     },
     {"net", "storage", "lock", "environment", "profiling", "targets"},
     {"models", "method"},
