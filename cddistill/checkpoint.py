@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import data, io, sharding, storage
+from cddistill import data, io, progress, sharding, storage
 from cddistill.config import defaults, method_of, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
@@ -203,7 +203,8 @@ class Checkpoints:
         reasons = {}
         for s in there if step is None else [step]:
             self.place.fetch(s)
-            state, reasons[s] = self.verified(s, read)
+            with progress.counting(f"reading checkpoint {s}", shown=sharding.is_host0()):
+                state, reasons[s] = self.verified(s, read)
             if state is not None:
                 del reasons[s]
                 self.set_aside(reasons, s)

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 import jax
 import numpy as np
 
-from cddistill import checkpoint, config, data, export, generate, io, lock, plan, sharding, targets
+from cddistill import checkpoint, config, data, export, generate, hub, io, lock, plan, sharding, targets
 from cddistill.build import Parts, build, in_frozen_dtype, of_one_host, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
@@ -57,15 +57,20 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     compare.evaluate_and_report(in_frozen_dtype(parts), state, workdir, {}, config.plain(settings))
 
 
-def export_run(settings, workdir: PurePath, output: str, which: str = "latest") -> None:
+def export_run(settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "") -> None:
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
 
-    Of several hosts all read it, and the first writes.
+    Of several hosts all read it, and the first writes. A folder is then uploaded to a model repository of the hub,
+    "user/name", if one is given.
     """
     target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
     if first and not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
+    if repository and file:
+        raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
+    if repository and first:
+        hub.check(repository)
     generates = isinstance(config.resolve(settings).method, Generator)
     parts, state = of_one_host(*finished(settings, workdir, which, None if generates else "train"))
     if not first:
@@ -78,7 +83,9 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest") 
     else:
         with lock.held(target, "--output"), io.draft_of(target) as draft:
             found = write(draft)
-    print(f"exported to {output}; {found}")
+    print(f"exported to {output}; {found}", flush=True)
+    if repository:
+        print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill')}")
 
 
 def encode_data(settings, output: PurePath) -> None:

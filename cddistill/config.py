@@ -52,6 +52,8 @@ class Run:
     # convolutions and products with weights, all products, those with weights, or these in the host's memory
     flash: bool = True  # fused attention kernels where available; False if a loss takes second derivatives
     log_every: Count = 10  # steps
+    log: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # besides metrics.jsonl and the terminal: TensorBoard
+    # files; "wandb": these and Weights & Biases (extra wandb); "none": nothing
     checkpoint_every: Count = 500  # steps
     keep: Count = 2  # number of latest checkpoints kept, besides the best
     eval_every: Count = 100  # steps between sample grids
@@ -92,7 +94,7 @@ class Experiment(NamedTuple):
 
 
 MUTABLE_ON_RESUME = (
-    *("steps", "log_every", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
+    *("steps", "log_every", "log", "checkpoint_every", "keep", "eval_every", "eval_images", "sample_steps", "report"),
     *("profile", "decode_batch", "decode_tile"),
     *("teacher_steps", "teacher_guidance", "teacher_sampler", "baseline", "baseline_steps", "parallel", "fsdp"),
     *("num_pairs", "pairs_shard", "pairs_batch", "encode_epochs", "encode_dtype", "encode_shard"),

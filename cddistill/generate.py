@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill import data, encoders, sharding
+from cddistill import data, encoders, progress, sharding
 from cddistill.build import Parts
 from cddistill.data import tiles
 from cddistill.data.contracts import Task
@@ -99,20 +99,27 @@ def images(student: Student, batch, noise, after, steps: int, decode: bool = Tru
 
 
 def sample(
-    student: Student, batch, steps: int, seed: int = 0, decode: bool = True, task: Task | None = None
+    student: Student,
+    batch,
+    steps: int,
+    seed: int = 0,
+    decode: bool = True,
+    task: Task | None = None,
+    what: str = "sampling",
 ) -> np.ndarray:
     """Images [n, h, w, c] in [0, 1], or x0 with decode=False.
 
     batch has INPUTS (of x0 only the shape counts) and "index": noise follows batch["index"] and the seed. The task, if
-    given, finishes the images of a batch with conditions.
+    given, finishes the images of a batch with conditions. `what` names the work in its progress, which "" hides.
     """
     autoencoder = student.frozen["autoencoder"]
     apart = decode and autoencoder.params is not None and bool(autoencoder.rows or autoencoder.tile)
     program, nets = sampling_program(student.method, student.mesh, decode and not apart), student[2:]
     devices = student.mesh.devices
     chunk = PREVIEWED * devices.size if devices.flat[0].platform == "cpu" else 64  # a CPU's rate hardly depends on it,
-    found = map_batched(student.mesh, lambda rows: program(nets, rows, steps, seed), batch, chunk)  # and compiles once
-    found = decoded(autoencoder, found) if apart else found
+    call = lambda rows: program(nets, rows, steps, seed)
+    found = map_batched(student.mesh, call, batch, chunk, what)  # and compiles once
+    found = decoded(autoencoder, found, what and "decoding") if apart else found
     return task.finish(found, batch["cond"]) if task and "cond" in batch else found
 
 
@@ -149,7 +156,7 @@ def sampling_program(method: Method, mesh, decode: bool):
 def score(student: Student, batch, seed: int = 0, chunk: int = 64) -> dict[str, np.ndarray]:
     """{name: [n] numbers, one per image} of a method that is `Scored`."""
     program, nets = scoring_program(student.method, student.mesh), student[2:]
-    return map_batched(student.mesh, lambda rows: program(nets, rows, seed), batch, chunk)
+    return map_batched(student.mesh, lambda rows: program(nets, rows, seed), batch, chunk, "scoring")
 
 
 @functools.lru_cache(maxsize=4)
@@ -182,7 +189,7 @@ def pictures_program(method: Method, mesh):
     return program
 
 
-def decoded(autoencoder: Autoencoder, x0) -> np.ndarray:
+def decoded(autoencoder: Autoencoder, x0, what: str = "") -> np.ndarray:
     """Images [n, h, w, c] in [0, 1] of pixels or latents x0; a few at a time, as decoding takes memory.
 
     Latents larger than autoencoder.tile are decoded in tiles, which are blended.
@@ -191,10 +198,11 @@ def decoded(autoencoder: Autoencoder, x0) -> np.ndarray:
     size = min(autoencoder.tile, *x0.shape[1:3])
     if autoencoder.params is not None and 0 < size < max(x0.shape[1:3]):
         cut = np.stack([tiles.cut(np.asarray(x), size) for x in x0])
-        flat = decoded(autoencoder, cut.reshape(-1, *cut.shape[2:]))
+        flat = decoded(autoencoder, cut.reshape(-1, *cut.shape[2:]), what)
         unit, images = flat.shape[1] // size, flat.reshape(*cut.shape[:2], *flat.shape[1:])
         return np.stack([tiles.join(x, (x0.shape[1] * unit, x0.shape[2] * unit), unit) for x in images])
-    return np.concatenate([to_images(autoencoder, x0[i : i + chunk]) for i in range(0, len(x0), chunk)])
+    starts = progress.each(what, range(0, len(x0), chunk), bool(what) and sharding.is_host0())
+    return np.concatenate([to_images(autoencoder, x0[i : i + chunk]) for i in starts])
 
 
 to_images = jax.jit(Autoencoder.images)
@@ -264,12 +272,15 @@ def with_latent_condition(student: Student, pipeline: Pipeline, task: Task, batc
     return batch | {"cond_latent": np.concatenate(latents)}
 
 
-def map_batched(mesh, f, batch, chunk: int):
-    """f of all rows of a batch, numpy, at most `chunk` at a time; padded, so that one program serves any number."""
+def map_batched(mesh, f, batch, chunk: int, what: str = ""):
+    """f of all rows of a batch, numpy, at most `chunk` at a time; padded, so that one program serves any number.
+
+    `what` names the work in its progress, which "" hides.
+    """
     total = len(batch["index"])
     chunk = -(-min(chunk, total) // mesh.size) * mesh.size
     made = []
-    for start in range(0, total, chunk):
+    for start in progress.each(what, range(0, total, chunk), bool(what) and sharding.is_host0()):
         part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
         rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
         made.append(jax.tree.map(np.asarray, f(rows)))

@@ -1,12 +1,15 @@
-"""Metrics: read one step late, averaged between logs, written to JSONL, TensorBoard and the terminal."""
+"""Metrics: read one step late, averaged between logs, written to files, the terminal and Weights & Biases."""
 
 import datetime
+import importlib.util
 import json
 import logging
 import math
+import os
+import secrets
 import time
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -83,6 +86,62 @@ class TensorBoardWriter(MetricWriter):
         self.push(final=True)
 
 
+class WandbWriter(MetricWriter):
+    """A run of Weights & Biases, with the options of the config; its files are in workdir/wandb.
+
+    A workdir has one run, which is resumed with it: records after `first_step` are sent again. WANDB_PROJECT
+    ("cddistill" without it), WANDB_MODE=offline and its other variables hold.
+    """
+
+    def __init__(self, workdir, options: Mapping[str, Any], first_step: int = 0):
+        import wandb
+
+        workdir = io.path(workdir)
+        folder, self.push = io.mirror(workdir / "wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = workdir / "wandb_run.txt"
+        if not (first_step and name.is_file()):
+            io.write_atomic(name, secrets.token_hex(8))
+        project = os.environ.get("WANDB_PROJECT", "cddistill")
+        self.image = wandb.Image
+        self.run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=name.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(options),
+        )
+        self.run.define_metric("*", step_metric="step")  # wandb's own count only goes up
+
+    def write_scalars(self, step, scalars):
+        self.run.log({"step": int(step), **{name: float(value) for name, value in scalars.items()}})
+
+    def write_images(self, step, images):
+        self.run.log(
+            {"step": int(step), **{k: [self.image(np.asarray(x)) for x in rows] for k, rows in images.items()}}
+        )
+
+    def flush(self):
+        self.push()
+
+    def close(self):
+        self.run.finish()
+        self.push(final=True)
+
+
+def check(kind: str) -> None:
+    """ValueError if the writer that config.log names cannot work here."""
+    if kind != "wandb":
+        return
+    if not importlib.util.find_spec("wandb"):
+        raise ValueError("log=wandb needs Weights & Biases: pip install 'cddistill[wandb]', or set log=tensorboard")
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        raise ValueError("log=wandb needs a key: set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline")
+
+
 class Terminal(MetricWriter):
     """A progress bar with losses, images per second and the time left; without a terminal, a line every `seconds`."""
 
@@ -153,12 +212,18 @@ class MultiWriter:
 
 
 def make_writer(
-    workdir, total_steps: int, batch_size: int, rules: health.Rules, first_step: int = 0, is_host0: bool = True
-) -> MultiWriter:
-    """The writer of a run that starts or resumes at `first_step`; hosts other than host 0 write nothing."""
+    workdir, total_steps: int, batch_size: int, rules: health.Rules, first_step: int = 0, is_host0: bool = True,
+    kind: str = "tensorboard", options: Mapping[str, Any] = {},
+) -> MultiWriter:  # fmt: skip
+    """The writer of a run that starts or resumes at `first_step`; hosts other than host 0 write nothing.
+
+    `kind` is config.log, and `options` are those of the run, for Weights & Biases.
+    """
     if not is_host0:
         return MultiWriter()
-    files = JsonlWriter(workdir, first_step), TensorBoardWriter(workdir, first_step)
+    files = [JsonlWriter(workdir, first_step)]
+    files += [TensorBoardWriter(workdir, first_step)] if kind != "none" else []
+    files += [WandbWriter(workdir, options, first_step)] if kind == "wandb" else []
     terminal = Terminal(total_steps, batch_size, first_step)
     return MultiWriter(*files, terminal, HealthWriter(workdir, terminal.console, rules, first_step))
 

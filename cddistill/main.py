@@ -53,14 +53,17 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
+HUB = flags.DEFINE_string("push_to_hub", "", "export: the model repository user/name that the folder is uploaded to.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
 MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
-OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES, TOPOLOGY, MEMORY)
+OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, HUB, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
+OPTIONS = (*OPTIONS, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     **dict.fromkeys(("topology", "device-memory"), ("plan",)),
     "output": ("sample", "export", "encode", "pairs", "plan"),
     "checkpoint": ("evaluate", "sample", "export"),
+    "push_to_hub": ("export",),
 }
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 OVERRIDE = re.compile(r"--?(no)?config\.(.+)", re.DOTALL)
@@ -90,7 +93,7 @@ def main(settings):
     if MODE.value == "pairs":
         return commands.make_pairs(settings, io.path(output))
     if MODE.value == "export":
-        return commands.export_run(settings, workdir, output, which)
+        return commands.export_run(settings, workdir, output, which, HUB.value)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and str(io.local(INPUT.value))

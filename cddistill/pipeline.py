@@ -185,6 +185,7 @@ class Pipeline:
         for part, net in trained.items():
             if changed[part] is not net:
                 lora.save_lora(folder, {part: net})
+                lora.save_kohya(folder, {part: net})
 
     def write_settings(self, folder: Path, teacher: Denoiser, how: Sampling | None, trained, controlnet: str) -> None:
         """scheduler/ and model_index.json of a student's folder. If nothing was trained, scheduler/ is the teacher's.

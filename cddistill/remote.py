@@ -17,6 +17,8 @@ import threading
 import time
 from pathlib import Path, PurePath
 
+from cddistill import progress
+
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PACKAGES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # scheme: package, extra
 CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
@@ -224,7 +226,12 @@ def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[st
         parent.mkdir(parents=True, exist_ok=True)
     with naming(place):
         fs, root = client(place)
-        fs.get([f"{root}/{name}".rstrip("/") for name in there], [str(target) for target in targets])
+        names, megabytes = (
+            [f"{root}/{name}".rstrip("/") for name in there],
+            sum(x["size"] for x in there.values()) / 1e6,
+        )
+        with progress.counting(f"MB of {place}", round(megabytes)) as advance:
+            fs.get(names, [str(target) for target in targets], callback=progress.transfer(advance))
     for target, said in zip(targets, there.values(), strict=True):
         if target.stat().st_size != said["size"]:
             raise OSError(5, f"{target.stat().st_size} of {said['size']} bytes were read", str(place))

@@ -49,6 +49,7 @@ def train(settings, workdir: PurePath) -> int:
     if not experiment.method.turns():
         raise ValueError("this method trains nothing: use --mode=evaluate or --mode=sample")
     profiling.check(experiment.run.profile, experiment.run.steps)
+    log.check(experiment.run.log)
     io.ensure_writable(workdir)
     with naming_checkpoint(workdir), lock.held(workdir, index=jax.process_index()):
         return train_alone(experiment, plain, workdir, began)
@@ -125,10 +126,12 @@ def loop(parts, state, workdir, checkpoints, stop, began):
     run, first = parts.experiment.run, int(state.step)
     turns, driver, look = parts.experiment.method.turns(), parts.driver(), preview.preview(parts)
     rules = parts.experiment.method.health_rules()
-    writer = log.make_writer(workdir, run.steps, run.batch_size, rules, first, sharding.is_host0())
+    host0, options = sharding.is_host0(), {"run": run, "method": parts.experiment.method, "data": parts.experiment.data}
+    options = {name: dataclasses.asdict(group) for name, group in options.items()}
+    writer = log.make_writer(workdir, run.steps, run.batch_size, rules, first, host0, run.log, options)
     state, frozen = driver.put_state(state), driver.put_frozen(parts.frozen)
     stream = parts.batches(driver, frozen, first)
-    times = clock.Clock(workdir, first, began, run.batch_size, sharding.is_host0())
+    times = clock.Clock(workdir, first, began, run.batch_size, host0)
     recorder = Recorder(run, writer, checkpoints.last_good, began, times)
     play, profile = clock.Programs(driver.step, times, run.accumulate), profiling.Profile(run.profile, workdir)
     try:

@@ -6,10 +6,11 @@ import pathlib
 import cddistill
 
 LAYERS = [  # a file imports from earlier lines only; modules on one line do not import each other
+    {"progress"},
     {"remote", "reduction"},
     {
         *("diffusion", "sharding", "io", "typed", "health", "checksums", "signals", "collectives", "devices", "flops"),
-        *("memory", "rounding"),
+        *("hub", "memory", "rounding"),
     },
     {"net", "storage", "lock", "environment", "profiling", "targets"},
     {"models", "method"},

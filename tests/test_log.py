@@ -1,7 +1,11 @@
 """Metrics: the writers, reading one step late, means between logs."""
 
+import importlib.machinery
+import importlib.util
 import json
 import struct
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 import rich.console
 from tensorboardX.proto.event_pb2 import Event
 
+from cddistill import log
 from cddistill.log import Delayed, JsonlWriter, Means, MultiWriter, TensorBoardWriter, Terminal, make_writer
 
 
@@ -161,3 +166,88 @@ def test_means_are_over_the_steps_that_logged_the_metric():
         means.add({"critic/loss": float(step)} | ({"student/loss": 1.0 + step} if step % 5 == 0 else {}))
     assert means.take() == {"critic/loss": 4.5, "student/loss": 3.5}
     assert means.take() == {}
+
+
+# ---- Weights & Biases
+
+
+class FakeRun:
+    """What `wandb.init` gives, as far as it is used."""
+
+    def __init__(self):
+        self.records, self.metrics, self.finished = [], [], False
+
+    def log(self, record):
+        self.records.append(record)
+
+    def define_metric(self, *names, **options):
+        self.metrics.append((names, options))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: .calls are the arguments of init, .run what it gave."""
+    fake = types.ModuleType("wandb", "")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.calls, fake.run, fake.api = [], FakeRun(), types.SimpleNamespace(api_key=None)
+    fake.init = lambda **options: fake.calls.append(options) or fake.run
+    fake.Image = lambda x: ("image", x.shape)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return fake
+
+
+def test_wandb_takes_scalars_images_and_options_beside_tensorboard(tmp_path, wandb):
+    writer = make_writer(tmp_path, 10, 8, {}, kind="wandb", options={"run": {"steps": 10}})
+    writer.write_scalars(5, {"student/loss": 0.25})
+    writer.write_images(5, {"grid": np.zeros((2, 8, 8, 3), np.uint8)})
+    writer.close()
+    assert wandb.calls[0]["config"] == {"run": {"steps": 10}}
+    assert wandb.calls[0]["name"] == tmp_path.name
+    assert wandb.run.records == [{"step": 5, "student/loss": 0.25}, {"step": 5, "grid": [("image", (8, 8, 3))] * 2}]
+    assert wandb.run.metrics == [(("*",), {"step_metric": "step"})]
+    assert wandb.run.finished
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_resumed_workdir_has_one_run_of_wandb_and_one_that_starts_anew_another(tmp_path, wandb):
+    for first in (0, 20, 0):
+        make_writer(tmp_path, 30, 8, {}, first, kind="wandb").close()
+    first, resumed, anew = (call["id"] for call in wandb.calls)
+    assert first == resumed != anew
+
+
+def test_without_a_log_only_the_metrics_are_written(tmp_path):
+    make_writer(tmp_path, 10, 8, {}, kind="none").close()
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+def test_wandb_asks_for_a_key_unless_it_is_offline(wandb, monkeypatch):
+    with pytest.raises(ValueError, match=r"log=wandb needs a key: set WANDB_API_KEY"):
+        log.check("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log.check("wandb")
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    log.check("tensorboard")
+    with pytest.raises(ValueError, match=r"pip install 'cddistill\[wandb\]', or set log=tensorboard"):
+        log.check("wandb")
+
+
+@pytest.mark.slow
+def test_wandb_writes_offline_files(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log.check("wandb")
+    writer = make_writer(tmp_path, 10, 8, {}, kind="wandb", options={"run": {"steps": 10}})
+    writer.write_scalars(5, {"student/loss": 0.25})
+    writer.write_images(5, {"grid": np.zeros((2, 8, 8, 3), np.uint8)})
+    writer.close()
+    (file,) = (tmp_path / "wandb").rglob("*.wandb")
+    assert b"student/loss" in file.read_bytes()
+    assert list((tmp_path / "wandb").rglob("*.png"))

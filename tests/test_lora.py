@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import flax.traverse_util
@@ -14,6 +15,7 @@ import safetensors.numpy
 from golden import make_clip, make_models
 from golden import make_lora as golden
 
+from cddistill import models
 from cddistill.diffusion import DDPM
 from cddistill.method import Turn
 from cddistill.models import clip, convert, ldm, lora
@@ -254,6 +256,44 @@ def test_alpha_is_multiplied_into_saved_weights(tmp_path):
     back = lora.read_lora(tmp_path, {"unet": params, "text_encoder": params})["unet"]
     for ours, theirs in zip(jax.tree.leaves(back(params)), jax.tree.leaves(adapter(params)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-3)  # float16 has 11 bits
+
+
+def test_files_of_kohyas_names_round_trip(tmp_path):
+    net, adapter = read_style(tmp_path, "peft")
+    rescaled = adapter.replace(apply=lora.Update(3.0))
+    file = lora.save_kohya(tmp_path, {"unet": rescaled}, dtype=np.float32)
+    held = safetensors.numpy.load_file(file)
+    assert len(held) == 3 * len(lora.factors(adapter.params))
+    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_(up|down)\.weight|alpha)", key) for key in held)
+    assert {float(x) for key, x in held.items() if key.endswith("alpha")} == {3.0}
+    back = lora.read_lora(file, {"unet": net.params})["unet"]
+    for ours, theirs in zip(jax.tree.leaves(back(net.params)), jax.tree.leaves(rescaled(net.params)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)  # alpha / r is multiplied into one factor
+
+
+@pytest.mark.slow
+def test_diffusers_loads_files_of_kohyas_names(tmp_path):
+    torch, diffusers, _ = (pytest.importorskip(name) for name in ("torch", "diffusers", "peft"))
+    config = {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 2, "cross_attention_dim": 8,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }  # fmt: skip
+    net = models.init(config, 0, zero_out=False)
+    models.save(tmp_path, "unet", net.params, net.apply.module.to_config(), dtype=np.float32)
+    adapter = lora.make_lora(net, jax.random.key(1), 2, 3.0, lora.present_targets(net, lora.BLOCKS))
+    adapter = adapter.replace(params=jax.tree.map(lambda x: x + 0.1, adapter.params))
+    lora.save_kohya(tmp_path, {"unet": adapter}, dtype=np.float32)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(str(tmp_path), subfolder="unet")
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    state, alphas = loader.lora_state_dict(str(tmp_path), weight_name=lora.KOHYA_FILE, unet_config=unet.config)
+    loader.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    z, text = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32), np.ones((2, 3, 8), np.float32)
+    with torch.no_grad():
+        theirs = unet(torch.tensor(np.moveaxis(z, -1, 1)), 7, encoder_hidden_states=torch.tensor(text)).sample
+    call = lambda net: np.asarray(net.apply(net.params, z, np.full(2, 7), {"encoder_hidden_states": text}))
+    np.testing.assert_allclose(call(lora.adapt(net, adapter)), np.moveaxis(theirs.numpy(), 1, -1), atol=1e-4)
+    assert np.abs(call(net) - call(lora.adapt(net, adapter))).max() > 1e-2
 
 
 def arrays(rank=2, name="block.to_q", down="lora.down.weight", up="lora.up.weight", shape=(4, 6)):

@@ -80,7 +80,10 @@ def compare(parts: Parts, state: TrainState, examples: dict, timings: dict[str, 
     for name, student, steps in contenders(parts, state):
         label, start = row_name(name, steps), time.monotonic()
         kept = stored.find(baseline_folder(run), student, batch, steps, run.seed) if name == BASELINE else None
-        sets[label] = generate.sample(student, batch, steps, run.seed, task=task) if kept is None else kept
+        if kept is None:
+            sets[label] = generate.sample(student, batch, steps, run.seed, task=task, what=f"sampling {label}")
+        else:
+            sets[label] = kept
         nfe[label] = student.method.nfe(steps)
         timings |= {f"{'sampling' if kept is None else 'reading'}: {label}, s": time.monotonic() - start}
     if not sharding.is_host0():

@@ -29,7 +29,7 @@ class Preview:
             self.load()
         run, task = self.parts.experiment.run, self.parts.experiment.data.task
         student = generate.student_of(self.parts, state)
-        sample = functools.partial(generate.sample, student, self.batch, task=task)
+        sample = functools.partial(generate.sample, student, self.batch, task=task, what="")  # the run's bar is there
         rows = {f"{k} steps": sample(k, run.seed) for k in run.sample_steps}
         generated = rows[f"{run.sample_steps[-1]} steps"]
         if self.truth is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cddistill import progress
 from cddistill.evals import fidelity, kid, precision_recall
 from cddistill.perceptual import efficientnet, lpips
 
@@ -116,7 +117,7 @@ def evaluate(
     features = functools.cache(lambda: extract(size, all_sets))
     columns = comparisons(sets, all_sets.get(None), of_sets, paired, teacher)
     scores, each, missing = {name: {} for name in sets}, {name: {} for name in sets}, []
-    for column, (reference, truth, compared) in columns.items():
+    for column, (reference, truth, compared) in progress.each("scoring", columns.items()):
         metric = column.removesuffix(TO_TEACHER)
         try:
             require(metric, [truth, *compared.values()])

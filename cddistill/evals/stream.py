@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cddistill import io, sharding
+from cddistill import io, progress, sharding
 from cddistill.data import digests
 from cddistill.evals import frechet
 
@@ -50,16 +49,15 @@ def measure_all(folder: PurePath, identity: dict, n: int, batch: int, measure: M
     identity is what rows depend on. Raises ValueError if the folder has rows of another one.
     """
     missing = agreed_missing(folder, identity, n)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not (missing and sharding.is_host0())) as progress:
-        task = progress.add_task("", total=n, completed=n - sum(min(SHARD, n - start) for start in missing))
+    done = n - sum(min(SHARD, n - start) for start in missing)
+    with progress.counting(what, n, done, sharding.is_host0()) as advance:
         for start in missing:
             stop, found = min(start + SHARD, n), []
             for first in range(start, stop, batch):
                 numbers = np.minimum(np.arange(first, first + batch), stop - 1)  # repeats the last one
                 parts = gathered(measure(numbers))
                 found.append({name: x[: stop - first] for name, x in parts.items()})
-                progress.advance(task, min(batch, stop - first))
+                advance(min(batch, stop - first))
             if sharding.is_host0():
                 arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
                 io.write_atomic(file_of(folder, start), safetensors.numpy.save(arrays))

@@ -41,6 +41,7 @@ LAYERS = {"attention": ATTENTION, "blocks": BLOCKS}  # as methods' options name 
 LoraLayers = Literal["none", *LAYERS]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers expects
+KOHYA_FILE = "lora_kohya.safetensors"  # for ComfyUI and A1111, which take any name
 PREFIXES = {  # of layer names in files: diffusers' first, then kohya's trainer's
     "unet": ("unet.", "lora_unet_"),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
@@ -315,7 +316,26 @@ def save_lora(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
             for key, x in pair.items():
                 name = f"{PREFIXES[part][0]}{layer_name(layer)}.{key}.weight"
                 tensors[name] = np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
-    file = Path(folder) / LORA_FILE
+    return save_tensors(Path(folder) / LORA_FILE, tensors)
+
+
+def save_kohya(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
+    """Write LoRAs under the names of kohya's trainer, lora_unet_..., with alpha; returns the file.
+
+    loras are as in `save_lora`. ComfyUI and A1111 read these names, as do diffusers and `read_lora`.
+    """
+    tensors = {}
+    for part, lora in loras.items():
+        for layer, (down, up) in factors(jax.device_get(lora.params)).items():
+            name, rank = PREFIXES[part][1] + layer_name(layer).replace(".", "_"), up.shape[-2]
+            for key, x in {"lora_down": down, "lora_up": up}.items():
+                tensors[f"{name}.{key}.weight"] = np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
+            tensors[f"{name}.alpha"] = np.array(lora.apply.scale_of_rank(rank) * rank, np.float32)
+    return save_tensors(Path(folder) / KOHYA_FILE, tensors)
+
+
+def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """Write a safetensors file that PyTorch's programs read."""
     file.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors creates files that only their owner can read

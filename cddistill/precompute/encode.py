@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from rich.progress import Progress
 
 import cddistill
-from cddistill import data, encoders, io, pipeline, sharding
+from cddistill import data, encoders, io, pipeline, progress, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests, shards
 from cddistill.data.encoded import EncodedItems
@@ -186,8 +185,7 @@ def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) 
     if not missing:
         return
     total, size = sum(len(shards.shard_rows(manifest, k)) for k in missing), manifest["shard"]
-    with Progress(disable=not sharding.is_host0()) as progress:
-        task = progress.add_task(f"encoding {folder.name}", total=total)
+    with progress.counting(f"encoding {folder.name}", total, shown=sharding.is_host0()) as advance:
         parts = one_behind(encoded(manifest, missing, item, how))
         for k, group in itertools.groupby(parts, lambda part: part.numbers.start // size):
             rows = [on_host(part, folder.name, how.dtype) for part in group]
@@ -201,7 +199,7 @@ def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) 
             captions = [text for x in rows for text in x["caption"]]
             arrays["caption"] = shards.caption_rows(captions)
             writing.save(shards.shard_file(folder, k), arrays, shards.describe(manifest, k))
-            progress.advance(task, len(captions))
+            advance(len(captions))
 
 
 def encoded(manifest: dict, missing: list[int], item: Callable, how: How) -> Iterator[Part]:

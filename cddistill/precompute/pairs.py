@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cddistill
-from cddistill import data, encoders, generate, io, pipeline, sharding
+from cddistill import data, encoders, generate, io, pipeline, progress, sharding
 from cddistill.checks import check_heun, check_shapes, check_table, describe_schedule
 from cddistill.config import Experiment
 from cddistill.data import digests, ode_pairs
@@ -67,12 +66,11 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
         error, n = check_regenerated(ode_pairs.OdePairs(output), generate_x0)
         print(f"all {run.num_pairs} rows exist; {n} of them generated again differ by at most {error:.1e}", flush=True)
     host_shards = [k for k in missing if writing.is_mine(k)]
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not (host_shards and sharding.is_host0())) as progress:
-        task = progress.add_task("", total=sum(len(shard_rows(manifest, k)) for k in host_shards))
+    total = sum(len(shard_rows(manifest, k)) for k in host_shards)
+    with progress.counting("pairs", total, shown=sharding.is_host0()) as advance:
         for k in host_shards:
             rows = functools.partial(row, dataset, run.seed, kind=kind)
-            make_shard(output, manifest, k, rows, generate_x0, size, functools.partial(progress.advance, task))
+            make_shard(output, manifest, k, rows, generate_x0, size, advance)
     multihost_utils.sync_global_devices("pairs are made")  # a host that exits early would stop the others
 
 

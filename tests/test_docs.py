@@ -1,0 +1,119 @@
+"""The pages of docs/: each is reached from the site, has its figure, and quotes what the code really says."""
+
+import ast
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from cddistill import health
+from cddistill.data import SOURCES, TASKS
+from cddistill.methods import METHODS
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TROUBLE = (DOCS / "troubleshooting.md").read_text()
+
+
+def module(path):
+    """A file of docs/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def pages(nav):
+    """The files in a navigation of MkDocs."""
+    for entry in nav:
+        entry = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from [entry] if isinstance(entry, str) else pages(entry)
+
+
+def test_every_page_is_in_the_navigation():
+    listed = [*pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])]
+    there = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert len(listed) == len({*listed})
+    assert {*listed} == there | {"contributing.md", "changelog.md"}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", prose):
+        if not target.startswith("http") and target not in ("contributing.md", "changelog.md"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_method_has_a_page_with_the_figure_that_the_code_draws():
+    draw = module(DOCS / "figures" / "draw.py")
+    assert {*draw.FIGURES} == {*METHODS}
+    for name, figure in draw.FIGURES.items():
+        assert f"](figures/{name}.svg)" in (DOCS / f"{name}.md").read_text(), name
+        assert (DOCS / "figures" / f"{name}.svg").read_text() == draw.picture(figure), "run docs/figures/draw.py"
+
+
+@pytest.mark.parametrize(("page", "names"), [("tasks", TASKS), ("teachers", SOURCES)])
+def test_every_task_and_source_has_a_row(page, names):
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
+    assert {*names} <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+# ---- troubleshooting
+
+
+def faults():
+    """The names of all alarms; those of weights that do not move are one."""
+    tables = [value for value in vars(health).values() if isinstance(value, dict)]
+    rules = [rules for rules in tables if any(isinstance(x, health.Rule) for x in rules.values())]
+    rules += [method.health_rules() for method in (*tiny.VARIANTS.values(), *(cls() for cls in METHODS.values()))]
+    return {name for table in rules for name in table}
+
+
+def test_every_alarm_has_an_entry():
+    entries = re.findall(r"^### (.+)", TROUBLE.partition("## Refusals")[0], re.MULTILINE)
+    frozen = {name for name in faults() if name.endswith(" frozen")}
+    assert {name.removesuffix(" frozen") for name in frozen} >= {"student", "critic"}
+    assert {*entries[1:]} == faults() - frozen
+    assert entries[0].startswith("student frozen, critic frozen")
+
+
+def words(node):
+    """The text of a string in the source; what is put into it is a zero byte."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(words(part) for part in node.values)
+    return "\0"
+
+
+def sentences():
+    """All strings of the package."""
+    for path in (ROOT / "cddistill").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr | ast.Constant) and (found := words(node)) != "\0":
+                yield found
+
+
+def test_every_refusal_that_is_explained_exists():
+    rows = re.findall(r"^\| (`.*?`) \|", TROUBLE.partition("## Refusals")[2], re.MULTILINE)
+    assert len(rows) > 60
+    said = "\n".join({*sentences()})
+    for row in rows:
+        pattern = ".*?".join(re.escape(part) for part in row.strip("`").split("…"))
+        assert re.search(pattern, said), row
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in ("index.html", "dmd2/index.html", "contributing/index.html", "api/training/index.html"):
+        assert (tmp_path / "site" / page).is_file()
