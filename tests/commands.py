@@ -44,7 +44,7 @@ TINY += " --config.steps=2 --config.checkpoint_every=2 --config.teacher=TEACHER"
 SMALL = (
     "--config.batch_size=8 --config.steps=2 --config.eval_every=2 --config.checkpoint_every=2 --config.eval_images=4"
 )
-SR = f"{TINY} --config.data.scale=2 --config.baseline= --config.sample_steps=1,2"
+SR = f"{TINY} --config.data.scale=2 --config.baseline= --config.sample_steps=1,2 --config.method.signal=l2"
 PAIRS = "--config.teacher_steps=2 --config.num_pairs=16 --config.pairs_shard=8 --config.pairs_batch=8"
 D2G = f"{TINY} {PAIRS} --config.sample_steps=1 --config.method.regression=l2 --config.method.metric="
 EMOJI = f"{SMALL} --config.data.size=32"
@@ -116,6 +116,7 @@ CHAINS: dict[str, list[tuple[str, str]]] = {  # {name: [(beginning of a command,
 }
 NOT_RUN = {  # {pattern of commands that the nightly run leaves out: why}
     r"python3 -m venv|pip install|pre-commit install|pytest|python -m pytest|\.ci/|tests/run_slow": "sets up, or tests",
+    r"python notebooks/build\.py": "builds the notebooks: tests/test_notebooks.py runs them",
     r"python benchmarks/": "measures for minutes to hours",
     r".*configs/dmd2_(sd15|sdxl|imagenet64)\.py": "needs weights, data and accelerators that are not here",
     r"cddistill .*gs://": "needs a bucket: tests/test_object_store.py does the same on a local server",
