@@ -28,7 +28,7 @@ def settings(teacher, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A teacher whose weights bfloat16 does not hold."""
-    path = tmp_path_factory.mktemp("teacher")
+    path = tmp_path_factory.mktemp("unrounded")
     return tiny.save_teacher(path)[0]
 
 
