@@ -157,9 +157,11 @@ def initial(experiment: Experiment, batch, frozen) -> TrainState:
 
 def in_frozen_dtype(parts: Parts) -> Parts:
     """The run with its frozen networks as config.frozen_dtype says, once what is trained has been initialised."""
+    if (dtype := parts.experiment.run.frozen_dtype) == "float32":
+        return parts
     layout = jax.tree.map(lambda x: x.sharding, parts.frozen)
-    cast = jax.jit(functools.partial(in_dtype, dtype=parts.experiment.run.frozen_dtype), out_shardings=layout)
-    return parts if parts.experiment.run.frozen_dtype == "float32" else parts._replace(frozen=cast(parts.frozen))
+    cast = jax.jit(functools.partial(in_dtype, dtype=dtype), out_shardings=layout)
+    return parts._replace(frozen=cast(parts.frozen))
 
 
 def in_dtype(tree, dtype: str):

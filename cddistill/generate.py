@@ -201,7 +201,7 @@ def decoded(autoencoder: Autoencoder, x0, what: str = "") -> np.ndarray:
         flat = decoded(autoencoder, cut.reshape(-1, *cut.shape[2:]), what)
         unit, images = flat.shape[1] // size, flat.reshape(*cut.shape[:2], *flat.shape[1:])
         return np.stack([tiles.join(x, (x0.shape[1] * unit, x0.shape[2] * unit), unit) for x in images])
-    starts = progress.each(what, range(0, len(x0), chunk), bool(what) and sharding.is_host0())
+    starts = progress.each(what, range(0, len(x0), chunk), sharding.is_host0())
     return np.concatenate([to_images(autoencoder, x0[i : i + chunk]) for i in starts])
 
 
@@ -280,7 +280,7 @@ def map_batched(mesh, f, batch, chunk: int, what: str = ""):
     total = len(batch["index"])
     chunk = -(-min(chunk, total) // mesh.size) * mesh.size
     made = []
-    for start in progress.each(what, range(0, total, chunk), bool(what) and sharding.is_host0()):
+    for start in progress.each(what, range(0, total, chunk), sharding.is_host0()):
         part = jax.tree.map(lambda x, start=start: pad(x[start : start + chunk], chunk), batch)
         rows = sharding.put(part, jax.tree.map(lambda _: sharding.by_row(mesh), part))
         made.append(jax.tree.map(np.asarray, f(rows)))

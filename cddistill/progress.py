@@ -77,11 +77,12 @@ def clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def counting(what: str, total: int | None = None, done: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """advance(parts=1), for a block that does `total` parts of work, of which some are done. Silent if not shown.
+    """advance(parts=1), for a block that does `total` parts of work, of which some are done. Silent if it has no name,
+    or is not to be shown.
 
     Without a total only the time that has passed is shown.
     """
-    work, stop = Work(what, total, done), threading.Event()
+    work, stop, shown = Work(what, total, done), threading.Event(), bool(shown and what)
     thread = threading.Thread(target=work.watch, args=(stop,), daemon=True)
     if shown:
         thread.start()

@@ -226,10 +226,8 @@ def download(place: PurePath, folder: Path, wanted=lambda name: True) -> dict[st
         parent.mkdir(parents=True, exist_ok=True)
     with naming(place):
         fs, root = client(place)
-        names, megabytes = (
-            [f"{root}/{name}".rstrip("/") for name in there],
-            sum(x["size"] for x in there.values()) / 1e6,
-        )
+        names = [f"{root}/{name}".rstrip("/") for name in there]
+        megabytes = sum(x["size"] for x in there.values()) / 1e6
         with progress.counting(f"MB of {place}", round(megabytes)) as advance:
             fs.get(names, [str(target) for target in targets], callback=progress.transfer(advance))
     for target, said in zip(targets, there.values(), strict=True):

@@ -119,4 +119,4 @@ def grid(images, columns: int | None = None, scale: int | None = None) -> Image.
     if isinstance(images, Mapping):
         return Image.fromarray(grids.side_by_side(images, scale))
     images = grids.to_uint8(images)
-    return Image.fromarray(grids.grid(images, columns, scale or max(1, round(96 / images.shape[1]))))
+    return Image.fromarray(grids.grid(images, columns, scale or grids.enlargement(images.shape[1])))

@@ -12,7 +12,7 @@ import numpy as np
 from cddistill.data.order import permuted, shuffled
 from cddistill.typed import Limit
 
-MAX_SIDE = 2**14
+MAX_SIDE = 2**14  # px of an image
 Shape = tuple[int, int]  # (height, width)
 
 

@@ -109,12 +109,6 @@ def read(path, name=None, fast=False):
         raise ValueError(said if said.startswith(f"{name} ") else f"{name} cannot be read ({said})") from error
 
 
-def size_of(path) -> tuple[int, int]:
-    """(width, height) as the header of an image file has them: an EXIF orientation may exchange them."""
-    with Image.open(path) as file:
-        return file.size
-
-
 def sides_of(path, name=None) -> tuple[int, int]:
     """(width, height) of an image file as `read` returns it, from its header. ValueError, naming it, for any other."""
     try:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from cddistill import typed
-from cddistill.data.buckets import SHAPES, InTurn, Part, divide, parse
+from cddistill.data.buckets import MAX_SIDE, SHAPES, InTurn, Part, divide, parse
 from cddistill.data.contracts import Source, Task
 from cddistill.data.digests import of_files
 from cddistill.data.lines import Lines, open_lines
@@ -40,7 +40,7 @@ class DataConfig:
     task: Task | str = TASKS["none"]()
     path: str = ""  # folder of images or arrays, file of prompts, or name or folder of a tensorflow dataset
     prompts: str = ""  # text file, a prompt on each line: training draws from it, instead of the images' captions
-    size: Annotated[int, within(least=1, most=2**14)] = 32  # pixels, height and width
+    size: Annotated[int, within(least=1, most=MAX_SIDE)] = 32  # pixels, height and width
     num_classes: Count = 9  # labels are 0 .. num_classes - 1; the null label is num_classes
     flip: bool = True  # mirror training images at random
     buckets: Annotated[str, SHAPES] = ""  # 512x512,576x448: widths x heights of training images, each of which
@@ -281,10 +281,8 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
-    if config.buckets and split == "train":
-        items = InTurn.of(parts_of(config), seed, batch_size)
-    else:
-        items = shuffled(load(config, split), seed, config.window)
+    parts = parts_of(config, split)
+    items = InTurn.of(parts, seed, batch_size) if parts else shuffled(load(config, split), seed, config.window)
     stream = Steps(items, pairs, batch_size, index, prepare)
     threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
@@ -293,17 +291,20 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
 
 def order_digest(config, split="train", *, seed):
     """16 hexadecimal digits that hosts have in common if `batches` gives them the same examples in the same order."""
-    if config.buckets and split == "train":
-        return " ".join(digest(part, (seed, k)) for k, part in enumerate(parts_of(config).values()))
+    if parts := parts_of(config, split):
+        return " ".join(digest(part, (seed, k)) for k, part in enumerate(parts.values()))
     return digest(load(config, split), seed, config.window)
 
 
 @functools.lru_cache(maxsize=4)
-def parts_of(config) -> dict[tuple[int, int], Pixels]:
-    """The training images in each of data.buckets that has some, by (height, width).
+def parts_of(config, split="train") -> dict[tuple[int, int], Pixels]:
+    """The training images in each of data.buckets that has some, by (height, width); {} without buckets, and of other
+    splits.
 
     Raises ValueError for sizes that cannot be known, and for images that are too small to be cropped.
     """
+    if not config.buckets or split != "train":
+        return {}
     pixels = load(config, "train")
     sides = pixels.source.sides()
     found = {}
@@ -319,13 +320,12 @@ def parts_of(config) -> dict[tuple[int, int], Pixels]:
 
 def numbers_of(config) -> dict[tuple[int, int], int]:
     """{(height, width): number of training images} of data.buckets that have some; {} without buckets."""
-    return {shape: len(part) for shape, part in parts_of(config).items()} if config.buckets else {}
+    return {shape: len(part) for shape, part in parts_of(config).items()}
 
 
 def first_of_each(config) -> dict[tuple[int, int], dict[str, Any]]:
     """{(height, width): two training rows of this bucket as they are loaded, with captions}; {} without buckets."""
-    parts = parts_of(config) if config.buckets else {}
-    return {shape: Steps(shuffled(part, 0), None, 2, np.arange(2), dict)[0] for shape, part in parts.items()}
+    return {shape: Steps(shuffled(part, 0), None, 2, np.arange(2), dict)[0] for shape, part in parts_of(config).items()}
 
 
 @functools.lru_cache(maxsize=4)  # so that checksums are verified only once

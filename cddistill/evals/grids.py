@@ -65,7 +65,7 @@ def side_by_side(rows: Mapping[str, np.ndarray], scale: int | None = None) -> np
     shapes = {label: np.shape(images)[:3] for label, images in rows.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"rows of a grid need images of one size and number, not {shapes}")
-    scale = scale or max(1, round(96 / next(iter(shapes.values()))[1]))
+    scale = scale or enlargement(next(iter(shapes.values()))[1])
     font = ImageFont.load_default(size=14)
     left = max(int(font.getlength(label)) for label in rows) + 24
     figure = Image.fromarray(_paste([to_uint8(images, label) for label, images in rows.items()], scale, left))
@@ -73,6 +73,11 @@ def side_by_side(rows: Mapping[str, np.ndarray], scale: int | None = None) -> np
     for i, label in enumerate(rows):
         pen.text((left - 12, GAP + (i + 0.5) * height - GAP / 2), label, INK, font, anchor="rm")
     return np.asarray(figure)
+
+
+def enlargement(height: int) -> int:
+    """How often each pixel is repeated, so that images of this height become about 96 px."""
+    return max(1, round(96 / height))
 
 
 def encoded(image: np.ndarray, suffix: str = ".png") -> bytes:

@@ -310,12 +310,10 @@ def save_lora(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
     loras are {"unet": lora} and so on, as from `read_lora`. The file has no alpha: lora_B is multiplied by alpha / r.
     """
     tensors = {}
-    for part, lora in loras.items():
-        for layer, (down, up) in factors(jax.device_get(lora.params)).items():
-            pair = {"lora_A": down, "lora_B": np.asarray(up, np.float32) * lora.apply.scale_of_rank(up.shape[-2])}
-            for key, x in pair.items():
-                name = f"{PREFIXES[part][0]}{layer_name(layer)}.{key}.weight"
-                tensors[name] = np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
+    for part, layer, down, up, scale in every_layer(loras):
+        name = PREFIXES[part][0] + layer
+        tensors[f"{name}.lora_A.weight"] = torch_kernel(down, dtype)
+        tensors[f"{name}.lora_B.weight"] = torch_kernel(np.asarray(up, np.float32) * scale, dtype)
     return save_tensors(Path(folder) / LORA_FILE, tensors)
 
 
@@ -325,13 +323,24 @@ def save_kohya(folder, loras: dict[str, Net], dtype=np.float16) -> Path:
     loras are as in `save_lora`. ComfyUI and A1111 read these names, as do diffusers and `read_lora`.
     """
     tensors = {}
+    for part, layer, down, up, scale in every_layer(loras):
+        name = PREFIXES[part][1] + layer.replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = torch_kernel(down, dtype)
+        tensors[f"{name}.lora_up.weight"] = torch_kernel(up, dtype)
+        tensors[f"{name}.alpha"] = np.array(scale * up.shape[-2], np.float32)
+    return save_tensors(Path(folder) / KOHYA_FILE, tensors)
+
+
+def every_layer(loras: dict[str, Net]):
+    """(part, dotted name of a layer, down, up, alpha / r) of each layer of some LoRAs."""
     for part, lora in loras.items():
         for layer, (down, up) in factors(jax.device_get(lora.params)).items():
-            name, rank = PREFIXES[part][1] + layer_name(layer).replace(".", "_"), up.shape[-2]
-            for key, x in {"lora_down": down, "lora_up": up}.items():
-                tensors[f"{name}.{key}.weight"] = np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
-            tensors[f"{name}.alpha"] = np.array(lora.apply.scale_of_rank(rank) * rank, np.float32)
-    return save_tensors(Path(folder) / KOHYA_FILE, tensors)
+            yield part, layer_name(layer), down, up, lora.apply.scale_of_rank(up.shape[-2])
+
+
+def torch_kernel(x, dtype) -> np.ndarray:
+    """A factor as PyTorch lays it out."""
+    return np.array(to_torch(("kernel",), np.asarray(x)), dtype, order="C")
 
 
 def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> Path:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import cddistill
-from cddistill import data, encoders, io, pipeline, progress, sharding
+from cddistill import data, encoders, pipeline, progress, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests, shards
 from cddistill.data.encoded import EncodedItems
@@ -92,10 +92,7 @@ def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
             "another --output"
         )
     places = places | {"made_by", "fingerprints", "row", "imageless"}
-    compared = writing.with_new_options(there, manifest), manifest
-    both = (io.flatten({name: x for name, x in m.items() if name not in places}) for m in compared)
-    old, new = ({name: x for name, x in flat.items() if name not in places} for flat in both)
-    if differing := digests.changes(old, new):
+    if differing := writing.changed(there, manifest, places):
         raise ValueError(
             f"{folder} was made by another command ({'; '.join(differing)}): undo that, or choose another --output"
         )

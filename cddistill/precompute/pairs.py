@@ -15,10 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import cddistill
-from cddistill import data, encoders, generate, io, pipeline, progress, sharding
+from cddistill import data, encoders, generate, pipeline, progress, sharding
 from cddistill.checks import check_heun, check_shapes, check_table, describe_schedule
 from cddistill.config import Experiment
-from cddistill.data import digests, ode_pairs
+from cddistill.data import ode_pairs
 from cddistill.data.loader import stack
 from cddistill.data.shards import FORMAT, MANIFEST, flatten_text, num_shards, shard_file, shard_rows, unflatten_text
 from cddistill.models import adapter
@@ -114,9 +114,7 @@ def prepare_folder(folder: pathlib.Path, manifest: dict, null: dict) -> dict:
             )
         moved = {"made_by", *(f"data.{name}" for name in UNUSED)}  # an older version wrote all of these
         moved |= {"teacher", "lora", "data.path", "data.prompts"} if len(manifest["fingerprints"]) > 1 else set()
-        compared = writing.with_new_options(there, manifest), manifest
-        old, new = ({k: x for k, x in io.flatten(m).items() if k not in moved} for m in compared)
-        if changes := digests.changes(old, new):
+        if changes := writing.changed(there, manifest, moved):
             said = "; ".join(changes)
             raise ValueError(f"{folder} was made by another command ({said}): undo it or choose another --output")
         manifest = there

@@ -11,7 +11,17 @@ import safetensors.numpy
 
 from cddistill import data, io
 from cddistill.checksums import crc32
-from cddistill.data import shards
+from cddistill.data import digests, shards
+
+
+def changed(there: dict, manifest: dict, apart: Iterable[str]) -> list[str]:
+    """How a manifest differs from that of a new command, apart from these keys, such as "teacher" or "data.path"."""
+
+    def values(m):
+        compared = io.flatten({name: x for name, x in m.items() if name not in apart})
+        return {name: x for name, x in compared.items() if name not in apart}
+
+    return digests.changes(values(with_new_options(there, manifest)), values(manifest))
 
 
 def with_new_options(there: dict, manifest: dict) -> dict:

@@ -15,7 +15,7 @@ from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
 from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, is_image, read, read_map, sides_of, size_of
+from cddistill.data.images import SUFFIXES, is_image, read, read_map, sides_of
 from cddistill.data.listing import check_some, data_path, files_below, patiently, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
@@ -121,7 +121,7 @@ class FolderImages:
             self.check_whole(name)
         else:
             read(self.root / name, name, fast=True)
-            self.crop.check(size_of(self.root / name), self.size, name)
+            self.crop.check(sides_of(self.root / name, name), self.size, name)
 
     def check_whole(self, name):
         """Raise ValueError, naming it, for an image from which the task cannot make a target and a condition."""
