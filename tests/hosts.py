@@ -10,7 +10,8 @@ HERE = pathlib.Path(__file__).parent
 
 
 def together(*args, hosts, devices, timeout=None, **env):
-    """What each of `hosts` processes of `python ARGS...` printed; each has its share of the devices, all end with 0."""
+    """What each of `hosts` processes of `python ARGS...` printed, and after that its stderr, whose lines could come in
+    the middle of others; each process has its share of the devices, all end with 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -20,11 +21,11 @@ def together(*args, hosts, devices, timeout=None, **env):
         env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
     command = [sys.executable, *map(str, args)]
     started = [
-        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-2, text=True)
+        subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-1, text=True)
         for i in range(hosts)
     ]
     try:
-        out = [host.communicate(timeout=timeout)[0] for host in started]
+        out = ["".join(host.communicate(timeout=timeout)) for host in started]
     finally:
         [host.kill() for host in started]
     assert [host.returncode for host in started] == [0] * hosts, "\n".join(x[-3000:] for x in out)
