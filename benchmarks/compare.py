@@ -8,7 +8,8 @@
         pocket_depth, pocket_canny, pocket_sr
 
 Each run is `python -m cddistill.main` with the printed flags; finished runs are not repeated. --jobs runs that many at
-once, each on its share of the cores. The table has means over seeds and standard errors over seeds (not over images).
+once, each on its share of the cores. The table has means over seeds and standard errors over seeds; of a single seed,
+over images.
 """
 
 import argparse
@@ -44,6 +45,7 @@ PAIRS = "--config=configs/d2g_emoji.py"
 PLAIN = "--config.method.augment=none"
 NO_R1, NO_MIX = "--config.method.r1=none", "--config.method.mix_share=0."
 ONE_SCALE, NO_NOISE = "--config.method.disc_scales=False", "--config.method.disc_noise=False"
+LATENT_LPIPS = ("--config.method.signal=latent_lpips", "--config.method.metric=pocket")
 CHOSEN, EVEN = "--config.method.grid_power=2.5", "--config.method.grid_power=1.0"  # sampling timesteps
 ABLATIONS = {  # of CoDi; the paper's
     "CoDi, DDIM instead of PREv": ["--config.method.noise=predicted"],
@@ -60,6 +62,8 @@ TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
 def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe", ablations: dict | None = None) -> Study:
     """What few steps cost without distillation and with it; `pe` is the variant of CoDi's config for PE-CoDi.
 
+    "LatentLPIPS" measures CoDi's signal term by the pocket pipeline's LatentLPIPS instead of the squared distance.
+
     ablations of CoDi are {name: flags}.
     """
     codi = f"--config=configs/ccd_{task}.py:pocket"
@@ -69,6 +73,8 @@ def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe", ablat
             "LCM of the fine-tuned network": [f"--config=configs/lcm_pocket.py:{task}", *TEACHER],
             "PE-CoDi": [f"--config=configs/ccd_{task}.py:{pe}"],
             "CoDi": [codi],
+            "CoDi, LatentLPIPS": [codi, *LATENT_LPIPS],
+            "PE-CoDi, LatentLPIPS": [f"--config=configs/ccd_{task}.py:{pe}", *LATENT_LPIPS],
             **{name: [codi, *flags] for name, flags in (ablations or {}).items()},
         },
         variant_evals={
@@ -205,8 +211,12 @@ def main():
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="names of the table; all by default")
     args = parser.parse_args()
     study, cores, available = STUDIES[args.study], queue.Queue(), sorted(os.sched_getaffinity(0))
+    if unknown := sorted(set(args.only or ()) - set(study.variants)):
+        parser.error(f"{args.study} has no variant {unknown[0]!r}: known are {', '.join(map(repr, study.variants))}")
+    variants = [name for name in study.variants if not args.only or name in args.only]
     for job in range(args.jobs):
         cores.put(",".join(map(str, available[job :: args.jobs])))
     if study.prepare:
@@ -215,10 +225,10 @@ def main():
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # by seed, so that variants stay even if interrupted
         runs = {}
         for seed in range(args.seeds):
-            for name in study.variants:
+            for name in variants:
                 earlier = runs.get((study.exported, seed))
                 runs[name, seed] = pool.submit(run, study, name, seed, args, cores, earlier)
-    scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in study.variants}
+    scores = {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in variants}
     print("| |", " | ".join(("network calls", *study.columns)), "|")
     print("|---" * (len(study.columns) + 2) + "|")
     for row in study.shared_rows:
@@ -233,16 +243,16 @@ def line(study, label, runs, row):
     """One line of the table."""
     cells = [str(runs[0][row]["nfe"] or 0)]
     for metric in study.columns:
-        values = [r[row]["metrics"][metric][0] for r in runs if metric in r[row]["metrics"]]
+        values = [r[row]["metrics"][metric] for r in runs if metric in r[row]["metrics"]]
         cells.append(spread(values) if values else "")
     print("|", " | ".join((label, *cells)), "|")
 
 
 def spread(values) -> str:
-    """Mean and standard error."""
-    values = [float(v) for v in values]
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4g} ± {error:.2g}"
+    """The mean of each seed's (mean, error over images), and its error: over seeds, or of a single seed over images."""
+    means = [float(mean) for mean, _ in values]
+    error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else float(values[0][1])
+    return f"{statistics.mean(means):.4g} ± {error:.2g}"
 
 
 if __name__ == "__main__":
