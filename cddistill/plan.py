@@ -187,12 +187,17 @@ def bounds(row: dict[str, Any], target: Target) -> dict[str, float | None]:
     if target.peak is None:
         return {"compute": None, "memory": None, "network": None}
     moved = row["bytes_accessed"] if target.compiler != "cpu" else row["arguments"] and row["arguments"] + row["new"]
-    sent = row["collectives"] and sum(size for _, size in row["collectives"].values())
+    sent = received(row)
     return {
         "compute": row["flops"] / target.peak.flops,
         "memory": moved and moved / target.peak.bandwidth,
         "network": sent and sent / target.peak.network,
     }
+
+
+def received(row: dict[str, Any]) -> float | None:
+    """Bytes that a device receives from others in a run of the program; None if it was not compiled."""
+    return None if row["collectives"] is None else sum(size for _, size in row["collectives"].values())
 
 
 def hours(rows: list[dict[str, Any]], devices: int, target: Target) -> dict[str, float | None]:
@@ -312,13 +317,12 @@ def described(found: dict[str, Any]) -> str:
     lines = [f"{device['number']} x {device['kind']}, data {device['data']} x fsdp {device['fsdp']}; on each:"]
     lines += [f"  {name:<28} {gb(size):>10}" for name, size in found["held"].items()]
     for row in found["programs"]:
-        sent = row["collectives"] and sum(size for _, size in row["collectives"].values())
         bound = ", ".join(f"{name} {seconds(x)}" for name, x in row["bounds"].items())
         lines += [
             f"{row['name']} ({row['runs']} times)" if row["runs"] else row["name"],
             f"  {'temporaries':<28} {gb(row['temporaries']):>10}  of them gradients {gb(row['gradients'])}",
             f"  {'peak':<28} {gb(row['peak']):>10}",
-            f"  {'FLOPs':<28} {row['flops'] / 1e12:>7.3g} T     received from others {gb(sent)}",
+            f"  {'FLOPs':<28} {row['flops'] / 1e12:>7.3g} T     received from others {gb(received(row))}",
             f"  {'takes at least':<28} {bound}",
         ]
     verdict = {True: "it fits", False: "IT DOES NOT FIT", None: "whether it fits is not known"}[found["fits"]]

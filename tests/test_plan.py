@@ -98,6 +98,12 @@ def test_a_run_that_does_not_fit_says_what_to_change(made):
     assert "fsdp=-1" in plan.described(found)
 
 
+@pytest.mark.parametrize(("collectives", "said"), [({}, "0.00 MB"), (None, "?"), ({"all-reduce": [2, 3e6]}, "3.00 MB")])
+def test_a_plan_says_what_a_device_receives_also_if_it_is_alone(made, collectives, said):
+    alone = made[0] | {"programs": [row | {"collectives": collectives} for row in made[0]["programs"]]}
+    assert plan.described(alone).count(f"received from others {said}") == len(alone["programs"])
+
+
 def test_a_lora_saves_the_moments_of_what_it_freezes(folder):
     ((change, other),) = plan.loras(experiment(folder, "dmd2", **{"method.gan_weight": 0.0})).items()
     mesh = sharding.make_mesh(1, jax.devices()[:1])
