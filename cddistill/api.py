@@ -68,8 +68,8 @@ def load(path, *, checkpoint: str = "latest", teacher=None) -> Model:
 def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
     """The networks of a folder, sampled by a method that trains nothing; with a ControlNet of its own or a folder's."""
     frozen = {"teacher": pipeline.denoiser, "autoencoder": pipeline.autoencoder}
-    if controlnet or pipeline.has("controlnet"):
-        frozen["controlnet"] = pipeline.controlnet(controlnet or pipeline.name)
+    if branch := pipeline.branch(controlnet):
+        frozen["controlnet"] = branch
     how = pipeline.sampling()
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
     student = Student(method, sharding.make_mesh(), frozen, {}, {})

@@ -120,8 +120,8 @@ def networks(experiment: Experiment, teacher: Pipeline) -> tuple[dict[str, Any],
     """(the teacher's networks that the run freezes, by role; how images and captions are encoded, if they are)."""
     requires, controlnet = experiment.method.requires(), experiment.run.controlnet
     frozen = {"teacher": teacher.denoiser} if requires.teacher else {}
-    if requires.teacher and controlnet:
-        frozen["controlnet"] = teacher.controlnet(controlnet)
+    if requires.teacher and (controlnet or not experiment.method.turns()) and (branch := teacher.branch(controlnet)):
+        frozen["controlnet"] = branch  # what is not trained is sampled with its own
     encode = encoders.make(experiment, teacher) if requires.teacher and encoders.needed(experiment, teacher) else None
     if encode is None:
         encoders.check_takes_sizes(experiment, {})

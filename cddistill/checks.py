@@ -180,6 +180,8 @@ def check_teacher(experiment: Experiment, requires: Requires, frozen, batch) -> 
     if pairs and (stored := tuple(ode_pairs.read_manifest(pairs)["x0"])) != shape:
         raise ValueError(f"x0 of data.pairs {pairs} is {stored}, and that of the data is {shape}")
     check_shapes(teacher, batch)
+    if not method.turns():
+        check_condition(experiment, frozen, batch)
     if requires.condition and not experiment.data.task.conditional:
         raise ValueError("this method's student takes a conditioning image: set data.task, or method.adapter='none'")
     if run.teacher_sampler == "heun" and run.teacher_steps:
@@ -187,6 +189,21 @@ def check_teacher(experiment: Experiment, requires: Requires, frozen, batch) -> 
     if isinstance(method, Generator):
         for steps in run.sample_steps:
             method.sampling(teacher.schedule, steps)  # raises if the student cannot be sampled in that many
+
+
+def check_condition(experiment: Experiment, frozen, batch) -> None:
+    """ValueError for a network that is sampled as it is, and takes a condition that the task lacks, or the reverse."""
+    teacher, task = experiment.run.teacher, experiment.data.task_name
+    kind = adapter.kind_of(frozen["teacher"], frozen.get("controlnet"), batch["x0"].shape[-1])
+    if kind == "none" and experiment.data.task.conditional:
+        raise ValueError(
+            f"data.task={task} has a conditioning image, and {teacher} takes none: set config.controlnet to the folder "
+            "of a ControlNet, or data.task to none"
+        )
+    if kind != "none" and not experiment.data.task.conditional:
+        raise ValueError(
+            f"{teacher} takes a conditioning image, and data.task={task} has none: set data.task to its own"
+        )
 
 
 def check_ids(config, size: int) -> None:

@@ -87,6 +87,10 @@ class Pipeline:
         """A ControlNet from a folder of its own, with this pipeline's options."""
         return self.load(folder, "controlnet", models.CONTROLNETS)
 
+    def branch(self, folder: str = "") -> Net | None:
+        """The ControlNet of another folder or, without one, of this pipeline's own; None if it has none."""
+        return self.controlnet(folder or self.name) if folder or self.has("controlnet") else None
+
     def load(self, folder: str, part: str, expect: tuple[type, ...]):
         """A network of one of the classes `expect`, with this pipeline's options."""
         return models.load(folder, part, place=self.place, expect=expect, shapes=self.shapes, **self.options)

@@ -61,6 +61,7 @@ CHAINS: dict[str, list[tuple[str, str]]] = {  # {name: [(beginning of a command,
     "the first command": [
         (MAIN_SR, SR),
         (f"{MAIN_SR} --mode=sample --input=image.png", SR),
+        ("python -m cddistill.main --mode=sample --config=configs/pretrained.py --config.teacher=emoji_codi", ""),
         (f"{MAIN_SR} --mode=evaluate --checkpoint=best", SR),
         (f"{MAIN_SR} --mode=export --output=student", SR),
         (f"{MAIN_SR} --mode=export --output=student.stablehlo", SR),
