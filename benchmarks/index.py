@@ -3,7 +3,8 @@
     python -m benchmarks.index [--rows=12000000] [--shards=1200]
 
 The shards are empty files and their samples are made up, so that what is measured is the index and not a disk: names
-are hashed, rows are written, mapped, divided into splits and shuffled as for a run. Each part is a process of its own.
+are hashed, rows are written, mapped, divided into splits and shuffled as for a run, and their sides, which are made up,
+too, are divided into aspect-ratio buckets. Each part is a process of its own.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cddistill.data import index, order
+from cddistill.data import buckets, index, order, sides
 from cddistill.data.indexed import IndexedImages, divide
 from cddistill.data.splits import digest
 
@@ -38,6 +39,12 @@ class MadeUp:
     def sample(self, path: Path, shard: str, at: int, size: int):
         raise ValueError("samples of this benchmark have no images")
 
+    def sides(self, path: Path, shard: str, rows: np.ndarray) -> index.Found:
+        """Of ten aspect ratios."""
+        found = np.empty(len(rows), sides.SIDES)
+        found["width"], found["height"] = 512 + 64 * (np.arange(len(rows)) % 10), 512
+        return index.Found(found)
+
 
 def build(folder: str) -> str:
     """Index the shards."""
@@ -53,11 +60,19 @@ def start(folder: str) -> str:
     return f"opened {len(found.rows)} rows, {len(rows)} for training, orders {' '.join(digests)}"
 
 
+def divided(folder: str) -> str:
+    """What data.buckets adds to a start: the sides of the training images, made before, and their buckets."""
+    found = index.open_index(folder, MadeUp())
+    split = Layout(found, divide(found, None, "auto")["train"])
+    shapes = buckets.parse(",".join(f"{512 + 64 * k}x512" for k in range(10)))
+    return f"divided {len(split)} rows into {len(buckets.divide(split.sides(), shapes))} buckets"
+
+
 class Layout(IndexedImages):
     """The rows of a split without images."""
 
     def __init__(self, found, rows):
-        self.index, self.rows, self.ends = found, rows, found.ends
+        self.index, self.rows, self.ends, self.format, self.skip = found, rows, found.ends, MadeUp(), False
 
 
 def measured(work, folder: str, queue) -> None:
@@ -75,7 +90,7 @@ def main(rows: int, shards: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for k in range(shards):
             (Path(folder) / f"{k:06}-{rows // shards}.made").touch()
-        for work in (build, start):
+        for work in (build, start, divided, divided):
             process = context.Process(target=measured, args=(work, folder, queue := context.Queue()))
             process.start()
             print(queue.get(), flush=True)

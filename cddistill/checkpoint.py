@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keepers
 
-from cddistill import data, io, progress, sharding, storage
+from cddistill import bucket, data, io, progress, sharding, storage
 from cddistill.config import defaults, method_of, plain
 from cddistill.data import DataConfig
 from cddistill.data.contracts import Source
@@ -47,7 +47,7 @@ class Checkpoints:
         if not read_only:
             io.make_folder(self.folder)
             storage.set_aside_metrics(self.folder, best_metric)
-        self.place = storage.place(self.folder)
+        self.place = bucket.place(self.folder)
         self.best_metric, self.best_mode, self.read_only = best_metric, best_mode, read_only
         policy = [keepers.LatestN(keep)]
         rank = None
@@ -55,7 +55,7 @@ class Checkpoints:
             rank = lambda metrics: metrics[best_metric]
             last = best_mode == "min"  # orbax sorts by the metric and keeps the last, so "min" sorts in reverse
             policy.append(keepers.BestN(get_metric_fn=rank, reverse=last, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(
+        options = dict(
             best_fn=rank,
             best_mode=best_mode,
             preservation_policy=keepers.AnyPreservationPolicy(policy),
@@ -64,7 +64,8 @@ class Checkpoints:
             read_only=read_only,
             lightweight_initialize=read_only,  # reads no metrics
         )
-        handlers = {STATE: ocp.PyTreeCheckpointHandler(), storage.ITEM: storage.SumsHandler()}
+        options = ocp.CheckpointManagerOptions(**options | self.place.options())
+        handlers = {STATE: self.place.handler(), storage.ITEM: storage.SumsHandler()}
         self.manager = ocp.CheckpointManager(self.place.path, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
@@ -219,6 +220,7 @@ class Checkpoints:
         """(read(step), "") if its checksums are right, else (None, why not): the same on all hosts."""
         state, expected, found, reason = None, None, {}, ""
         try:
+            self.place.put_together(step)
             state = read(step)
             expected = storage.read_sums(self.folder / str(step) / storage.ITEM)
             found = storage.sums(by_name(state)) if expected is not None else {}
@@ -236,10 +238,10 @@ class Checkpoints:
         if self.read_only:
             logging.warning("reading %s instead", self.folder / str(good))
             return
-        if sharding.is_host0():
-            for step in steps:
+        for step in steps:
+            if sharding.is_host0():
                 io.move(self.folder / str(step), self.folder / f"{step}.unreadable-{time.time_ns()}")
-                self.place.forget(step)
+            self.place.forget(step)
         multihost_utils.sync_global_devices("unreadable checkpoints are renamed")
         self.manager.reload()
         logging.warning("renamed the unreadable checkpoints %s; continuing from %s", sorted(steps), self.last_good())

@@ -1,21 +1,19 @@
 """What orbax lacks: a checksum of each array beside the arrays, and folders of any name."""
 
-import concurrent.futures
 import json
 import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cddistill import checksums, io, remote
+from cddistill import checksums, io
 
 ITEM = "checksums"  # the sub-folder of a checkpoint: a file of each host, {"hosts": 1, "sums": {"step": "0f..."}}
 METRICS = "metrics/metrics"  # a JSON object
@@ -139,6 +137,14 @@ class Place:
         else:
             os.close(handle)
 
+    def handler(self) -> ocp.PyTreeCheckpointHandler:
+        """What writes the arrays of a checkpoint, and reads them."""
+        return ocp.PyTreeCheckpointHandler()
+
+    def options(self) -> dict[str, Any]:
+        """Options of orbax's manager: none, for a folder that all hosts see."""
+        return {}
+
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints."""
         return steps(self.folder)
@@ -150,6 +156,9 @@ class Place:
 
     def fetch(self, step: int) -> None:
         """Make a checkpoint readable: it is."""
+
+    def put_together(self, step: int) -> None:
+        """Make one of what several hosts have written to a checkpoint that was fetched: it is."""
 
     def publish(self, step: int, manager: ocp.CheckpointManager) -> None:
         """Keep a checkpoint that orbax has begun to write: it does."""
@@ -165,79 +174,6 @@ class Place:
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
-
-
-class Bucket(Place):
-    """A folder of checkpoints on any object store, of one process: orbax works in a scratch folder, and whole
-    checkpoints are copied.
-
-    A checkpoint is complete if it has the file COMMITTED, which is copied last. Of the others on the store, the scratch
-    folder has what ranks them until they are read.
-    """
-
-    def __init__(self, folder: PurePath):
-        self.folder, self.kept = folder, tempfile.TemporaryDirectory(prefix="cddistill-checkpoints-")
-        self.path, self.fetched = self.kept.name, set()
-        self.pool, self.pending = concurrent.futures.ThreadPoolExecutor(1), []
-        for step in self.steps():
-            self.scratch(step).mkdir()
-            remote.download(folder / str(step), self.scratch(step), (METRICS, "_CHECKPOINT_METADATA").__contains__)
-
-    def scratch(self, step: int) -> Path:
-        """Where orbax has a checkpoint."""
-        return Path(self.path) / str(step)
-
-    def check(self) -> None:
-        """A folder on an object store cannot be missed: it is a part of names."""
-
-    def fetch(self, step: int) -> None:
-        """Copy a checkpoint to the scratch folder, unless that was done. OSError if it cannot be."""
-        if step not in self.fetched:
-            remote.download(self.folder / str(step), self.scratch(step))
-            self.fetched.add(step)
-
-    def publish(self, step: int, manager: ocp.CheckpointManager) -> None:
-        """Copy a checkpoint to the store in the background, as soon as orbax has written it."""
-        self.pending.append(self.pool.submit(self.copy, step, manager))
-
-    def copy(self, step: int, manager: ocp.CheckpointManager) -> None:
-        """Copy one checkpoint, and delete those that orbax has deleted."""
-        manager.wait_until_finished()
-        committed = self.scratch(step) / COMMITTED
-        committed.touch()
-        remote.upload(self.scratch(step), self.folder / str(step), last=COMMITTED)
-        self.fetched.add(step)
-        for old in self.steps():
-            if not self.scratch(old).exists():
-                (self.folder / str(old) / COMMITTED).unlink()  # first: the rest is no checkpoint
-                (self.folder / str(old)).rmtree()
-
-    def wait(self) -> None:
-        """Raises what kept a checkpoint from being copied."""
-        while self.pending:
-            self.pending.pop(0).result()
-
-    def forget(self, step: int) -> None:
-        """Remove a checkpoint from the scratch folder."""
-        shutil.rmtree(self.scratch(step), ignore_errors=True)
-        self.fetched.discard(step)
-
-    def close(self) -> None:
-        """Remove the scratch folder."""
-        self.pool.shutdown()
-        self.kept.cleanup()
-
-
-def place(folder: PurePath) -> Place:
-    """The folder as orbax can use it."""
-    if not io.is_remote(folder):
-        return Place(folder)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"{folder} cannot be the workdir of a run on several hosts: set --workdir to a folder that all of them "
-            "mount, of a file system or, by gcsfuse or Mountpoint, of this bucket"
-        )
-    return Bucket(folder)
 
 
 def steps(folder: PurePath) -> list[int]:

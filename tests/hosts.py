@@ -9,9 +9,8 @@ import sys
 HERE = pathlib.Path(__file__).parent
 
 
-def together(*args, hosts, devices, timeout=None, **env):
-    """What each of `hosts` processes of `python ARGS...` printed, and after that its stderr, whose lines could come in
-    the middle of others; each process has its share of the devices, all end with 0."""
+def start(*args, hosts, devices, **env):
+    """`hosts` processes of `python ARGS...`, each with its share of the devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -20,10 +19,16 @@ def together(*args, hosts, devices, timeout=None, **env):
     if hosts > 1:
         env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
     command = [sys.executable, *map(str, args)]
-    started = [
+    return [
         subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-1, text=True)
         for i in range(hosts)
     ]
+
+
+def together(*args, hosts, devices, timeout=None, **env):
+    """What each of `hosts` processes of `python ARGS...` printed, and after that its stderr, whose lines could come in
+    the middle of others; each process has its share of the devices, all end with 0."""
+    started = start(*args, hosts=hosts, devices=devices, **env)
     try:
         out = ["".join(host.communicate(timeout=timeout)) for host in started]
     finally:

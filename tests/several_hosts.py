@@ -30,14 +30,15 @@ def settings(mode, teacher, vae, pictures):
         c.update(batch_size=4, encode_shard=4)  # shards for every host
     else:
         c.update(checkpoint_every=2, eval_every=2, eval_images=4, sample_steps=(2,))
+    c.data.buckets = "8x8,16x8" if mode == "buckets" else ""
     return c
 
 
 def work(mode, c, folder):
     """Run a mode."""
     run = folder / "run"
-    if mode == "train":
-        train.train(c, run)
+    if mode in ("train", "buckets"):
+        train.train(c, run if mode == "train" else folder / mode)
     elif mode == "evaluate":
         (run / "scores.json").unlink(missing_ok=True) if sharding.is_host0() else None
         commands.evaluate_run(c, run)

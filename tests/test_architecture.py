@@ -13,7 +13,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
         *("hub", "memory", "rounding"),
     },
     {"net", "storage", "lock", "environment", "profiling", "targets"},
-    {"models", "method"},
+    {"models", "method", "bucket"},
     {"perceptual", "pipeline"},
     {"losses", "sampling"},
     {"methods"},

@@ -1,30 +1,39 @@
 """Aspect-ratio buckets: which image is in which, what each step has, and runs on several shapes."""
 
 import collections
+import dataclasses
+import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 from test_crops import noise, place
-from test_indexed import write_table
+from test_indexed import FORMATS, records, tar, write_table
 
 from cddistill import build, checks, commands, config, train
-from cddistill.data import batches, buckets, configure, examples, loader, order_digest
+from cddistill.data import batches, buckets, configure, examples, index, indexed, loader, order_digest, sides
 from cddistill.data.images import fit
 
 SHAPES = ((8, 8), (6, 12))  # "8x8,12x6": squares and wide ones
 SIDES = [(10, 10)] * 5 + [(24, 12)] * 9 + [(30, 16)] * 2  # width, height: 5 squares, 11 wide ones
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory, monkeypatch):
+    """The cache of indices is no user's."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixteen pictures, captioned by their numbers."""
     root = tmp_path_factory.mktemp("pictures")
-    for i, sides in enumerate(SIDES):
-        Image.fromarray(noise(i, *sides)).save(root / f"{i}.png")
+    for i, shape in enumerate(SIDES):
+        Image.fromarray(noise(i, *shape)).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(str(i))
     return root
 
@@ -155,32 +164,137 @@ def test_the_header_is_turned_as_the_picture_is(tmp_path):
     assert loader.numbers_of(of(tmp_path)) == {(6, 12): 1}
 
 
-def test_parquet_states_sizes_in_columns(folder, tmp_path, monkeypatch):
-    """As img2dataset writes them; the pictures are then not looked at."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    columns = {
-        "jpg": [(folder / f"{i}.png").read_bytes() for i in range(16)], "caption": [*map(str, range(16))],
-        "WIDTH": [w for w, _ in SIDES], "height": [h for _, h in SIDES],
-    }  # fmt: skip
+# --- shards
+
+
+def write_shards(root, source, pictures=None, columns=None):
+    """The pictures of SIDES, or these files of pictures, in two shards."""
+    root.mkdir(exist_ok=True)
+    if pictures is None:
+        pictures = [encoded(noise(i, *shape)) for i, shape in enumerate(SIDES)]
     for k in (0, 1):
-        part = {name: x[8 * k : 8 * k + 8] for name, x in columns.items()}
-        (tmp_path / "x").mkdir(exist_ok=True)
-        write_table(tmp_path / "x" / f"{k}.parquet", part, row_group_size=3)
-    assert loader.numbers_of(of(tmp_path / "x", source="parquet")) == {(8, 8): 5, (6, 12): 11}
-    for batch in taken(4, of(tmp_path / "x", source="parquet")):
-        assert {int(i) >= 5 for i in batch["caption"]} == {batch["x0"].shape[1:3] == (6, 12)}
+        numbers = range(8 * k, min(8 * k + 8, len(pictures)))
+        if source == "webdataset":
+            members = {f"{i}.txt": b"%d" % i for i in numbers} | {f"{i}.png": pictures[i] for i in numbers}
+            tar(root / f"{k}.tar", dict(sorted(members.items(), key=lambda x: x[0].split(".")[0])))
+        elif source == "parquet":
+            table = {"jpg": [pictures[i] for i in numbers], "caption": [*map(str, numbers)]}
+            table |= {name: x[numbers.start : numbers.stop] for name, x in (columns or {}).items()}
+            write_table(root / f"{k}.parquet", table, row_group_size=3)
+        else:
+            records(root / f"{k}.array_record", [{"image": pictures[i], "caption": str(i)} for i in numbers])
+    return root
 
 
-def test_parquet_without_sizes_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name, columns, said in (
-        ("none", {}, "0.parquet has no columns width and height, of which data.buckets makes buckets: write them"),
-        ("texts", {"width": ["8"], "height": ["high"]}, "0.parquet has sides of images that are no whole numbers"),
+def encoded(pixels, **options):
+    """A picture's file."""
+    Image.fromarray(pixels).save(file := io.BytesIO(), options.pop("format", "png"), **options)
+    return file.getvalue()
+
+
+def headers_read(monkeypatch):
+    """The names of pictures whose header is read from now on; other processes' caches are forgotten."""
+    seen, read = [], sides.sides_of
+    monkeypatch.setattr(sides, "sides_of", lambda file, name: seen.append(name) or read(file, name))
+    return seen
+
+
+def as_another_process():
+    """Forget what was opened."""
+    for cached in (indexed.scan, loader.open_source, loader.parts_of):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_pictures_in_shards_are_those_of_a_folder(folder, source, tmp_path):
+    """Also when their shapes, which only their headers tell, decide: the same buckets and the same pixels."""
+    config = of(write_shards(tmp_path / "x", source), source=source)
+    assert loader.numbers_of(config) == {(8, 8): 5, (6, 12): 11}
+    pairs = (pair for batch in taken(16, of(folder)) for pair in zip(batch["caption"], batch["x0"], strict=True))
+    expected = {int(caption): x0 for caption, x0 in pairs}
+    for batch in taken(8, config):
+        for x0, caption in zip(batch["x0"], batch["caption"], strict=True):
+            np.testing.assert_array_equal(x0, expected[int(caption)])
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_the_headers_in_shards_are_read_once(source, tmp_path, monkeypatch):
+    """Again those of a shard that has changed; splits and hosts share what was read."""
+    config, seen = of(write_shards(tmp_path / "x", source), source=source), headers_read(monkeypatch)
+    order = order_digest(config, seed=0)
+    assert len({*seen}) == len(seen) == len(SIDES)
+    as_another_process()
+    assert order_digest(config, seed=0) == order
+    assert order_digest(of(tmp_path / "x", source=source, buckets="6x12,8x8"), seed=0) != order
+    assert len(seen) == len(SIDES)
+    shard = min(path for path in (tmp_path / "x").iterdir() if path.is_file())
+    os.utime(shard, (1, 1))
+    as_another_process()
+    assert loader.numbers_of(config) == {(8, 8): 5, (6, 12): 11}
+    assert len(seen) == len(SIDES) + 8
+    assert all(shard.name in name for name in seen[-8:])
+    as_another_process()
+    loader.numbers_of(config)
+    assert len([*(tmp_path / "x" / ".cddistill").iterdir()]) == 4  # two indices, of two files each
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_headers_in_shards_are_turned_as_the_picture_is_and_those_that_cannot_be_read_are_named(source, tmp_path):
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned = encoded(noise(0, 12, 24), format="jpeg", exif=exif)
+    pictures = [turned, encoded(noise(1, 9, 9)), b"no picture", turned[:9]]
+    config = of(write_shards(tmp_path / "x", source, pictures), source=source)
+    bad = r"2 of 4 pictures in .*x have no header that can be read: .* cannot be read .*; .* \(data.skip_bad=True skips"
+    with pytest.raises(ValueError, match="2 of 4 images in .*x cannot be used"):  # as without buckets
+        loader.numbers_of(config)
+    skipping = dataclasses.replace(config, skip_bad=True)
+    assert loader.numbers_of(skipping) == {(8, 8): 3, (6, 12): 1}
+    opened = loader.load(skipping, "train").source
+    opened.skip = False
+    with pytest.raises(ValueError, match=bad):
+        opened.sides()
+
+
+def test_a_tar_whose_samples_are_no_longer_there_is_named(tmp_path):
+    """Only as far as the headers of its members tell."""
+    found = loader.load(of(write_shards(tmp_path / "x", "webdataset"), source="webdataset"), "train").source
+    (tmp_path / "x" / "0.tar").write_bytes(b"something else" * 4000)
+    rows = found.index.rows[:8]
+    left = found.format.sides(tmp_path / "x" / "0.tar", "0.tar", rows).left
+    assert left[0] == "0.tar is damaged at byte 0: download it again"
+    assert len(left) == 8
+
+
+def test_an_index_of_sides_that_is_of_other_samples_is_named(tmp_path, monkeypatch):
+    config = of(write_shards(tmp_path / "x", "webdataset"), source="webdataset")
+    monkeypatch.setattr(type(config.source.format), "sides", lambda *_: index.Found(np.zeros(7, sides.SIDES)))
+    with pytest.raises(ValueError, match=r"the index of sides in .*x is not that of its samples: delete its folder"):
+        loader.numbers_of(config)
+
+
+def test_columns_of_parquet_state_sides(tmp_path, monkeypatch):
+    """As img2dataset writes them; the pictures are then not looked at."""
+    columns = {"WIDTH": [w for w, _ in SIDES], "height": [h for _, h in SIDES]}
+    seen = headers_read(monkeypatch)
+    for changes, expected in (
+        ({}, {(8, 8): 5, (6, 12): 11}),
+        ({"height": [1000] * 16}, {(8, 8): 16}),
+        ({"height": [None] * 16}, {(8, 8): 16}),  # not known
     ):
-        (tmp_path / name).mkdir()
-        write_table(tmp_path / name / "0.parquet", {"jpg": [(folder / "0.png").read_bytes()]} | columns)
-        with pytest.raises(ValueError, match=said):
-            loader.numbers_of(of(tmp_path / name, source="parquet"))
+        root = write_shards(tmp_path / str(len(seen)), "parquet", columns=columns | changes)
+        as_another_process()
+        assert loader.numbers_of(of(root, source="parquet")) == expected
+    assert seen == []
+
+
+@pytest.mark.parametrize("wrong", ["high", -8])
+def test_columns_of_parquet_that_are_no_sides_are_named(wrong, tmp_path):
+    columns = {"width": [8] * 16, "height": [wrong] * 16}
+    root = write_shards(tmp_path / "x", "parquet", columns=columns)
+    with pytest.raises(ValueError, match="parquet has sides of images that are no whole numbers of pixels") as error:
+        loader.numbers_of(of(root, source="parquet"))
+    assert "\n" not in str(error.value)
 
 
 # --- runs
@@ -223,7 +337,7 @@ def test_a_run_trains_on_all_shapes_and_resumes(one_device, teacher, folder, tmp
     ("changes", "sentence"),
     [
         ({"source": "emoji"}, "data.buckets cannot go with data.source=emoji, whose images are not of several shapes"),
-        ({"source": "webdataset"}, "data.buckets cannot go with data.source=webdataset, .* only reading all of them"),
+        ({"source": "tfds"}, "data.buckets cannot go with data.source=tfds, .* only reading all of them"),
         ({"source": "arrays"}, "data.buckets cannot go with data.source=arrays"),
         ({"task": "inpaint"}, "data.buckets cannot go with data.task=inpaint, which is for squares"),
         ({"window": 10}, "data.buckets cannot go with data.window, which orders all images as one"),

@@ -26,8 +26,9 @@ FORMATS = ("webdataset", "parquet", "array_record")
 
 
 def picture(i):
-    """An image file, all of whose pixels differ from those of the others."""
-    Image.fromarray(np.random.default_rng(i).integers(0, 255, (10, 8, 3), np.uint8)).save(file := io.BytesIO(), "png")
+    """An image file, all of whose pixels differ from those of the others: two high ones, two wide ones, and so on."""
+    shape = (10, 20 if i // 2 % 2 else 8, 3)
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, np.uint8)).save(file := io.BytesIO(), "png")
     return file.getvalue()
 
 
@@ -65,10 +66,15 @@ def write_table(path, columns, **options):
 
 
 def array_records(root, shard, numbers):
+    rows = [{"image": PICTURES[i], "caption": f"picture {i}", "label": i % 9} for i in numbers]
+    records(root / f"{shard}.array_record", rows)
+
+
+def records(path, rows):
+    """Write rows as an ArrayRecord file, every second as an Example."""
     module = pytest.importorskip("array_record.python.array_record_module")
-    writer = module.ArrayRecordWriter(str(root / f"{shard}.array_record"), "group_size:1")
-    for i in numbers:
-        row = {"image": PICTURES[i], "caption": f"picture {i}", "label": i % 9}
+    writer = module.ArrayRecordWriter(str(path), "group_size:1")
+    for i, row in enumerate(rows):
         writer.write(example(row) if i % 2 else msgpack.packb(row))
     writer.close()
 

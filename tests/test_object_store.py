@@ -240,12 +240,17 @@ def test_shards_are_read_in_place_by_an_index_that_is_built_once(bucket, source,
     test_indexed.write(here, source)
     remote.upload(here, bucket / "data", last=".json")
     expected, _ = opened_anew(here, source)
+    local = expected.source.sides()
     first, _ = opened_anew(bucket / "data", source)
+    sides = first.source.sides()
+    assert {*map(tuple, sides.tolist())} == {(8, 10), (20, 10)}
     index = [name for name in io.sizes(bucket / "data") if name.startswith(".cddistill/")]
-    assert len([name for name in index if "/shard." not in name]) == 2  # index.*.json and rows.*.npy
-    scan = "its index is there"
-    monkeypatch.setattr(type(SOURCES[source].format), "scan", lambda *_: pytest.fail(scan))
+    assert len([name for name in index if "/shard." not in name]) == 4  # .json and .npy, of samples and sides
+    for read in ("scan", "sides"):
+        monkeypatch.setattr(type(SOURCES[source].format), read, lambda *_: pytest.fail("its index is there"))
     second, scratch = opened_anew(bucket / "data", source)
+    for found in (local, second.source.sides()):
+        np.testing.assert_array_equal(found, sides)
     for i in (0, len(expected) - 1):
         items = [found.item(i, np.random.default_rng(i)) for found in (expected, first, second)]
         assert len({item["caption"] for item in items}) == 1

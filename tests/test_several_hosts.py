@@ -22,7 +22,7 @@ from cddistill.data.ode_pairs import OdePairs
 pytestmark = pytest.mark.slow
 proxies, bucket = test_object_store.proxies, test_object_store.bucket  # fixtures
 HERE = pathlib.Path(__file__).parent
-MODES = {2: ("train", "evaluate", "sample", "export", "encode", "pairs"), 4: ("train", "pairs")}
+MODES = {2: ("train", "buckets", "evaluate", "sample", "export", "encode", "pairs"), 4: ("train", "pairs")}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def decoded(folder, n, mode):
     return [json.loads((folder / f"decoded-{host}.json").read_text())[mode] for host in range(n)]
 
 
-def trained(places, folder):
+def trained(places, folder, mode="train"):
     """The last checkpoint's weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", jax.local_devices)
-        experiment = config.resolve(settings("train", *places))
-        checkpoints = open_checkpoints(folder / "run", experiment, read_only=True)
+        experiment = config.resolve(settings(mode, *places))
+        checkpoints = open_checkpoints(folder / {"train": "run"}.get(mode, mode), experiment, read_only=True)
         state = checkpoints.restore_weights(build(experiment).abstract)
         checkpoints.close()
     return jax.device_get((state.step, state.nets, state.ema))
@@ -112,6 +112,19 @@ def two(runs):
 
 
 all_modes = pytest.mark.parametrize("runs", [2], indirect=True, ids=["2 hosts"])
+
+
+@all_modes
+def test_buckets_are_those_of_one_process(two, places):
+    """Batches of two shapes, each of which both hosts have at the same step."""
+    one, several = two
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(compare, *(trained(places, folder, "buckets") for folder in (several, one)))
+    (whole,), parts = decoded(one, 1, "buckets"), decoded(several, 2, "buckets")
+    assert [sum((part[str(k)] for part in parts), []) for k in range(STEPS)] == [whole[str(k)] for k in range(STEPS)]
+    experiment = config.resolve(settings("buckets", *places))
+    stream = data.batches(experiment.data, batch_size=BATCH, seed=experiment.run.seed)
+    assert len({next(stream)["x0"].shape for _ in range(STEPS)}) == 2
 
 
 @all_modes

@@ -42,20 +42,30 @@ class Found(NamedTuple):
 
 
 @runtime_checkable
-class Format(Protocol):
-    """A kind of shards, on a disk or on an object store. Samples are read by several threads."""
+class Scan(Protocol):
+    """What an index is made by."""
 
     suffix: str  # names the index
+
+    def scan(self, path: PurePath, shard: str) -> Found:
+        """What a shard holds. `shard` is its path in data.path, for names and messages; a sentence if it is damaged."""
+
+
+@runtime_checkable
+class Format(Scan, Protocol):
+    """A kind of shards, on a disk or on an object store. Samples are read by several threads."""
+
     shards: str  # what data.path should be: "a folder of tar files"
 
     def is_shard(self, name: str) -> bool:
         """Whether a file has the name of a shard."""
 
-    def scan(self, path: PurePath, shard: str) -> Found:
-        """What a shard holds. `shard` is its path in data.path, for names and messages; a sentence if it is damaged."""
-
     def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
-        """A sample's name, and its fields: see `indexed.element_of`. Raises ValueError for one that is damaged."""
+        """A sample's name, and its fields: see `indexed.fields_of`. Raises ValueError for one that is damaged."""
+
+    def sides(self, path: PurePath, shard: str, rows: np.ndarray) -> Found:
+        """The sides of a shard's pictures, upright, as rows of `sides.SIDES`: zeros, and a sentence in `left`, for
+        those that cannot be read."""
 
 
 class Index(NamedTuple):
@@ -79,9 +89,14 @@ def open_index(path: str, format: Format) -> Index:
     root, now = shards_below(path, format)
     if not now:
         raise ValueError(f"there is no shard in {root} (data.path): expected {format.shards}")
+    return index_of(root, now, format, ROW)
+
+
+def index_of(root: PurePath, now: list[dict[str, Any]], format: Scan, row: np.dtype) -> Index:
+    """The index of these shards, with the rows that `scan` finds, of this type. Raises ValueError as `open_index`."""
     own = Path.home() / ".cache" / "cddistill" / "index" / named(str(root if io.is_remote(root) else root.resolve()))
     places = [root / ".cddistill", own]
-    known = [(place, old) for place in places if (old := read(place, root, format.suffix))]
+    known = [(place, old) for place in places if (old := read(place, root, format.suffix, row))]
     for place, index in known:
         if [stamp_of(shard) for shard in index.shards] == [stamp_of(shard) for shard in now]:
             tidy(place, format.suffix, index)
@@ -150,7 +165,7 @@ def say_changes(root: PurePath, now, old: Index | None) -> None:
 # ---- reading
 
 
-def read(place: PurePath, root: PurePath, suffix: str) -> Index | None:
+def read(place: PurePath, root: PurePath, suffix: str, row: np.dtype) -> Index | None:
     """The index in a folder; None without one of this version. ValueError, naming it, for one that is damaged."""
     path = place / f"index.{suffix}.json"
     if not path.is_file():
@@ -161,7 +176,7 @@ def read(place: PurePath, root: PurePath, suffix: str) -> Index | None:
             return None
         rows = mapped(place / content["rows"])
         index = Index(root, content["shards"], rows)
-        if rows.dtype != ROW or len(rows) != index.ends[-1]:
+        if rows.dtype != row or len(rows) != index.ends[-1]:
             raise ValueError(f"{content['rows']} has {len(rows)} rows of another number or type")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the index {path} is damaged ({error}): {REBUILD}") from error
@@ -185,7 +200,7 @@ def tidy(place: PurePath, suffix: str, index: Index) -> None:
 # ---- building
 
 
-def build(place: PurePath, root: PurePath, format: Format, now, old: Index | None) -> Index:
+def build(place: PurePath, root: PurePath, format: Scan, now, old: Index | None) -> Index:
     """Index the shards `now`, and write the index. Those that an older index has are not read again."""
     known = {} if old is None else {stamp_of(shard): k for k, shard in enumerate(old.shards)}
     ends = None if old is None else old.ends
@@ -207,9 +222,7 @@ def build(place: PurePath, root: PurePath, format: Format, now, old: Index | Non
     return write(place, root, format.suffix, [shard for shard, _ in parts], [rows for _, rows in parts])
 
 
-def indexed(
-    place: PurePath, root: PurePath, format: Format, shard: dict[str, Any]
-) -> tuple[dict[str, Any], np.ndarray]:
+def indexed(place: PurePath, root: PurePath, format: Scan, shard: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """(a shard as the index has it, its rows), written to a file at once, or read from that of an earlier start."""
     file = place / f"shard.{format.suffix}.{named(json.dumps([VERSION, *stamp_of(shard)]))}.npz"
     with (

@@ -1,6 +1,5 @@
 """Images in shards, such as tar files: what all sources that read through an index have in common."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -16,8 +15,9 @@ from cddistill.data.contracts import Element, Source
 from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_values
 from cddistill.data.images import read, read_map
-from cddistill.data.index import THREADS, Format, Index, open_index, stamp_of
+from cddistill.data.index import Format, Index, open_index, stamp_of
 from cddistill.data.listing import check_some, report_bad
+from cddistill.data.sides import sides_below
 from cddistill.data.splits import RULES, SPELLINGS, SPLITS, split_folders, top
 
 PICTURES = {
@@ -38,7 +38,7 @@ class Indexed(Source):
 
     format: ClassVar[Format]
     needs: ClassVar[str] = ""  # a module of the extra `data`
-    sized = True
+    sized = bucketed = True
 
     def open(self, config, split):
         if self.needs and importlib.util.find_spec(self.needs) is None:
@@ -150,6 +150,7 @@ class IndexedImages:
     def __init__(self, contents: Contents, config, split: str, crop: Crop, format: Format):
         self.index, self.rows, self.format, self.crop = contents.index, contents.parts[split], format, crop
         self.size, self.null, self.ends = config.size, config.num_classes, contents.index.ends
+        self.skip = config.skip_bad
         if not len(self.rows):
             raise ValueError(
                 f"the {split} split of {self.index.root} is empty ({sizes(contents.parts)}): name shards like "
@@ -170,14 +171,9 @@ class IndexedImages:
         return order.astype(np.uint32), np.searchsorted(self.rows[order], self.ends)
 
     def sides(self):
-        """The width and height of each image, int32 [n, 2], as the shards state them."""
-        found = np.zeros((len(self.index.rows), 2), np.int32)
-        starts = [0, *self.ends[:-1].tolist()]
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            read = lambda shard: self.format.sides(self.index.root / shard["name"], shard["name"])
-            for start, sides in zip(starts, pool.map(read, self.index.shards), strict=True):
-                found[start : start + len(sides)] = sides
-        return found[self.rows]
+        """The width and height of each image, uint32 [n, 2], upright."""
+        found = sides_below(self.index, self.format, self.skip)[self.rows]
+        return np.stack([found["width"], found["height"]], 1)
 
     def element(self, i, rng, shape=None):
         """Image i, of data.size or of a shape (height, width)."""

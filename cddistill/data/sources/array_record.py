@@ -11,6 +11,7 @@ import numpy as np
 from cddistill import io
 from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import Indexed, fields_of
+from cddistill.data.sides import of_headers, picture
 from cddistill.data.splits import digest
 
 OPEN_FILES = 256
@@ -43,6 +44,10 @@ class ArrayRecord:
             return name, fields_of(name, parse(opened(path).read([at])[0]))
         except (RuntimeError, msgpack.UnpackException, message_errors()) as error:
             raise ValueError(f"{name} is damaged ({error}): write {shard} again") from error
+
+    def sides(self, path: PurePath, shard: str, rows: np.ndarray) -> Found:
+        """From the headers of the pictures, for which every record is read."""
+        return of_headers(rows, lambda at, size: picture(*self.sample(path, shard, at, size)))
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)

@@ -13,9 +13,9 @@ from cddistill import io
 from cddistill.data.captions import CAPTIONS, FURTHER
 from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import PICTURES, Indexed, fields_of
+from cddistill.data.sides import SIDES, of_headers, picture
 from cddistill.data.splits import digest
 
-SIDES = ("width", "height")  # of an image as it is stored, upright
 CACHE_BYTES = 2**28  # of row groups, which are read whole
 OPEN_FILES = 256
 COLUMNS = {*CAPTIONS, "txt", "label", "cls"}.union(*PICTURES.values(), *FURTHER.values())
@@ -81,22 +81,23 @@ class Parquet:
         rows["digest"] = [digest(f"{shard}/{i}") for i in range(len(rows))]
         return Found(rows, bare=0 if names & {*CAPTIONS, "txt"} else len(rows))
 
-    def sides(self, path: PurePath, shard: str) -> np.ndarray:
-        """The width and height that the columns of these names state, int32 [n, 2]; 0 where there is none."""
+    def sides(self, path: PurePath, shard: str, rows: np.ndarray) -> Found:
+        """Those that the columns `width` and `height` state, 0 where they are null; without them those of the pictures'
+        headers, for which all pictures are read. Raises ValueError for other columns of these names."""
         import pyarrow
 
         file = opened(path)
         names = {name.lower(): name for name in file.schema_arrow.names}
-        if not {*SIDES} <= {*names}:
-            raise ValueError(
-                f"{shard} has no columns {' and '.join(SIDES)}, of which data.buckets makes buckets: write them, as "
-                "img2dataset does, or leave out data.buckets"
-            )
+        if not {*SIDES.names} <= {*names}:
+            return of_headers(rows, lambda at, size: picture(*self.sample(path, shard, at, size)))
         try:
-            table = file.read(columns=[names[side] for side in SIDES])
+            table = file.read(columns=[names[side] for side in SIDES.names])
         except pyarrow.ArrowException as error:
             raise ValueError(f"{shard} is damaged ({error}): download it again") from error
-        return np.stack([whole_numbers(table.column(names[side]), shard) for side in SIDES], 1)
+        found = np.empty(len(rows), SIDES)
+        for side in SIDES.names:
+            found[side] = whole_numbers(table.column(names[side]), shard)
+        return Found(found)
 
     def sample(self, path: PurePath, shard: str, at: int, size: int) -> tuple[str, dict[str, Any]]:
         """Row `size` of row group `at`."""
@@ -120,11 +121,11 @@ def opened(path: PurePath):
 
 
 def whole_numbers(column, shard: str) -> np.ndarray:
-    """A column as int32 [n], 0 where it is null. Raises ValueError for one that holds no whole numbers."""
+    """A column as uint32 [n], 0 where it is null. Raises ValueError for one that holds no whole numbers."""
     import pyarrow
 
     try:
-        return column.fill_null(0).cast(pyarrow.int32()).to_numpy()
+        return column.cast(pyarrow.uint32()).fill_null(0).to_numpy()
     except pyarrow.ArrowException as error:
         raise ValueError(f"{shard} has sides of images that are no whole numbers of pixels: {error}") from error
 
@@ -139,5 +140,4 @@ class ParquetFiles(Indexed):
     """Parquet files in the folder data.path."""
 
     format = Parquet()
-    bucketed = True
     needs = "pyarrow"

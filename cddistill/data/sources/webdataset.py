@@ -16,6 +16,7 @@ from cddistill.data.captions import check_text, facts, label_of
 from cddistill.data.images import SUFFIXES
 from cddistill.data.index import ROW, Found
 from cddistill.data.indexed import PICTURES, Indexed
+from cddistill.data.sides import of_headers
 from cddistill.data.splits import digest
 
 BLOCK = 512  # bytes; headers and contents start at multiples of it
@@ -95,8 +96,24 @@ class Tar:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
+    def sides(self, path: PurePath, shard: str, rows: np.ndarray) -> Found:
+        """From the headers of the pictures. Of a tar file on an object store that takes about all of its bytes."""
 
-def texts(fields: dict[str, bytes]) -> dict[str, Any]:
+        def picture(at, size):
+            file.seek(at)
+            try:
+                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (of a file that others close)
+                members = ((member, *parts(member.name)) for member in tar if member.isfile())
+                member, key = next((member, key) for member, key, field in members if field == "image")
+            except (tarfile.TarError, StopIteration) as error:
+                raise ValueError(f"{shard} is damaged at byte {at}: download it again") from error
+            return tar.extractfile(member), f"{key} in {shard}"
+
+        with io.opened(path, AHEAD) as file:
+            return of_headers(rows, picture)
+
+
+def texts(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with captions and labels as such; those of a .json member if there is no other."""
     stated = {}
     if "json" in fields:
