@@ -96,8 +96,6 @@ def main(settings):
         return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
         return commands.make_pairs(settings, io.path(output))
-    if (RUNTIME.value and not PAGE.value) or (PAGE.value and HUB.value):
-        raise ValueError("--onnxruntime_web goes with --page, and --push_to_hub with a folder without it")
     if MODE.value == "export" and PAGE.value:
         return commands.export_page(settings, workdir, output, which, RUNTIME.value)
     if MODE.value == "export":
@@ -204,6 +202,10 @@ def check_mode() -> None:
     for option, modes in USED_BY.items():
         if flags.FLAGS[option].present and MODE.value not in modes:
             raise ValueError(f"--{option} is for --mode={' or '.join(modes)}, not {MODE.value}: leave it out")
+    if RUNTIME.value and not PAGE.value:
+        raise ValueError("--onnxruntime_web is for --page: add it, or leave both out")
+    if HUB.value and PAGE.value:
+        raise ValueError("--push_to_hub is for a diffusers folder, and --page writes another: leave one out")
 
 
 def usage(settings: ConfigDict | None) -> str:

@@ -19,7 +19,7 @@ import tiny
 from PIL import Image
 from test_latent import CLIP, UNET, VAE
 
-from cddistill import commands, config, data, generate, io, models, page, sampling, sharding, unrolled
+from cddistill import api, commands, config, data, generate, io, models, page, sampling, sharding, unrolled
 from cddistill.data import TASKS, images
 from cddistill.diffusion import DDPM
 from cddistill.generate import Student
@@ -182,6 +182,26 @@ def test_networks_that_draw_another_picture_are_refused(enlarger, tmp_path, monk
     with pytest.raises(ValueError, match=r"draw another picture than the student: they differ by up to 0\.\d+ of 1"):
         commands.export_page(c, tmp_path / "run", str(tmp_path / "demo"), runtime=runtime)
     assert not [*(tmp_path / "demo").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "prompts", "sources", "why"),
+    [
+        (2**28 + 1, (8, 8), True, set(), "1.0 GiB of weights"),
+        (9, (8, 8), True, {"text.added_cond_kwargs.text_embeds"}, "as students of SDXL do"),
+        (9, (8, 8), False, {"text.encoder_hidden_states"}, "small has no text encoder for its prompts"),
+        (9, (8, 16), True, {"cond"}, "its conditions are 8 x 16"),
+    ],
+)
+def test_what_has_no_page(size, shape, prompts, sources, why):
+    weights = types.SimpleNamespace(params=jax.ShapeDtypeStruct((size,), np.float16))
+    pipeline = types.SimpleNamespace(name="small", prompts=prompts or None)
+    parts, batch = (
+        types.SimpleNamespace(frozen={"teacher": weights}, pipeline=pipeline),
+        {"x0": np.zeros((1, *shape, 3))},
+    )
+    with pytest.raises(ValueError, match=f"this student cannot be put on a page .*{why}"):
+        page.check_inputs.__wrapped__(parts, batch, sources)
 
 
 # --- onnxruntime-web
@@ -406,6 +426,17 @@ def test_a_browser_enlarges_as_python_does(chromium, enlarger, tmp_path):
         tab.set_input_files("#file", str(bad))
         tab.wait_for_selector("#status.error")
         assert "cannot be read as a picture" in tab.inner_text("#status")
+
+
+@pytest.mark.slow
+def test_a_browser_draws_a_class_as_python_does(chromium, teacher, tmp_path):
+    """A student without a condition: no picture is asked for, and there is no slider."""
+    c = settings(teacher, "none")
+    api.sample_prompts(c, tmp_path / "run", [], str(tmp_path / "out.png"), labels=[3])
+    with opened(chromium, exported(c, tmp_path)) as tab:
+        assert not any(map(tab.is_visible, ("#file", "#slider", "#prompt", "#brush")))
+        tab.select_option("#label", "3")
+        close(generated(tab, 2), Image.open(tmp_path / "out.png").convert("RGB"))
 
 
 @pytest.fixture(scope="module")
