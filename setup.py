@@ -84,7 +84,9 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["cddistill", "cddistill.*"]), "cddistill.configs"],
     package_dir={"cddistill.configs": "configs"},  # --config=cddistill:ccd_sr, without a checkout
-    package_data={"cddistill": ["*.j2", "data/assets/**", "models/assets/**", "models/architectures/**", "evals/*.j2"]},
+    package_data={
+        "cddistill": ["*.j2", "data/assets/**", "models/assets/**", "models/architectures/**", "evals/*.j2", "web/*"]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["cddistill = cddistill.main:run"]},

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 import jax
 import numpy as np
 
-from cddistill import checkpoint, config, data, export, generate, hub, io, lock, plan, sharding, targets
+from cddistill import checkpoint, config, data, export, generate, hub, io, lock, page, plan, sharding, targets
 from cddistill.build import Parts, build, in_frozen_dtype, of_one_host, open_checkpoints
 from cddistill.data import listing
 from cddistill.data.contracts import Task
@@ -57,11 +57,14 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     compare.evaluate_and_report(in_frozen_dtype(parts), state, workdir, {}, config.plain(settings))
 
 
-def export_run(settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "") -> None:
+def export_run(
+    settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "",
+    write: Callable | None = None,
+) -> None:  # fmt: skip
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
 
     Of several hosts all read it, and the first writes. A folder is then uploaded to a model repository of the hub,
-    "user/name", if one is given.
+    "user/name", if one is given. write(parts, state, folder) writes a folder of another kind.
     """
     target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
@@ -76,16 +79,28 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest", 
     if not first:
         return
     io.ensure_writable(target.parent if file else target, "--output")
-    write = lambda path: export.export(parts, state, str(path), config.plain(settings), compare.read_scores(workdir))
+    if write is None:
+        scores, plain = compare.read_scores(workdir), config.plain(settings)
+        write = lambda parts, state, path: export.export(parts, state, str(path), plain, scores)
     if file:
         with io.made_for(target.parent) as folder:
-            found = write(folder / target.name)
+            found = write(parts, state, folder / target.name)
     else:
         with lock.held(target, "--output"), io.draft_of(target) as draft:
-            found = write(draft)
+            found = write(parts, state, draft)
     print(f"exported to {output}; {found}", flush=True)
     if repository:
         print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill')}")
+
+
+def export_page(settings, workdir: PurePath, output: str, which: str = "latest", runtime: str = "") -> None:
+    """Write a page to play with a checkpoint, a folder: see `page.write`."""
+    check_generates(config.resolve(settings).method)
+    if io.path(output).suffix in export.FILES:
+        raise ValueError(f"--page is a folder, and --output={output} names a file: choose another --output")
+    export.check_onnx()
+    write = lambda parts, state, folder: page.write(parts, state, folder, workdir.name, runtime)
+    export_run(settings, workdir, output, which, write=write)
 
 
 def encode_data(settings, output: PurePath) -> None:

@@ -275,35 +275,51 @@ def stablehlo(student: Student, batch, run, path: Path) -> str:
 
 def onnx(student: Student, batch, run, path: Path) -> str:
     """One ONNX file for a batch of one; its inputs are the leaves of the program's inputs, in order of their names."""
-    missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'cddistill[onnx]' to export to ONNX")
-    import jax2onnx
-    import onnxruntime
-
+    check_onnx()
     batch = jax.tree.map(lambda x: x[:1], batch)
     weights, inputs, f = program(student, batch, run)
     leaves, tree = jax.tree.flatten(inputs)
     names = [".".join(str(k.key) for k in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
+    call = lambda given: f(weights, jax.tree.unflatten(tree, [given[name] for name in names]))
+    given = dict(zip(names, leaves, strict=True))
+    image = to_onnx(call, given, path, "image", "standard")(given)
+    return (
+        f"onnxruntime's image differs by at most {difference(image, student, batch, run):.2g} of 1 from "
+        f"--mode=sample's (keep {path.name}.data beside it if there is one)"
+    )
+
+
+def check_onnx() -> None:
+    """ValueError if the packages that write and read ONNX files are not installed."""
+    missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed: pip install 'cddistill[onnx]' to export to ONNX")
+
+
+def to_onnx(f, inputs: dict[str, np.ndarray], path: Path, output: str = "out", mode: str = "web"):
+    """Write f({name: array}) -> array as an ONNX file for these shapes; returns the same function by onnxruntime.
+
+    mode is jax2onnx's: "web" for one file, "standard" if large weights may lie beside it.
+    """
+    import jax2onnx
+    import onnxruntime
+
     path.parent.mkdir(parents=True, exist_ok=True)
     jax2onnx.to_onnx(
-        lambda *leaves: f(weights, jax.tree.unflatten(tree, leaves)),
-        inputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
-        input_names=names,
-        output_names=["image"],
-        model_name=type(student.method).__name__,
+        lambda *leaves: f(dict(zip(inputs, leaves, strict=True))),
+        inputs=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs.values()],
+        input_names=[*inputs],
+        output_names=[output],
+        model_name=path.stem,
         return_mode="file",
         output_path=str(path),
+        export_mode=mode,
     )
     quiet = onnxruntime.SessionOptions()
     quiet.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
     used = {i.name for i in session.get_inputs()}
-    (image,) = session.run(None, {name: x for name, x in zip(names, leaves, strict=True) if name in used})
-    return (
-        f"onnxruntime's image differs by at most {difference(image, student, batch, run):.2g} of 1 from "
-        f"--mode=sample's (keep {path.name}.data beside it if there is one)"
-    )
+    return lambda given: session.run(None, {name: x for name, x in given.items() if name in used})[0]
 
 
 def difference(images, student: Student, batch, run) -> float:

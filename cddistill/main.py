@@ -54,16 +54,20 @@ OUTPUT = flags.DEFINE_string(
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
 HUB = flags.DEFINE_string("push_to_hub", "", "export: the model repository user/name that the folder is uploaded to.")
+PAGE = flags.DEFINE_bool("page", False, "export: a folder with a page to play with, for a browser (extra onnx).")
+RUNTIME = flags.DEFINE_string(
+    "onnxruntime_web", "", "export --page: the npm package of that name, its file or folder; default: npm gets it."
+)
 TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
 MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
 OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, HUB, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
-OPTIONS = (*OPTIONS, TOPOLOGY, MEMORY)
+OPTIONS = (*OPTIONS, PAGE, RUNTIME, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     **dict.fromkeys(("topology", "device-memory"), ("plan",)),
     "output": ("sample", "export", "encode", "pairs", "plan"),
     "checkpoint": ("evaluate", "sample", "export"),
-    "push_to_hub": ("export",),
+    **dict.fromkeys(("push_to_hub", "page", "onnxruntime_web"), ("export",)),
 }
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 OVERRIDE = re.compile(r"--?(no)?config\.(.+)", re.DOTALL)
@@ -92,6 +96,8 @@ def main(settings):
         return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
         return commands.make_pairs(settings, io.path(output))
+    if MODE.value == "export" and PAGE.value:
+        return commands.export_page(settings, workdir, output, which, RUNTIME.value)
     if MODE.value == "export":
         return commands.export_run(settings, workdir, output, which, HUB.value)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
@@ -196,6 +202,10 @@ def check_mode() -> None:
     for option, modes in USED_BY.items():
         if flags.FLAGS[option].present and MODE.value not in modes:
             raise ValueError(f"--{option} is for --mode={' or '.join(modes)}, not {MODE.value}: leave it out")
+    if RUNTIME.value and not PAGE.value:
+        raise ValueError("--onnxruntime_web is for --page: add it, or leave both out")
+    if HUB.value and PAGE.value:
+        raise ValueError("--push_to_hub is for a diffusers folder, and --page writes another: leave one out")
 
 
 def usage(settings: ConfigDict | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 from pathlib import Path
@@ -77,6 +78,30 @@ def load(path: Path) -> ClipTokenizer:
     # As in transformers, the padding token is special: Stable Diffusion 2's "!" in a text is one.
     bpe.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
     return ClipTokenizer(bpe, pad_id, int(min(longest, 10**6)))
+
+
+def described(tokenizer: ClipTokenizer, length: int) -> dict:
+    """What another program needs to give the same ids: vocab, merges, special tokens, and the ids of the frame.
+
+    Raises ValueError for a tokenizer that does not split and lower-case texts as `clip` does.
+    """
+    whole = json.loads(tokenizer.bpe.to_str())
+    model = whole["model"]
+    pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    ours = json.loads(clip(model["vocab"], pairs).to_str())
+    for part in ("normalizer", "pre_tokenizer"):
+        if whole[part] != ours[part]:
+            raise ValueError(f"this tokenizer's {part} is not CLIP's: only texts that are split as CLIP's have a page")
+    return {
+        "vocab": model["vocab"],
+        "merges": [" ".join(pair) for pair in pairs],
+        "special": {token["content"]: token["id"] for token in whole["added_tokens"]},
+        "unknown": model["vocab"][END],
+        "start": model["vocab"][START],
+        "end": model["vocab"][END],
+        "pad": tokenizer.pad,
+        "length": length,
+    }
 
 
 def is_length(x) -> bool:
