@@ -56,7 +56,7 @@ ABLATIONS = {  # of CoDi; the paper's
     "CoDi, own z_s (x0 space)": ["--config.method.space=x0"],
     "CoDi, one t for the batch": ["--config.method.shared_t=True"],
 }  # fmt: skip
-TEACHER = ["--config.teacher={exported}", "--config.controlnet={exported}"]
+TEACHER = ["--config.teacher={exported}"]  # which takes the condition as further input channels
 
 
 def of_task(task: str, *columns: str, reference: str = "", pe: str = "pe", ablations: dict | None = None) -> Study:

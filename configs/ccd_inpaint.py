@@ -5,8 +5,10 @@
     python -m cddistill.main --config=configs/ccd_inpaint.py:sd15    PE-CoDi of Stable Diffusion 1.5, ImageNet, 512 px;
                                                                      needs accelerators, weights and data
 
-Holes are unions of 1 to 3 rectangles, as in the paper's figure; --config.data.hole=brush or half are others. The paper
-gives neither its masks nor learning rate, batch size and number of steps; those values are ours.
+Holes are unions of 1 to 3 rectangles, as in the paper's figure; --config.data.hole=brush or half are others. The first
+one's condition enters as further input channels, in latent space: in as few updates as a CPU makes, a branch does not
+learn to pass the known pixels on (docs/results.md). --config.method.adapter=controlnet is the paper's. The paper gives
+neither its masks nor learning rate, batch size and number of steps; those values are ours.
 """
 
 from cddistill.config import defaults
@@ -39,6 +41,7 @@ def get_config(variant="pocket"):
         config.checkpoint_every = config.eval_every = 2000
         config.eval_images = 10_000
         return config
+    config.method.adapter = "concat" if variant == "pocket" else "controlnet"
     config.teacher = "pocket"
     config.data.source = "mixture"  # icons and scenes
     config.data.size = 64

@@ -22,8 +22,9 @@ def get_config(task="inpaint"):
     for name, value in tuned.items():
         if name != "method":
             config[name] = value
-    config.teacher = config.controlnet = f"runs/finetuned_{task}"
+    config.teacher = f"runs/finetuned_{task}"
     config.method.adapter = tuned.method.adapter
+    config.controlnet = "" if tuned.method.adapter == "concat" else config.teacher
     config.method.embedding_width = 0
     config.method.guidance_range = (1.0, 1.0)  # as CoDi's student, which is sampled without guidance
     config.method.guidance = 1.0
