@@ -26,7 +26,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"train"},
     {"commands"},
     {"api"},
-    {"runs"},
+    {"runs", "demo"},
     {"main"},
 ]
 PUBLIC = {*cddistill.__all__}
