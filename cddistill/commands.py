@@ -57,11 +57,13 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
     compare.evaluate_and_report(in_frozen_dtype(parts), state, workdir, {}, config.plain(settings))
 
 
-def export_run(settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "") -> None:
+def export_run(
+    settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "", page: bool = False
+) -> None:
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
 
     Of several hosts all read it, and the first writes. A folder is then uploaded to a model repository of the hub,
-    "user/name", if one is given.
+    "user/name", if one is given; with `page` the folder is a Space, with an app.py, and so is the repository.
     """
     target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
@@ -69,6 +71,8 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest", 
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     if repository and file:
         raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
+    if page and file:
+        raise ValueError(f"--space is for an export as a folder, and --output={output} is a file: leave one out")
     if repository and first:
         hub.check(repository)
     generates = isinstance(config.resolve(settings).method, Generator)
@@ -76,7 +80,8 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest", 
     if not first:
         return
     io.ensure_writable(target.parent if file else target, "--output")
-    write = lambda path: export.export(parts, state, str(path), config.plain(settings), compare.read_scores(workdir))
+    scores = compare.read_scores(workdir)
+    write = lambda path: export.export(parts, state, str(path), config.plain(settings), scores, page)
     if file:
         with io.made_for(target.parent) as folder:
             found = write(folder / target.name)
@@ -85,7 +90,7 @@ def export_run(settings, workdir: PurePath, output: str, which: str = "latest", 
             found = write(draft)
     print(f"exported to {output}; {found}", flush=True)
     if repository:
-        print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill')}")
+        print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill', page)}")
 
 
 def encode_data(settings, output: PurePath) -> None:

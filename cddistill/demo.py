@@ -249,7 +249,9 @@ def serve(model: api.Model, host: str | None = None, port: int | None = None, bl
     check_installed()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     page = Page(model)
-    commands.say(f"{model.name}: compiling {', '.join(map(str, page.controls.steps))} steps; minutes for large networks")
+    commands.say(
+        f"{model.name}: compiling {', '.join(map(str, page.controls.steps))} steps; minutes for large networks"
+    )
     page.warm_up()
     blocks = build(page)
     try:
@@ -260,9 +262,9 @@ def serve(model: api.Model, host: str | None = None, port: int | None = None, bl
     except OSError as error:
         raise ValueError(f"--port={port} of {host} cannot be opened: choose another --port or --host") from error
     print(f"open {blocks.local_url}", flush=True)
-    if not block:
-        return blocks
-    threading.Event().wait()
+    if block:
+        threading.Event().wait()
+    return blocks
 
 
 def middleware():

@@ -54,7 +54,7 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
-HUB = flags.DEFINE_string("push_to_hub", "", "export: the model repository user/name that the folder is uploaded to.")
+HUB = flags.DEFINE_string("push_to_hub", "", "export: the repository user/name (a Space with --space) of the folder.")
 SPACE = flags.DEFINE_bool("space", False, "export: also what a Hugging Face Space needs to show the demo's page.")
 MODEL = flags.DEFINE_string("model", None, "demo: a run, diffusers folder, Hub id or pocket; needs no --config.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: the address that serves the page; 0.0.0.0: all of this machine.")
@@ -113,13 +113,14 @@ def demonstrate(settings):
     """--mode=demo. What is wrong with its options is said before a model is read."""
     from cddistill import demo, sharding
 
-    port = typed.fit(typed.parse([PORT.value], 0, "--port"), Annotated[int, typed.within(least=1, most=65535)], "--port")
+    number = Annotated[int, typed.within(least=1, most=65535)]
+    port = typed.fit(typed.parse([PORT.value], 0, "--port"), number, "--port")
     if MODEL.value and WORKDIR.value:
         raise ValueError("--model and --workdir both name a model: leave one out")
     demo.check_installed()
     sharding.check_devices()
     workdir = io.path(WORKDIR.value or default_workdir()) if CONFIG.value or WORKDIR.value else None
-    return demo.serve(demo.opened(settings, MODEL.value, workdir, CHECKPOINT.value), HOST.value, port)
+    demo.serve(demo.opened(settings, MODEL.value, workdir, CHECKPOINT.value), HOST.value, port)
 
 
 def quieten() -> None:

@@ -22,6 +22,7 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"config_files", "checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
     {"generate", "outline"},
+    {"space"},
     {"evals", "precompute", "export", "plan"},
     {"train"},
     {"commands"},
