@@ -346,5 +346,8 @@ def outputs_of(gr, c: Controls) -> list:
         shown = [gr.ImageSlider(label="input (left), result (right)", format="png", type="numpy")]
     else:
         labels = ["result", "what the network sees"] if c.image else ["result"]
-        shown = [gr.Image(label=label, format="png", interactive=False) for label in labels]
+        shown = [
+            gr.Image(label=label, format="png", interactive=False, buttons=["download", "fullscreen"])
+            for label in labels
+        ]
     return [*shown, gr.Textbox(label="time", interactive=False)]
