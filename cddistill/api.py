@@ -139,6 +139,7 @@ def sample_each(
     """The images of `sample`, which may be of different sizes; given has its first four arguments."""
     n, steps, seed = number(n, Count, "n"), number(steps, SamplingSteps, "steps"), number(seed, config.Seed, "seed")
     given, n = aligned({name: listed(x) for name, x in given.items() if x is not None}, n or 1)
+    check_instructions(model.task, given.get("prompt", ()))
     student = guided(guided(model.student, guidance), image_guidance, "image_guidance")
     if "negative_prompt" in given:
         check_guided(student.method, model.name)
@@ -173,6 +174,12 @@ def aligned(given: dict[str, list], n: int = 1) -> tuple[dict[str, list], int]:
     if wrong := [name for name, x in given.items() if len(x) not in (1, n)]:
         raise ValueError(f"{wrong[0]} has {len(given[wrong[0]])} entries for {n} images: give one, or as many")
     return {name: x * n if len(x) == 1 else x for name, x in given.items()}, n
+
+
+def check_instructions(task: Task | None, prompts: Sequence[str]) -> None:
+    """ValueError if an edit is asked for without words."""
+    if isinstance(task, TASKS["edit"]) and not all(prompt.strip() for prompt in prompts):
+        raise ValueError("the instruction is empty: say what to change, such as: make it blue")
 
 
 def takes_image(model: Model) -> bool:

@@ -58,13 +58,14 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
 
 
 def export_run(
-    settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "",
+    settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "", space: bool = False,
     write: Callable | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
 
     Of several hosts all read it, and the first writes. A folder is then uploaded to a model repository of the hub,
-    "user/name", if one is given. write(parts, state, folder) writes a folder of another kind.
+    "user/name", if one is given; with `space` the folder is a Space, with an app.py, and so is the repository.
+    write(parts, state, folder) writes a folder of another kind.
     """
     target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
@@ -72,6 +73,8 @@ def export_run(
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     if repository and file:
         raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
+    if page and file:
+        raise ValueError(f"--space is for an export as a folder, and --output={output} is a file: leave one out")
     if repository and first:
         hub.check(repository)
     generates = isinstance(config.resolve(settings).method, Generator)
@@ -81,7 +84,7 @@ def export_run(
     io.ensure_writable(target.parent if file else target, "--output")
     if write is None:
         scores, plain = compare.read_scores(workdir), config.plain(settings)
-        write = lambda parts, state, path: export.export(parts, state, str(path), plain, scores)
+        write = lambda parts, state, path: export.export(parts, state, str(path), plain, scores, space)
     if file:
         with io.made_for(target.parent) as folder:
             found = write(parts, state, folder / target.name)
@@ -90,7 +93,7 @@ def export_run(
             found = write(parts, state, draft)
     print(f"exported to {output}; {found}", flush=True)
     if repository:
-        print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill')}")
+        print(f"uploaded to {hub.push(io.local(target), repository, 'Export of cddistill', space)}")
 
 
 def export_page(settings, workdir: PurePath, output: str, which: str = "latest", runtime: str = "") -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from cddistill import data, generate, io, models
+from cddistill import data, generate, io, models, space
 from cddistill.build import Parts, initial, updates
 from cddistill.checks import described
 from cddistill.generate import Student
@@ -21,10 +21,13 @@ from cddistill.models.prompt import embed_ids
 from cddistill.step import TrainState
 
 
-def export(parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None) -> str:
+def export(
+    parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None, page: bool = False
+) -> str:
     """Write the averaged weights of what was trained to `output` and read it back; returns what was checked.
 
-    `output` is a folder (diffusers), a file *.stablehlo or *.onnx, or what the method itself writes. Raises ValueError,
+    `output` is a folder (diffusers), a file *.stablehlo or *.onnx, or what the method itself writes; with `page` the
+    folder is also a Space of the Hugging Face hub. Raises ValueError,
     before anything is written, for a form that this method does not have, and if training changed none of the weights
     that would be exported. In a run of several hosts one of them calls this, with parts `build.of_one_host`.
     """
@@ -36,7 +39,7 @@ def export(parts: Parts, state: TrainState, output: str, config: dict, scores: d
             generate.student_of(parts, state), example_inputs(parts), parts.experiment.run, path
         )
     if isinstance(method, Generator):
-        return pipeline_folder(parts, state, path, config, scores or {})
+        return pipeline_folder(parts, state, path, config, scores or {}, page)
     batch = generate.encoded(parts, data.examples(parts.experiment.data, "train", STATISTICS))
     return method.export_file(generate.student_of(parts, state).n(), batch, path)
 
@@ -74,22 +77,29 @@ def exported_nets(parts: Parts, state: TrainState) -> dict:
 # ---- a diffusers folder
 
 
-def pipeline_folder(parts: Parts, state: TrainState, folder: Path, config: dict, scores: dict) -> str:
+def pipeline_folder(
+    parts: Parts, state: TrainState, folder: Path, config: dict, scores: dict, page: bool = False
+) -> str:
     """The trained parts, the rest of the teacher's pipeline, scheduler and model card."""
     run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
     how = described(method, teacher.schedule, run.sample_steps)
+    if page and method.exports():
+        space.check(how, in_diffusers(parts, how))
     nets = exported_nets(parts, state)
     trained = {part: nets[name] for part, name in method.exports().items()}
     images = generated(generate.student_of(parts, state), example_inputs(parts), run)
     parts.pipeline.write(folder, teacher, trained, how, run.controlnet)
-    io.write_atomic(folder / "README.md", card(parts, state, config, scores, how))
+    io.write_atomic(folder / "README.md", card(parts, state, config, scores, how, page))
+    if page:
+        task = parts.experiment.data.task
+        space.write(folder, config["data"]["task"], task, space.scales(method, how))
     found = f"read back, images differ by at most {reread(parts, state, folder, images):.2g} of 1 (weights are float16)"
     if not in_diffusers(parts, how) or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return found
     return f"{found}; PyTorch diffusers' differ by at most {torch_difference(parts, state, folder, how.guidance):.2g}"
 
 
-def card(parts: Parts, state: TrainState, config: dict, scores: dict, how) -> str:
+def card(parts: Parts, state: TrainState, config: dict, scores: dict, how, page: bool = False) -> str:
     """README.md of an exported student: what was trained for how many updates, how to sample it, and its scores."""
     import jinja2
 
@@ -109,6 +119,7 @@ def card(parts: Parts, state: TrainState, config: dict, scores: dict, how) -> st
         scores=scores,
         columns=list(dict.fromkeys(name for row in scores.values() for name in row["metrics"])),
         torch=torch_inputs(parts, how),
+        page=space.front_matter(f"{config['method']['name']} student") if page else {},
     )
 
 

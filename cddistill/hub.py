@@ -19,18 +19,19 @@ def check(name: str) -> None:
         raise ValueError(f"--push_to_hub={name} needs a token: set HF_TOKEN, or run `hf auth login`")
 
 
-def push(folder: Path, name: str, message: str) -> str:
-    """Add the files of a folder to the model repository `name`, made if there is none; returns its address.
+def push(folder: Path, name: str, message: str, space: bool = False) -> str:
+    """Add the files of a folder to the model repository `name` or, with `space`, to the Space of that name, made if
+    there is none; returns its address.
 
     Raises ValueError, in one sentence, if the hub refuses or cannot be reached.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
-    hub = huggingface_hub.HfApi()
+    hub, kind = huggingface_hub.HfApi(), "space" if space else "model"
     try:
-        made = hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        made = hub.create_repo(name, exist_ok=True, repo_type=kind, space_sdk="gradio" if space else None)
+        hub.upload_folder(repo_id=name, repo_type=kind, folder_path=folder, commit_message=message)
     except (errors.HTTPError, OSError, ValueError) as error:  # the client's; ValueError: of the card's metadata
         said = " ".join(str(error).split())
         raise ValueError(

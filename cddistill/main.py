@@ -15,6 +15,7 @@ import logging
 import pathlib
 import re
 import shutil
+from typing import Annotated
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
 }
 OF_ASSETS = ("data", "models")  # parts of the package with embedded images and weights
-MODES = ("train", "evaluate", "sample", "export", "encode", "pairs", "plan")
+MODES = ("train", "evaluate", "sample", "demo", "export", "encode", "pairs", "plan")
 CONFIG = flags.DEFINE_string(
     "config", None, "Experiment: configs/ccd_sr.py or configs/ccd_sr.py:sd21; cddistill:ccd_sr, that of the package."
 )
@@ -45,7 +46,7 @@ NEGATIVE = flags.DEFINE_string(
 NUMBER = flags.DEFINE_string("n", None, "sample: images for each prompt, label or input (1); without any, in all (64).")
 TILES = flags.DEFINE_bool("tiles", False, "sample: generate large inputs at their own size, in overlapping tiles.")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "evaluate, sample, export: which checkpoint, latest, best or a step."
+    "checkpoint", "latest", "evaluate, sample, demo, export: which checkpoint, latest, best or a step."
 )
 OUTPUT = flags.DEFINE_string(
     "output",
@@ -53,21 +54,26 @@ OUTPUT = flags.DEFINE_string(
     "sample: the image (or folder, if the input is one); export: the folder, *.stablehlo or *.onnx, of a metric "
     "*.safetensors; encode, pairs: the folder, for pairs by default config.data.pairs; plan: the file, plan.json.",
 )
-HUB = flags.DEFINE_string("push_to_hub", "", "export: the model repository user/name that the folder is uploaded to.")
+HUB = flags.DEFINE_string("push_to_hub", "", "export: the repository user/name (a Space with --space) of the folder.")
+SPACE = flags.DEFINE_bool("space", False, "export: also what a Hugging Face Space needs to show the demo's page.")
 PAGE = flags.DEFINE_bool("page", False, "export: a folder with a page to play with, for a browser (extra onnx).")
 RUNTIME = flags.DEFINE_string(
     "onnxruntime_web", "", "export --page: the npm package of that name, its file or folder; default: npm gets it."
 )
+MODEL = flags.DEFINE_string("model", None, "demo: a run, diffusers folder, Hub id or pocket; needs no --config.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "demo: the address that serves the page; 0.0.0.0: all of this machine.")
+PORT = flags.DEFINE_string("port", "7860", "demo: the port of the page.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
 MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
 OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, HUB, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
-OPTIONS = (*OPTIONS, PAGE, RUNTIME, TOPOLOGY, MEMORY)
+OPTIONS = (*OPTIONS, SPACE, PAGE, RUNTIME, MODEL, HOST, PORT, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     **dict.fromkeys(("topology", "device-memory"), ("plan",)),
+    **dict.fromkeys(("model", "host", "port"), ("demo",)),
+    **dict.fromkeys(("push_to_hub", "space", "page", "onnxruntime_web"), ("export",)),
     "output": ("sample", "export", "encode", "pairs", "plan"),
-    "checkpoint": ("evaluate", "sample", "export"),
-    **dict.fromkeys(("push_to_hub", "page", "onnxruntime_web"), ("export",)),
+    "checkpoint": ("evaluate", "sample", "demo", "export"),
 }
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 OVERRIDE = re.compile(r"--?(no)?config\.(.+)", re.DOTALL)
@@ -78,6 +84,8 @@ def main(settings):
     quieten()
     from cddistill import api, commands, config, sharding, train
 
+    if MODE.value == "demo":
+        return demonstrate(settings)
     experiment = config.resolve(settings)
     if MODE.value == "plan":  # before a device is touched
         output = OUTPUT.value or f"{WORKDIR.value or default_workdir()}/plan.json"
@@ -99,12 +107,26 @@ def main(settings):
     if MODE.value == "export" and PAGE.value:
         return commands.export_page(settings, workdir, output, which, RUNTIME.value)
     if MODE.value == "export":
-        return commands.export_run(settings, workdir, output, which, HUB.value)
+        return commands.export_run(settings, workdir, output, which, HUB.value, SPACE.value)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and str(io.local(INPUT.value))
     wanted = PROMPT.value, labels, NEGATIVE.value, n, source, TILES.value
     return api.sample_run(settings, workdir, output, which, *wanted)
+
+
+def demonstrate(settings):
+    """--mode=demo. What is wrong with its options is said before a model is read."""
+    from cddistill import demo, sharding
+
+    number = Annotated[int, typed.within(least=1, most=65535)]
+    port = typed.fit(typed.parse([PORT.value], 0, "--port"), number, "--port")
+    if MODEL.value and WORKDIR.value:
+        raise ValueError("--model and --workdir both name a model: leave one out")
+    demo.check_installed()
+    sharding.check_devices()
+    workdir = io.path(WORKDIR.value or default_workdir()) if CONFIG.value or WORKDIR.value else None
+    demo.serve(demo.opened(settings, MODEL.value, workdir, CHECKPOINT.value), HOST.value, port)
 
 
 def quieten() -> None:
@@ -137,7 +159,8 @@ def parse(argv):
         asked = bool(HELP & {*argv})
         arguments, overrides = split([x for x in argv if x not in HELP])
         rest = parse_options(arguments, known_only=asked)
-        if CONFIG.value is None and not asked:
+        named = MODE.value == "demo" and (MODEL.value or WORKDIR.value) and not overrides
+        if CONFIG.value is None and not asked and not named:
             raise ValueError("--config is missing: try --config=configs/ccd_sr.py")
         if len(rest) > 1 and not asked:
             raise ValueError(f"unexpected argument {rest[1]!r}: options start with --, values follow =")
@@ -206,6 +229,8 @@ def check_mode() -> None:
         raise ValueError("--onnxruntime_web is for --page: add it, or leave both out")
     if HUB.value and PAGE.value:
         raise ValueError("--push_to_hub is for a diffusers folder, and --page writes another: leave one out")
+    if SPACE.value and PAGE.value:
+        raise ValueError("--space adds a page to a diffusers folder, and --page writes another folder: leave one out")
 
 
 def usage(settings: ConfigDict | None) -> str:

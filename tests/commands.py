@@ -119,6 +119,8 @@ NOT_RUN = {  # {pattern of commands that the nightly run leaves out: why}
     r"python3 -m venv|pip install|pre-commit install|pytest|python -m pytest|\.ci/|tests/run_slow": "sets up, or tests",
     r"python notebooks/build\.py": "builds the notebooks: tests/test_notebooks.py runs them",
     r".*--mode=export --page|python -m http\.server": "needs npm, and a browser: tests/test_page.py does the same",
+    r".*--mode=demo": "serves until it is interrupted: tests/test_demo.py opens the page",
+    r"python student/app\.py|.*--space$": "serves a page, or makes one: tests/test_demo.py does both",
     r"python benchmarks/": "measures for minutes to hours",
     r".*configs/dmd2_(sd15|sdxl|imagenet64)\.py": "needs weights, data and accelerators that are not here",
     r"cddistill .*gs://": "needs a bucket: tests/test_object_store.py does the same on a local server",

@@ -22,12 +22,13 @@ LAYERS = [  # a file imports from earlier lines only; modules on one line do not
     {"config_files", "checkpoint", "checks", "log", "encoders", "clock"},
     {"build"},
     {"generate", "outline"},
+    {"space"},
     {"evals", "precompute", "export", "plan", "unrolled"},
     {"page"},
     {"train"},
     {"commands"},
     {"api"},
-    {"runs"},
+    {"runs", "demo"},
     {"main"},
 ]
 PUBLIC = {*cddistill.__all__}

@@ -24,15 +24,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if server.refuses:
             return self.answer({"error": "you may not write here"}, 403)
         if self.path == "/api/repos/create":
+            server.created.append(json.loads(body))
             return self.answer({"url": f"http://127.0.0.1:{server.server_port}/me/student"})
         if self.path == "/api/validate-yaml":
             return self.answer({})
-        if self.path.startswith("/api/models/me/student/preupload/"):
+        if self.path.startswith(f"/api/{server.kind}/me/student/preupload/"):
             files = [
                 {"path": x["path"], "uploadMode": "regular", "shouldIgnore": False} for x in json.loads(body)["files"]
             ]
             return self.answer({"files": files})
-        assert self.path.startswith("/api/models/me/student/commit/"), self.path
+        assert self.path.startswith(f"/api/{server.kind}/me/student/commit/"), self.path
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -61,7 +62,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """A hub; .files are what was committed, and with .refuses it takes nothing."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.tokens, server.refuses = {}, set(), False
+    server.files, server.tokens, server.refuses, server.kind, server.created = {}, set(), False, "models", []
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -89,6 +90,13 @@ def test_a_folder_is_uploaded_with_its_card(server, student):
     assert server.files["unet/weights.safetensors"] == bytes(range(256))
     assert b"# A student" in server.files["README.md"]
     assert server.tokens == {"Bearer hf_secret"}
+
+
+def test_a_space_is_uploaded_as_one(server, student):
+    server.kind = "spaces"
+    hub.push(student, "me/student", "Export", space=True)
+    assert (server.created[0]["type"], server.created[0]["sdk"]) == ("space", "gradio")
+    assert "README.md" in server.files
 
 
 def test_a_refusal_is_one_sentence_without_the_token(server, student):
