@@ -25,7 +25,7 @@
 # [Diffusion2GAN](https://arxiv.org/abs/2405.05967) first lets the teacher draw pictures from known noise, then teaches a student the way
 # from that noise to that picture in one call. How alike two pictures are is measured by a latent LPIPS, which is trained here, too.
 #
-# Outputs that are saved here are of a short run on a CPU: `NUM_PAIRS = 64`, `TEACHER_STEPS = 10`, `METRIC_STEPS = 40`, `STEPS = 60`.
+# Outputs that are saved here are of a run on a CPU with `NUM_PAIRS = 128`, `TEACHER_STEPS = 20`, `METRIC_STEPS = 150`, `STEPS = 150`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
