@@ -16,10 +16,10 @@ import nbformat
 
 HERE = pathlib.Path(__file__).parent
 SAVED = {  # the parameters of the saved outputs, which each notebook names
-    "quickstart": {"STEPS": 3000, "EVAL_IMAGES": 0},
+    "quickstart": {"STEPS": 3000, "EVAL_IMAGES": 32},
     "tasks": {"TASK": "inpaint", "STEPS": 2000},
     "dmd2_health": {"SICKNESS": "GAN weight x 100", "STEPS": 150, "LOG_EVERY": 5},
-    "diffusion2gan": {"NUM_PAIRS": 128, "TEACHER_STEPS": 20, "METRIC_STEPS": 150, "STEPS": 150},
+    "diffusion2gan": {"NUM_PAIRS": 128, "TEACHER_STEPS": 20, "METRIC_STEPS": 600, "STEPS": 200},
     "your_teacher": {"TEACHER": "pocket", "SIZE": 64, "NUM_IMAGES": 24, "STEPS": 6, "BATCH": 4},
     "compare_students": {"STEPS": "1, 2, 4, 8", "NUM_IMAGES": 32},
     "add_a_method": {"STEPS": 60},

@@ -26,8 +26,8 @@
 # px in 1 to 4 calls ([CoDi](https://arxiv.org/abs/2310.01407)). Teacher and data, both of emoji, come with the package:
 # nothing is downloaded. 8 minutes on 2 CPU cores.
 #
-# Outputs that are saved here are of a run on a CPU with `STEPS = 3000`, `EVAL_IMAGES = 0`: these settings. A tenth of
-# the steps is not enough to see anything.
+# Outputs that are saved here are of a run on a CPU with `STEPS = 3000`, `EVAL_IMAGES = 32`: 8 minutes of training in
+# an earlier run, which the cell "Train" loaded and scored. A tenth of the steps is not enough to see anything.
 
 # %% cellView="form" tags=["install"]
 # @title Install
