@@ -25,7 +25,7 @@
 # [Diffusion2GAN](https://arxiv.org/abs/2405.05967) first lets the teacher draw pictures from known noise, then teaches a student the way
 # from that noise to that picture in one call. How alike two pictures are is measured by a latent LPIPS, which is trained here, too.
 #
-# Outputs that are saved here are of a run on a CPU with `NUM_PAIRS = 128`, `TEACHER_STEPS = 20`, `METRIC_STEPS = 600`, `STEPS = 200`;
+# No outputs are saved here yet; they will be of a run on a CPU with `NUM_PAIRS = 128`, `TEACHER_STEPS = 20`, `METRIC_STEPS = 600`, `STEPS = 200`;
 # the metric is of an earlier run, 10 minutes of one core, which its cell loaded.
 
 # %% cellView="form" tags=["install"]

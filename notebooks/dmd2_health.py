@@ -26,7 +26,7 @@
 # curve does not show. The package looks for signs of them in its metrics. Here a healthy run and a sick one are trained side by
 # side from the embedded emoji teacher, and the alarms name the cause.
 #
-# Outputs that are saved here are of a run on a CPU with `SICKNESS = "GAN weight x 100"`, `STEPS = 150`, `LOG_EVERY = 5`.
+# No outputs are saved here yet; they will be of a run on a CPU with `SICKNESS = "GAN weight x 100"`, `STEPS = 150`, `LOG_EVERY = 5`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
