@@ -23,8 +23,8 @@
 # # Five tasks: one method, five kinds of condition
 #
 # Inpainting, editing by instruction, super-resolution, depth to image and edges to image, distilled by
-# [CoDi](https://arxiv.org/abs/2310.01407) from `pocket`, a small Stable Diffusion at 64 px that comes with the package. No students
-# are shipped yet, so short ones are trained here; more steps make them better.
+# [CoDi](https://arxiv.org/abs/2310.01407) from `pocket`, a small Stable Diffusion at 64 px that comes with the package. It has no
+# students for these tasks yet, so short ones are trained here; more steps make them better.
 #
 # Outputs that are saved here are of a run on a CPU with `TASK = "inpaint"`, `STEPS = 2000`: 29 minutes of training on one core,
 # in an earlier run, which the cell "Train" loaded.
