@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ import rich.progress
 import tensorboardX
 from clu.metrics import Average
 
-from cddistill import health, io
+from cddistill import health, io, progress
 
 
 @runtime_checkable
@@ -146,7 +147,7 @@ class Terminal(MetricWriter):
     """A progress bar with losses, images per second and the time left; without a terminal, a line every `seconds`."""
 
     def __init__(self, total_steps: int, batch_size: int, first_step: int = 0, console=None, seconds: float = 30.0):
-        self.console = console or rich.console.Console(force_jupyter=False)  # notebooks, too, get plain lines
+        self.console = console or progress.terminal(sys.stdout)
         self.total = total_steps
         self.batch_size = batch_size
         self.seconds = seconds

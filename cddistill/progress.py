@@ -23,7 +23,7 @@ class Work:
     """
 
     def __init__(self, what: str, total: int | None = None, done: int = 0, console=None):
-        self.console = console or rich.console.Console(file=sys.stderr)
+        self.console = console or terminal(sys.stderr)
         self.what, self.total, self.done, self.first = what, total, done, done
         self.start = self.printed = time.monotonic()
         self.bar = None
@@ -60,6 +60,13 @@ class Work:
             self.show(time.monotonic())
         if self.bar is not None:
             self.bar.stop()
+
+
+def terminal(stream) -> rich.console.Console:
+    """A console for sys.stdout or sys.stderr, which has bars if that is a terminal. A notebook's streams say that they
+    are one, but would keep every drawing of a bar, so that they get lines."""
+    notebook = type(stream).__module__.startswith("ipykernel.")
+    return rich.console.Console(file=stream, force_jupyter=False, force_terminal=False if notebook else None)
 
 
 def columns(total: int | None) -> tuple:

@@ -28,7 +28,7 @@
 # The method regresses the teacher's ODE: from a noisy picture at time t the student predicts in one call where K steps of the teacher
 # arrive ([Luhman and Luhman 2021](https://arxiv.org/abs/2101.02388) do so from pure noise, and with the teacher's whole path).
 #
-# Outputs that are saved here are of a short run on a CPU: `STEPS = 60`.
+# No outputs are saved here yet; they will be of a run on a CPU with `STEPS = 60`.
 
 # %% cellView="form" tags=["install"]
 # @title Install

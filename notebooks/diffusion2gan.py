@@ -25,7 +25,8 @@
 # [Diffusion2GAN](https://arxiv.org/abs/2405.05967) first lets the teacher draw pictures from known noise, then teaches a student the way
 # from that noise to that picture in one call. How alike two pictures are is measured by a latent LPIPS, which is trained here, too.
 #
-# Outputs that are saved here are of a short run on a CPU: `NUM_PAIRS = 64`, `TEACHER_STEPS = 10`, `METRIC_STEPS = 40`, `STEPS = 60`.
+# No outputs are saved here yet; they will be of a run on a CPU with `NUM_PAIRS = 128`, `TEACHER_STEPS = 20`, `METRIC_STEPS = 600`, `STEPS = 200`;
+# the metric is of an earlier run, 10 minutes of one core, which its cell loaded.
 
 # %% cellView="form" tags=["install"]
 # @title Install
@@ -85,7 +86,7 @@ cddistill.make_pairs(settings)
 # weights of LPIPS: the extra `eval`.
 
 # %%
-classes, judge, metric = (f"{WORKDIR}/{name}_{METRIC_STEPS}" for name in ("classify", "judge", "metric.safetensors"))
+classes, judge = f"{WORKDIR}/classify_{METRIC_STEPS}", f"{WORKDIR}/judge_{METRIC_STEPS}"
 metric = f"{WORKDIR}/metric_{METRIC_STEPS}.safetensors"
 short = {"eval_every": METRIC_STEPS, "report": False, "checkpoint_every": METRIC_STEPS}
 cddistill.fit(cddistill.configure("latent_lpips", steps=METRIC_STEPS, **short), classes)

@@ -26,7 +26,7 @@
 # curve does not show. The package looks for signs of them in its metrics. Here a healthy run and a sick one are trained side by
 # side from the embedded emoji teacher, and the alarms name the cause.
 #
-# Outputs that are saved here are of a short run on a CPU: `SICKNESS = "GAN weight x 100"`, `STEPS = 120`, `LOG_EVERY = 5`.
+# No outputs are saved here yet; they will be of a run on a CPU with `SICKNESS = "GAN weight x 100"`, `STEPS = 150`, `LOG_EVERY = 5`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
@@ -80,9 +80,11 @@ FAULTS = {
     "guidance of 30": {"method": {"real_guidance": 30.0}},
     "student frozen": {"optim": {"student": {"lr": 0.0}}},
 }
-students, workdirs = {}, {}
+students, workdirs, looks = {}, {}, max(STEPS // 5, 1)  # steps between two looks at the validation split
 for name, changes in {"healthy": {}, SICKNESS: FAULTS[SICKNESS]}.items():
-    settings = cddistill.configure("dmd2_emoji", steps=STEPS, log_every=LOG_EVERY, report=False, **changes)
+    settings = cddistill.configure(
+        "dmd2_emoji", steps=STEPS, log_every=LOG_EVERY, report=False, eval_every=looks, **changes
+    )
     workdirs[name] = f"{WORKDIR}/{'_'.join(name.split())}_{STEPS}"
     students[name] = cddistill.fit(settings, workdirs[name])
 

@@ -57,6 +57,14 @@ def test_a_terminal_shows_a_bar_and_removes_it(total, monkeypatch):
     assert work.bar.finished or not work.bar.live.is_started
 
 
+@pytest.mark.parametrize(("module", "bars"), [("ipykernel.iostream", False), ("builtins", True)])
+def test_a_notebook_which_would_keep_each_drawing_gets_lines(module, bars, monkeypatch):
+    """Its streams say that they are a terminal."""
+    monkeypatch.delenv("TERM", raising=False)
+    stream = type("OutStream", (io.StringIO,), {"__module__": module, "isatty": lambda self: True})()
+    assert progress.terminal(stream).is_terminal is bars
+
+
 def test_the_items_of_a_loop_count_when_they_are_done(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     monkeypatch.setattr(progress, "TICK", 0.01)
