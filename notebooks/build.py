@@ -17,7 +17,7 @@ import nbformat
 HERE = pathlib.Path(__file__).parent
 SAVED = {  # the parameters of the saved outputs, which each notebook names
     "quickstart": {"STEPS": 3000, "EVAL_IMAGES": 32},
-    "tasks": {"TASK": "inpaint", "STEPS": 2000},
+    "tasks": {"TASK": "inpaint", "STEPS": 1500},
     "dmd2_health": {"SICKNESS": "GAN weight x 100", "STEPS": 150, "LOG_EVERY": 5},
     "diffusion2gan": {"NUM_PAIRS": 128, "TEACHER_STEPS": 20, "METRIC_STEPS": 600, "STEPS": 200},
     "your_teacher": {"TEACHER": "pocket", "SIZE": 64, "NUM_IMAGES": 24, "STEPS": 6, "BATCH": 4},

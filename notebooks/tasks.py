@@ -26,7 +26,7 @@
 # [CoDi](https://arxiv.org/abs/2310.01407) from `pocket`, a small Stable Diffusion at 64 px that comes with the package. It has no
 # students for these tasks yet, so short ones are trained here; more steps make them better.
 #
-# Outputs that are saved here are of a run on a CPU with `TASK = "inpaint"`, `STEPS = 2000`: 29 minutes of training on one core,
+# Outputs that are saved here are of a run on a CPU with `TASK = "inpaint"`, `STEPS = 1500`: 17 minutes of training on one core,
 # in an earlier run, which the cell "Train" loaded.
 
 # %% cellView="form" tags=["install"]
