@@ -110,3 +110,19 @@ def _programs():
         patch.setattr(mlir, "make_ir_context", functools.cache(mlir.make_ir_context))
         yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(*arguments) is the config that they describe; a mistake is a SystemExit with its sentence."""
+    from absl import flags
+
+    from cddistill import main
+
+    def refuse(error):
+        raise SystemExit(main.sentence(error))
+
+    monkeypatch.setattr(main, "fail", refuse)
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+    yield lambda *arguments: main.parse(["cddistill", *arguments])
+    flags.FLAGS.unparse_flags()

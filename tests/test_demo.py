@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from absl import flags
 from commands import ROOT
 from PIL import Image
 
@@ -181,19 +180,6 @@ def test_only_expected_errors_become_sentences():
 
 
 # ---- the command line
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """parsed(*arguments) is the config that they describe; a mistake is a SystemExit with its sentence."""
-
-    def refuse(error):
-        raise SystemExit(main.sentence(error))
-
-    monkeypatch.setattr(main, "fail", refuse)
-    monkeypatch.chdir(ROOT)
-    yield lambda *arguments: main.parse(["cddistill", *arguments])
-    flags.FLAGS.unparse_flags()
 
 
 def test_a_page_needs_no_config_if_its_model_is_named(parsed, monkeypatch):

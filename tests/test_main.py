@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 
 import cddistill as package
 from cddistill import config, io, main, sharding, typed
@@ -46,19 +45,6 @@ def test_mistakes_exit_with_one_sentence(flags, sentence, tmp_path):
 
 
 # ---- arguments, in this process: a process of its own takes seconds
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """parsed(*arguments) is the config that they describe; a mistake is a SystemExit with its sentence."""
-
-    def refuse(error):
-        raise SystemExit(main.sentence(error))
-
-    monkeypatch.setattr(main, "fail", refuse)
-    monkeypatch.chdir(ROOT)
-    yield lambda *arguments: main.parse(["cddistill", *arguments])
-    flags.FLAGS.unparse_flags()
 
 
 SR = "--config=configs/ccd_sr.py"
