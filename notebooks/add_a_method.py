@@ -28,7 +28,7 @@
 # The method regresses the teacher's ODE: from a noisy picture at time t the student predicts in one call where K steps of the teacher
 # arrive ([Luhman and Luhman 2021](https://arxiv.org/abs/2101.02388) do so from pure noise, and with the teacher's whole path).
 #
-# No outputs are saved here yet; they will be of a run on a CPU with `STEPS = 60`.
+# Outputs that are saved here are of a run on a CPU with `STEPS = 60`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
@@ -167,7 +167,7 @@ if tests is None:
 pathlib.Path("add_ode_map.py").write_text("import ode_map, tiny\ntiny.VARIANTS['ode_map'] = ode_map.OdeMap()\n")
 here = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
 which = "not weights" if EVERY_LAYOUT else "not slow"
-command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-W", "ignore", "-m", which, "-k", "ode_map"]
+command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-o", "addopts=", "-W", "ignore", "-m", which, "-k", "ode_map"]
 done = subprocess.run(
     [*command, "-p", "no:cacheprovider", "add_ode_map.py", str(tests / "test_methods.py")],
     capture_output=True, text=True, env=os.environ | {"PYTHONPATH": here},

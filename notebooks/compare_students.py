@@ -28,7 +28,7 @@
 # Published students need a GPU and are downloaded: `FOLDERS = "SimianLuo/LCM_Dreamshaper_v7, stabilityai/sd-turbo"` with `IMAGES` of
 # your own. **Not run by us.** As it is, the notebook draws the curve of the embedded teacher `pocket`.
 #
-# No outputs are saved here yet; they will be of a run on a CPU with `STEPS = "1, 2, 4, 8"`, `NUM_IMAGES = 32`: far too few images to rank anything.
+# Outputs that are saved here are of a run on a CPU with `STEPS = "1, 2, 4, 8"`, `NUM_IMAGES = 32`: far too few images to rank anything.
 
 # %% cellView="form" tags=["install"]
 # @title Install

@@ -26,7 +26,8 @@
 # curve does not show. The package looks for signs of them in its metrics. Here a healthy run and a sick one are trained side by
 # side from the embedded emoji teacher, and the alarms name the cause.
 #
-# No outputs are saved here yet; they will be of a run on a CPU with `SICKNESS = "GAN weight x 100"`, `STEPS = 150`, `LOG_EVERY = 5`.
+# Outputs that are saved here are of a run on a CPU with `SICKNESS = "GAN weight x 100"`, `STEPS = 150`, `LOG_EVERY = 5`.
+# The healthy run is an earlier one, which the cell loaded.
 
 # %% cellView="form" tags=["install"]
 # @title Install
