@@ -26,7 +26,7 @@
 # runs: images are encoded once, a LoRA or a branch beside the frozen teacher is trained, and the result is exported. Take a GPU
 # runtime. **Not run at this size by us**: with `TEACHER = "pocket"`, the small Stable Diffusion of the package, it runs on a CPU.
 #
-# No outputs are saved here yet; they will be of a run on a CPU with `TEACHER = "pocket"`, `SIZE = 64`, `NUM_IMAGES = 24`, `STEPS = 6`, `BATCH = 4`.
+# Outputs that are saved here are of a run on a CPU with `TEACHER = "pocket"`, `SIZE = 64`, `NUM_IMAGES = 24`, `STEPS = 6`, `BATCH = 4`.
 
 # %% cellView="form" tags=["install"]
 # @title Install
