@@ -73,7 +73,7 @@ def export_run(
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
     if repository and file:
         raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
-    if page and file:
+    if space and file:
         raise ValueError(f"--space is for an export as a folder, and --output={output} is a file: leave one out")
     if repository and first:
         hub.check(repository)
