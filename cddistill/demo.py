@@ -19,7 +19,6 @@ from PIL import Image
 from cddistill import api, commands, config, memory
 from cddistill.data import TASKS
 from cddistill.data.contracts import Task
-from cddistill.data.tasks.inpaint import Inpainting
 from cddistill.evals import grids
 from cddistill.method import Generator
 from cddistill.methods import UNTRAINED
@@ -215,7 +214,7 @@ def example_input(model: api.Model) -> Image.Image:
     """A grey ramp as an input of any task, its left half a hole for inpainting."""
     size = model.size
     ramp = Image.fromarray(np.tile(np.linspace(0, 255, size).astype(np.uint8), (size, 1)))
-    if isinstance(model.task, Inpainting):
+    if isinstance(model.task, TASKS["inpaint"]):
         ramp = ramp.convert("RGB")
         ramp.putalpha(Image.fromarray(np.uint8(255) * (np.indices((size, size))[1] >= size // 2).astype(np.uint8)))
     return ramp

@@ -37,6 +37,7 @@ TOLERANCE = 2 / 255  # of the ONNX networks' picture from the student's, in any 
 MOST_BYTES = 2**30  # of weights: a file of ONNX's ends at 2 GB, and a browser's memory at 4
 EXAMPLES = 4  # pictures of the validation split that come with the page
 CONDITIONS = {name: name for name in ("sr", "inpaint", "depth", "canny")}  # engine.mjs's by task; others: "image"
+WHOLE = ("sr", "inpaint")  # conditions that are made of a picture as it is
 KNOWN = {f"{text}.{name}" for text in ("text", "null") for name in ("encoder_hidden_states", "class_labels")}
 KNOWN |= {"cond", "cond_latent"}  # what engine.mjs and the page's networks make
 
@@ -206,7 +207,7 @@ def examples_of(parts: Parts, sources: set[str], folder: Path) -> list[dict[str,
     rows = [{"text": text} for text in texts] if texts else [{} for _ in found["x0"]]
     if not sources & {"cond", "cond_latent"}:
         return [row for row in rows if row]
-    whole = CONDITIONS.get(config.task_name) in ("sr", "inpaint") and "imageless" not in found
+    whole = CONDITIONS.get(config.task_name) in WHOLE and "imageless" not in found
     pictures = generate.targets(parts, found) if whole else config.task.picture(found["cond"])
     for i, picture in enumerate(grids.to_uint8(pictures)):
         rows[i]["image"] = f"examples/{i}.png"

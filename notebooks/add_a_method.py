@@ -167,7 +167,21 @@ if tests is None:
 pathlib.Path("add_ode_map.py").write_text("import ode_map, tiny\ntiny.VARIANTS['ode_map'] = ode_map.OdeMap()\n")
 here = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
 which = "not weights" if EVERY_LAYOUT else "not slow"
-command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-o", "addopts=", "-W", "ignore", "-m", which, "-k", "ode_map"]
+command = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "--color=no",
+    "-o",
+    "addopts=",
+    "-W",
+    "ignore",
+    "-m",
+    which,
+    "-k",
+    "ode_map",
+]
 done = subprocess.run(
     [*command, "-p", "no:cacheprovider", "add_ode_map.py", str(tests / "test_methods.py")],
     capture_output=True, text=True, env=os.environ | {"PYTHONPATH": here},

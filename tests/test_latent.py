@@ -323,7 +323,8 @@ def test_a_lora_reaches_the_text_encoder_and_what_is_exported(encoded, teacher, 
     assert not np.allclose(prompts.null(1)["encoder_hidden_states"], adapted.null(1)["encoder_hidden_states"])
     settings = config.defaults("pretrained")
     settings.update(teacher=str(teacher), lora=str(file), lora_scale=0.5, batch_size=8, sample_steps=(2,))
-    settings.data = encoded[0].data
+    settings.data = encoded[0].data.copy_and_resolve_references()
+    settings.data.task = "none"
     commands.export_run(settings, tmp_path / "run", str(tmp_path / "out"))
     for name, net in nets.items():
         written, wanted = models.load(tmp_path / "out", name).params, loras[name](net.params, 0.5)
