@@ -185,8 +185,8 @@ def check_instructions(task: Task | None, prompts: Sequence[str]) -> None:
 def takes_image(model: Model) -> bool:
     """Whether a model generates from an image: by its method, a ControlNet, or input channels for one."""
     method, frozen = model.student.method, model.student.frozen
-    concat = adapter.has_concat_channels(frozen["teacher"], model.shape[-1])
-    return bool(method.requires().condition or (not method.turns() and ("controlnet" in frozen or concat)))
+    kind = adapter.kind_of(frozen["teacher"], frozen.get("controlnet"), model.shape[-1])
+    return bool(method.requires().condition or (not method.turns() and kind != "none"))
 
 
 def texts(model: Model, prompts, labels, n: int, negatives=None) -> dict[str, Any]:

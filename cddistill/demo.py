@@ -306,7 +306,8 @@ def build(page: Page):
         gr.Markdown(f"## {html.escape(Path(page.model.name).name)}\n\n{html.escape(c.note)}")
         with gr.Row():
             with gr.Column():
-                inputs = [inputs_of(gr, c)[name]() for name in c.shown]
+                known = inputs_of(gr, c)
+                inputs = [known[name]() for name in c.shown]
                 button = gr.Button("Generate", variant="primary")
             with gr.Column():
                 outputs = outputs_of(gr, c)

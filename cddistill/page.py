@@ -67,7 +67,6 @@ def write(parts: Parts, state: TrainState, folder: Path, name: str, runtime: str
     the student by more than TOLERANCE.
     """
     export.check_trained(parts, state)
-    export.check_onnx()
     copy_runtime(folder / RUNTIME, runtime)
     student = whole_in_float32(generate.student_of(parts, state))
     batch = jax.tree.map(lambda x: np.asarray(x[:1]), export.example_inputs(parts))

@@ -24,7 +24,6 @@ def get_config(task="inpaint"):
             config[name] = value
     config.teacher = f"runs/finetuned_{task}"
     config.method.adapter = tuned.method.adapter
-    config.controlnet = "" if tuned.method.adapter == "concat" else config.teacher
     config.method.embedding_width = 0
     config.method.guidance_range = (1.0, 1.0)  # as CoDi's student, which is sampled without guidance
     config.method.guidance = 1.0

@@ -6,6 +6,7 @@ It lies beside that of the samples, and is built, continued, shared by hosts and
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import PurePath
@@ -45,9 +46,14 @@ class Headers:
     def suffix(self) -> str:
         return f"sides-{self.format.suffix}"
 
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Where in the index each shard is, by its name."""
+        return {shard["name"]: k for k, shard in enumerate(self.index.shards)}
+
     def scan(self, path: PurePath, shard: str) -> Found:
         """The sides of a shard's pictures. One without samples, such as a damaged one, is not opened."""
-        k = next(k for k, known in enumerate(self.index.shards) if known["name"] == shard)
+        k = self.places[shard]
         n, end = self.index.shards[k]["rows"], self.index.ends[k]
         return self.format.sides(path, shard, self.index.rows[end - n : end]) if n else Found(np.empty(0, SIDES))
 
