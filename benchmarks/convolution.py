@@ -1,8 +1,9 @@
-"""Kernel gradients on this CPU: a matrix product per tap (models/convolution.py) against XLA's own convolution.
+"""What models/convolution.py saves on this CPU, against XLA's own convolution.
 
     python benchmarks/convolution.py
 
-Prints medians of interleaved runs, for a batch of 16 with as many channels out as in, and their ratios.
+Two tables: kernel gradients, a matrix product per tap; and convolutions of an enlarged image, forward and with both
+gradients. Medians of interleaved runs, as many channels out as in, and their ratios.
 """
 
 import statistics
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill.models.convolution import conv2d
+from cddistill.models.convolution import conv2d, of_enlarged
 
 SHAPES = ((64, 24), (64, 48), (32, 96), (16, 96), (16, 192), (8, 256))  # height = width, channels
-RUNS = 9
+ENLARGED = ((8, 4, 160), (8, 8, 96), (4, 16, 48), (16, 16, 96), (16, 32, 48), (2, 16, 640), (2, 32, 320))  # with batch
+ONES = ((1, 1), ((1, 1), (1, 1)))  # strides, padding
+OPTIONS = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+RUNS = 21
 
 
 def kernel_gradient(convolution):
@@ -39,18 +43,37 @@ def seconds(f, *args):
     return time.perf_counter() - start
 
 
+def medians(functions, *args):
+    """Milliseconds of each function, in turns."""
+    for f in functions:
+        seconds(f, *args)  # compiles
+    times = zip(*([seconds(f, *args) for f in functions] for _ in range(RUNS)), strict=True)
+    return [1e3 * statistics.median(t) for t in times]
+
+
+def written_out(x, kernel):
+    """XLA's convolution of x, enlarged by 2."""
+    return xla(x.repeat(2, 1).repeat(2, 2), kernel, *ONES)
+
+
 def main():
-    """Print the table."""
+    """Print the tables."""
     rng, functions = np.random.default_rng(0), [kernel_gradient(f) for f in (xla, conv2d)]
+    arrays = lambda *shapes: [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
     print("| px | channels | XLA, ms | per tap, ms | ratio |\n|---|---|---|---|---|")
-    for size, channels in SHAPES:
-        shapes = ((16, size, size, channels), (3, 3, channels, channels), (16, size, size, channels))
-        args = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
-        for f in functions:
-            seconds(f, *args)  # compiles
-        times = zip(*([seconds(f, *args) for f in functions] for _ in range(RUNS)), strict=True)
-        theirs, ours = (statistics.median(t) for t in times)
-        print(f"| {size} | {channels} | {1e3 * theirs:.1f} | {1e3 * ours:.1f} | {theirs / ours:.2f} |", flush=True)
+    for n, c in SHAPES:
+        theirs, ours = medians(functions, *arrays((16, n, n, c), (3, 3, c, c), (16, n, n, c)))
+        print(f"| {n} | {c} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.2f} |", flush=True)
+    both = (written_out, lambda x, kernel: of_enlarged(x, kernel, *ONES, **OPTIONS))
+    forward = [jax.jit(f) for f in both]
+    backward = [jax.jit(lambda x, kernel, dy, f=f: jax.vjp(f, x, kernel)[1](dy)) for f in both]
+    print("\n| batch | px | channels | XLA, ms | 2 x 2, ms | ratio | gradients, ms | 2 x 2, ms | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for b, n, c in ENLARGED:
+        args = arrays((b, n, n, c), (3, 3, c, c), (b, 2 * n, 2 * n, c))
+        pairs = (medians(forward, *args[:2]), medians(backward, *args))
+        cells = [f"{theirs:.1f} | {ours:.1f} | {theirs / ours:.2f}" for theirs, ours in pairs]
+        print(f"| {b} | {n} -> {2 * n} | {c} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cddistill.models.blocks import conv
-from cddistill.models.convolution import LARGE, conv2d, conv_general_dilated
+from cddistill.models import convolution
+from cddistill.models.blocks import Upsample2D, conv
+from cddistill.models.convolution import LARGE, conv2d, conv_general_dilated, of_enlarged
 
 UNDILATED = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -66,3 +67,37 @@ def test_grouped_and_dilated_ones_are_xlas():
     x, kernel = jnp.ones((16, 16, 16, 32)), jnp.ones((3, 3, 16, 32))
     f = lambda **options: conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), **UNDILATED | options)
     assert f(feature_group_count=2).shape == (16, 16, 16, 32)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4)])
+@pytest.mark.parametrize("large", [True, False])
+def test_an_enlarged_image_is_convolved_as_if_written_out(size, large, monkeypatch):
+    """With gradients, and their gradients as in an R1 penalty."""
+    monkeypatch.setattr(convolution, "LARGE", 0 if large else 2**60)
+    monkeypatch.setattr(convolution, "SMALL", 0)
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), "f") for s in ((2, *size, 3), (3, 3, 3, 4)))
+    ones = ((1, 1), ((1, 1), (1, 1)))
+
+    def written_out(x, kernel):
+        return xlas(x.repeat(2, 1).repeat(2, 2), kernel, *ones)
+
+    def penalty(f, kernel):
+        return (jax.grad(lambda x: (f(x, kernel) ** 3).sum())(x) ** 2).sum()
+
+    ours = lambda x, kernel: of_enlarged(x, kernel, *ones, **UNDILATED)
+    (y, back), (expected, back_xla) = (jax.vjp(f, x, kernel) for f in (ours, written_out))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    dy = jnp.asarray(rng.normal(size=y.shape), "f")
+    for a, b in zip(back(dy), back_xla(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        *(jax.grad(lambda k, f=f: penalty(f, k))(kernel) for f in (ours, written_out)), rtol=1e-4
+    )
+
+
+def test_upsampling_of_networks_saves_products():
+    x = jnp.zeros((1, 16, 16, 64))
+    params = jax.eval_shape(Upsample2D(64).init, jax.random.key(0), x)
+    flops = jax.jit(Upsample2D(64).apply).lower(params, x).compile().cost_analysis()["flops"]
+    assert flops < 0.6 * 2 * 9 * 64 * 64 * 32 * 32

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cddistill.models.convolution import conv_general_dilated
+from cddistill.models.convolution import conv_general_dilated, of_enlarged
 
 
 class DecoderLevel(NamedTuple):
@@ -41,12 +41,13 @@ class GroupNorm(nn.Module):
         return (centred * gain + bias[None, None]).reshape(x.shape).astype(self.dtype)
 
 
-def conv(features: int, kernel: int, dtype, name: str | None, stride: int = 1, padding=None) -> nn.Conv:
-    """A square convolution; padding None is PyTorch's symmetric (kernel - 1) // 2."""
+def conv(features: int, kernel: int, dtype, name: str | None, stride: int = 1, padding=None,
+         convolve=conv_general_dilated) -> nn.Conv:  # fmt: skip
+    """A square convolution; padding None is PyTorch's symmetric (kernel - 1) // 2. `convolve` computes it."""
     padding = (kernel - 1) // 2 if padding is None else padding
     return nn.Conv(
         features, (kernel, kernel), (stride, stride), padding, dtype=dtype, name=name,
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=convolve,
     )  # fmt: skip
 
 
@@ -124,9 +125,7 @@ class Upsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return conv(self.channels, 3, self.dtype, "conv")(x)
+        return conv(self.channels, 3, self.dtype, "conv", convolve=of_enlarged)(x)
 
 
 class DownBlock2D(nn.Module):
