@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cddistill import data
+from cddistill.data import images
 from cddistill.data.sources import folder as source_file
 
 SIZE = 16
@@ -143,6 +144,49 @@ def test_a_large_photo_is_measured_by_its_own_size(tmp_path):
     assert drawn(configured(tmp_path), 1)[0]["x0"].shape == (SIZE, SIZE, 3)
 
 
+def photo(width, height, turn=1):
+    """A smooth picture in a JPEG file, and its EXIF tags."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)), exif
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize(("sides", "decoded"), [((200, 129), (25, 17)), ((200, 127), (50, 32)), ((31, 40), (31, 40))])
+def test_a_draft_is_decoded_at_the_smallest_size_that_suffices(tmp_path, sides, decoded, turn):
+    (image, exif), turned = photo(*sides, turn), turn > 4
+    image.save(tmp_path / "a.jpg", exif=exif)
+    read = images.read(tmp_path / "a.jpg", least=(SIZE, SIZE))
+    assert read.size == (decoded[::-1] if turned else decoded)
+    assert images.whole(read).sides == (sides[::-1] if turned else sides)
+    draft, whole = (drawn(configured(tmp_path, crop=crop), 1)[0] for crop in ("draft", "resize"))
+    np.testing.assert_allclose(draft["x0"], whole["x0"], atol=0.15)
+    assert np.abs(draft["x0"] - whole["x0"]).mean() < 0.02
+
+
+@pytest.mark.parametrize("height", [100, 101])
+def test_a_draft_is_compared_with_other_images_by_the_sizes_of_their_files(tmp_path, height):
+    image, _ = photo(200, 100)
+    image.save(tmp_path / "a.jpg")
+    photo(200, height)[0].save(tmp_path / "b.png")
+    line = {"file_name": "a.jpg", "edited_file_name": "b.png", "instruction": "turn it"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    config = configured(tmp_path, "edit", crop="draft")
+    if height == 100:
+        assert drawn(config, 1)[0]["x0"].shape == (SIZE, SIZE, 3)
+    else:
+        with pytest.raises(ValueError, match="b.png is 200 x 101 px, but 200 x 100 is a.jpg"):
+            drawn(config, 1)
+
+
+def test_a_draft_has_the_place_of_its_file(tmp_path):
+    photo(1001, 400)[0].save(tmp_path / "a.jpg")
+    places = [data.load(configured(tmp_path, crop=crop), "train").source.element(0, None)["place"]
+              for crop in ("draft", "resize")]  # fmt: skip
+    assert places[0] == places[1]
+
+
 def test_unknown_crops_are_refused():
-    with pytest.raises(ValueError, match="data.crop='native' must be one of resize, random"):
+    with pytest.raises(ValueError, match="data.crop='native' must be one of resize, draft, random"):
         data.configure(crop="native", source="folder")

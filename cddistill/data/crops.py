@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cddistill.data.images import covering, fit, shape_of
+from cddistill.data.images import covering, fit, read, shape_of, whole
 
 RENAMED = {"depth": "depth_map"}  # a person's depth in an element, see `contracts.Element`
 TRIES = 100  # crops that are drawn until no depth map is constant in one, so that it says something
@@ -22,6 +22,7 @@ class Crop(NamedTuple):
     keep: Callable[[Image.Image, Size], Any]  # an image as it stays in memory
     cut: Callable[[Element, Size, np.random.Generator | None], Element]  # the element, with images of this size
     whole: Callable[[Element, int], Element]  # the same with all that any of its squares can show, for checks
+    read: Callable[[Any, str, Size], Image.Image]  # an image file, its name and size, decoded
 
 
 class Place(NamedTuple):
@@ -53,13 +54,14 @@ def kept(crop: Crop, size: Size, name: str, image: Image.Image, others: dict[str
 
     Raises ValueError for an image that is too small to be cropped, or another that has not its size.
     """
-    crop.check(image.size, size, name)
+    sides = whole(image).sides
+    crop.check(sides, size, name)
     for other_name, other in others.values():
-        if other.size != image.size:
-            sizes = "{} x {} px, but {} x {}".format(*other.size, *image.size)
+        if whole(other).sides != sides:
+            sizes = "{} x {} px, but {} x {}".format(*whole(other).sides, *sides)
             raise ValueError(f"{other_name} is {sizes} is {name}: save both at one size")
     found = {RENAMED.get(key, key): crop.keep(other, size) for key, (_, other) in others.items()}
-    return {"image": crop.keep(image, size), "place": placed(image.size, size)} | found
+    return {"image": crop.keep(image, size), "place": placed(sides, size)} | found
 
 
 def check_size(sides: tuple[int, int], size: Size, name: str) -> None:
@@ -105,7 +107,15 @@ def of_images(element: Element, function: Callable) -> Element:
     return element | {key: function(x) for key, x in images_of(element).items()}
 
 
+RESIZE = Crop(
+    lambda *_: None,
+    fit,
+    lambda element, *_: element,
+    lambda element, _: element,
+    lambda file, name, _: read(file, name),
+)
 CROPS = {
-    "resize": Crop(lambda *_: None, fit, lambda element, *_: element, lambda element, _: element),
-    "random": Crop(check_size, lambda image, _: image, crop_alike, extended),
+    "resize": RESIZE,
+    "draft": RESIZE._replace(read=lambda file, name, size: read(file, name, shape_of(size))),
+    "random": Crop(check_size, lambda image, _: image, crop_alike, extended, RESIZE.read),
 }

@@ -3,9 +3,12 @@
 import contextlib
 import importlib.util
 import io
+import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from cddistill.data.listing import is_hiccup
 
@@ -22,7 +25,15 @@ KEY_GAIN = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # of PNG's transparent co
 TURNS = dict(enumerate([Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
                         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
                         Image.Transpose.ROTATE_90], start=2))  # by the EXIF orientation  # fmt: skip
+WHOLE = "whole"  # key of the info of a PIL image
 MAX_PIXELS = 2**26  # of an image resized as a whole, before it is cropped
+
+
+class Whole(NamedTuple):
+    """The file that a PIL image was read from."""
+
+    sides: tuple[int, int]  # its (width, height), upright
+    box: tuple[float, float, float, float]  # left, top, right and bottom of the picture in the PIL image, pixels
 
 
 def is_image(name: str) -> bool:
@@ -61,6 +72,28 @@ def orientation(image) -> int:
         return 1
 
 
+def upright(image, sides):
+    """(width, height), exchanged if the image lies on its side."""
+    return sides[::-1] if 5 <= orientation(image) <= 8 else sides
+
+
+def whole(image) -> Whole:
+    """The file of a PIL image that was not cropped since, also if it was decoded at a fraction of its size."""
+    return image.info.get(WHOLE, Whole(image.size, (0, 0, *image.size)))
+
+
+def shown(sides, decoded, turn) -> tuple[float, float, float, float]:
+    """`Whole.box` of a file with these upright sides, decoded to such ones and then turned by its EXIF orientation.
+
+    A last row and column as stored may have been decoded from fewer pixels than the others.
+    """
+    by = 2 ** round(math.log2(max(sides) / max(decoded)))
+    w, h = sides[0] / by, sides[1] / by
+    left = decoded[0] - w if turn in (2, 3, 6, 7) else 0
+    top = decoded[1] - h if turn in (3, 4, 7, 8) else 0
+    return (left, top, left + w, top + h)
+
+
 def transparent(image, stored):
     """Where a grey or RGB image has the colour that its file declares transparent, bool [h,w]; None without one.
 
@@ -89,19 +122,24 @@ def name_of(path) -> str:
     return "the image" if isinstance(path, Image.Image) else str(path)
 
 
-def read(path, name=None, fast=False):
+def read(path, name=None, least=None):
     """An image file (its path, or it opened) or PIL image, in RGB. Raises ValueError, naming it, if it cannot be read.
 
-    fast decodes a JPEG at 1/8 of its size, which finds the same errors. Errors of the disk or the network pass.
+    With least, (height, width) in pixels, a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size at which
+    it still covers that; see `whole`. It finds the same errors. Errors of the disk or the network pass.
     """
     name = name or name_of(path)
     try:
         if isinstance(path, Image.Image):
             return to_rgb(path, name)
         with Image.open(path) as file:
-            if fast:
-                file.draft(None, (1, 1))
-            return to_rgb(file, name)
+            if not least or not isinstance(file, JpegImageFile):
+                return to_rgb(file, name)
+            sides = upright(file, file.size)
+            file.draft(None, upright(file, least[::-1]))
+            image = to_rgb(file, name)
+            image.info[WHOLE] = Whole(sides, shown(sides, image.size, orientation(file)))
+            return image
     except Exception as error:  # Pillow raises almost anything for broken files
         if is_hiccup(error):
             raise
@@ -113,7 +151,7 @@ def sides_of(path, name=None) -> tuple[int, int]:
     """(width, height) of an image file as `read` returns it, from its header. ValueError, naming it, for any other."""
     try:
         with Image.open(path) as file:
-            return file.size[::-1] if 5 <= orientation(file) <= 8 else file.size
+            return upright(file, file.size)
     except Exception as error:  # Pillow raises almost anything for broken files
         if is_hiccup(error):
             raise
@@ -196,10 +234,11 @@ def fit(image, size):
     """
     method = Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC
     height, width = shape_of(size)
-    (w, h), (left, top) = covering(image.size, size)
-    if w * h > MAX_PIXELS:  # 2 x 16000 px, say: resize only the part that is kept
-        sx, sy = image.width / w, image.height / h
-        box = (left * sx, top * sy, (left + width) * sx, (top + height) * sy)
+    sides, (x0, y0, x1, y1) = whole(image)
+    (w, h), (left, top) = covering(sides, size)
+    if w * h > MAX_PIXELS or sides != image.size:  # 2 x 16000 px, say: resize only the part that is kept
+        sx, sy = (x1 - x0) / w, (y1 - y0) / h
+        box = (x0 + left * sx, y0 + top * sy, x0 + (left + width) * sx, y0 + (top + height) * sy)
         return np.asarray(image.resize((width, height), method, box))
     image = image.resize((w, h), method)
     return np.asarray(image.crop((left, top, left + width, top + height)))

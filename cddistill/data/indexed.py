@@ -14,7 +14,7 @@ from cddistill.data.captions import CAPTIONS, FURTHER, chosen, facts
 from cddistill.data.contracts import Element, Source
 from cddistill.data.crops import CROPS, Crop, kept
 from cddistill.data.digests import of_values
-from cddistill.data.images import read, read_map
+from cddistill.data.images import read_map
 from cddistill.data.index import Format, Index, open_index, stamp_of
 from cddistill.data.listing import check_some, report_bad
 from cddistill.data.sides import sides_below
@@ -194,9 +194,9 @@ class IndexedImages:
             raise ValueError("it has no image: leave it out")
         if isinstance(label := fields.get("label", self.null), str):
             raise ValueError(f"its label {label!r} is the name of a class: store numbers from 0")
-        readers = {"edited": read, "depth": read_map}
+        readers = {"edited": self.crop.read, "depth": lambda file, what, _: read_map(file, what)}
         others = {key: (f"{name}'s {key} image", fields[key]) for key in readers if fields.get(key) is not None}
-        others = {key: (what, readers[key](io.BytesIO(x), what)) for key, (what, x) in others.items()}
-        element = kept(self.crop, size, name, read(io.BytesIO(fields["image"]), name), others)
+        others = {key: (what, readers[key](io.BytesIO(x), what, size)) for key, (what, x) in others.items()}
+        element = kept(self.crop, size, name, self.crop.read(io.BytesIO(fields["image"]), name, size), others)
         further = {"instruction": fields["instruction"]} if "instruction" in fields else {}
         return element | {"label": label, "caption": fields.get("caption", "")} | further

@@ -27,7 +27,8 @@ class Folder(Source):
     """Images in the folder data.path and its sub-folders."""
 
     split: Literal[*RULES] = "auto"  # by folders like train/ and val/, else by hash; see splits.RULES
-    crop: Literal[*CROPS] = "resize"  # shorter side to data.size, centre cropped; "random": crops at their own size
+    crop: Literal[*CROPS] = "resize"  # shorter side to data.size, centre cropped; "draft": the same of JPEGs that are
+    # decoded at 1/2, 1/4 or 1/8 of their size if that suffices; "random": crops at their own size
     folder_labels: bool = False  # an image's label is the folder it lies in, as in cat/1.png
 
     sized = bucketed = True
@@ -110,17 +111,20 @@ class FolderImages:
 
         Raises ValueError, naming it, for a file that cannot be read or that has not the size of the image.
         """
-        record, readers = self.record(name), {"edited": read, "depth": read_map}
+        record, readers = (
+            self.record(name),
+            {"edited": self.crop.read, "depth": lambda file, what, _: read_map(file, what)},
+        )
         paths = {key: record.pop(key) for key in readers if key in record}
-        others = {key: (path, readers[key](self.root / path, path)) for key, path in paths.items()}
-        return kept(self.crop, size, name, read(self.root / name, name), others) | record
+        others = {key: (path, readers[key](self.root / path, path, size)) for key, path in paths.items()}
+        return kept(self.crop, size, name, self.crop.read(self.root / name, name, size), others) | record
 
     def check(self, name):
         """Raise ValueError, naming it, for an image that cannot be used."""
         if self.further:
             self.check_whole(name)
         else:
-            read(self.root / name, name, fast=True)
+            read(self.root / name, name, least=(1, 1))
             self.crop.check(sides_of(self.root / name, name), self.size, name)
 
     def check_whole(self, name):
