@@ -88,7 +88,7 @@ ABSURD = [  # (method, key, value, what it must be)
     ("codi", "data.source", ["emoji"], "one of emoji, "),
     ("codi", "data.task", None, "one of none, "),
     ("codi", "data.hole", "star", "one of rectangles, brush, half"),
-    ("codi", "data.crop", "native", "one of resize, random"),
+    ("codi", "data.crop", "native", "one of resize, draft, random"),
     ("codi", "data.split", "folders", "one of auto, hash, fill, all"),
     ("codi", "data.degradation", "jpeg", "one of bicubic, realesrgan"),
     ("codi", "data.depth_files", "cm", "one of inverse, metres"),
