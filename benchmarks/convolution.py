@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cddistill import sharding
 from cddistill.models.convolution import conv2d, of_enlarged
 
 SHAPES = ((64, 24), (64, 48), (32, 96), (16, 96), (16, 192), (8, 256))  # height = width, channels
@@ -64,7 +65,7 @@ def main():
     for n, c in SHAPES:
         theirs, ours = medians(functions, *arrays((16, n, n, c), (3, 3, c, c), (16, n, n, c)))
         print(f"| {n} | {c} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.2f} |", flush=True)
-    both = (written_out, lambda x, kernel: of_enlarged(x, kernel, *ONES, **OPTIONS))
+    both = (written_out, sharding.inside(sharding.make_mesh(), lambda x, k: of_enlarged(x, k, *ONES, **OPTIONS)))
     forward = [jax.jit(f) for f in both]
     backward = [jax.jit(lambda x, kernel, dy, f=f: jax.vjp(f, x, kernel)[1](dy)) for f in both]
     print("\n| batch | px | channels | XLA, ms | 2 x 2, ms | ratio | gradients, ms | 2 x 2, ms | ratio |")

@@ -31,9 +31,13 @@ def conv_general_dilated(x, kernel, strides, padding, *, lhs_dilation, rhs_dilat
 
 
 def worth_it(x, features: int) -> bool:
-    """Whether a convolution of x to that many features is large enough, and on a CPU."""
-    known = all(isinstance(n, int) for n in x.shape)  # not exported for any batch size
-    return known and x.ndim == 4 and x.size * features >= LARGE and jax.default_backend() == "cpu"
+    """Whether a convolution of x to that many features is large enough, in a program that is traced for a CPU.
+
+    The platform is that of the abstract mesh, as for `attention`; exported programs have none, and run on any.
+    """
+    device, known = jax.sharding.get_abstract_mesh().abstract_device, all(isinstance(n, int) for n in x.shape)
+    on_cpu = device is not None and device.platform == "cpu"
+    return on_cpu and known and x.ndim == 4 and x.size * features >= LARGE
 
 
 def of_enlarged(x, kernel, strides, padding, **options):
