@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py                          meshes of 2 to 64 fake CPU devices, DMD2's turns and CoDi
     python benchmarks/growth.py --methods dmd2 --devices 2 8 --width 64
+    python benchmarks/growth.py --topologies v5e:2x2 v5e:4x4 v5e:8x8     by the TPU's compiler, with jax[tpu] installed
 
 Each device has the same number of images. For every mesh the step is compiled for one and for two images a device, and
 nothing runs: what grows with the batch is activations, and should be none; the rest is weights and their gradients.
@@ -21,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from cddistill import config, models, sharding
+from cddistill import config, models, sharding, targets
 from cddistill.build import initial, make_optimizers
 from cddistill.collectives import collectives
 from cddistill.diffusion import DDPM
@@ -87,12 +88,15 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["dmd2", "codi"])
     parser.add_argument("--devices", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--topologies", nargs="+", help="of TPUs, instead of --devices")
     args = parser.parse_args()
     print("| turn | data x fsdp | collectives | bytes / weights | of activations |\n|---|---|---|---|---|")
     for name in args.methods:
-        for n in args.devices:
-            for fsdp in (1, n):
-                mesh = sharding.make_mesh(fsdp, jax.devices()[:n])
+        for devices in (
+            map(targets.of_tpu, args.topologies) if args.topologies else (jax.devices()[:n] for n in args.devices)
+        ):
+            for fsdp in (1, len(devices)):
+                mesh = sharding.make_mesh(fsdp, devices)
                 for row in growth(name, args.width, mesh):
                     number = ", ".join(f"{k} {kind}" for kind, k in row["number"].items())
                     print(
