@@ -115,6 +115,8 @@ class ArrayItems:
     def __init__(self, root, config, split, x0_shape=()):
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
+        if not self.root.is_dir():
+            raise ValueError(f"{root} (data.path) has no folder {split}, as it has of other splits: encode or copy it")
         self.parts = complete_parts(self.root)
         check_small(self.parts)
         self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
