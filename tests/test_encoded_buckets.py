@@ -1,5 +1,6 @@
 """Rows encoded with data.buckets: those of each bucket in a folder of shards, and trained on as their images are."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -13,8 +14,8 @@ from PIL import Image
 from test_crops import noise
 
 from cddistill import build, checks, commands, config, data, encoders, io, pipeline, train
-from cddistill.data import configure, loader, shards
-from cddistill.precompute import writing
+from cddistill.data import buckets, configure, loader, shards
+from cddistill.precompute import encode, writing
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SHAPES = ((16, 16), (12, 24))  # "16x16,24x12": squares and wide ones; latents are half as high and wide
@@ -93,12 +94,12 @@ def test_latents_are_those_of_encoding_in_the_step(made):
     have, in their order."""
     experiment = config.resolve(settings(made))
     teacher = pipeline.of_run(experiment.run)
-    encode = encoders.make(experiment, teacher)
-    nets, at_step = encoders.networks(teacher), jax.jit(encode.at_step)
+    made_of = encoders.make(experiment, teacher)
+    nets, at_step = encoders.networks(teacher), jax.jit(made_of.at_step)
     shapes = set()
     for step, (pixels, rows) in enumerate(zip(taken(8, experiment.data), taken(8, arrays(made / "out")), strict=True)):
         assert rows["caption"] == pixels["caption"]
-        expected = at_step(nets, encoders.inputs(encode.tokenized(pixels)), step)["x0"]
+        expected = at_step(nets, encoders.inputs(made_of.tokenized(pixels)), step)["x0"]
         np.testing.assert_allclose(rows["x0"], expected, rtol=2e-3, atol=2e-3)  # they are stored in float16
         jax.tree.map(np.testing.assert_array_equal, rows["text"], pixels["text"])
         shapes.add(rows["x0"].shape)
@@ -121,18 +122,28 @@ def test_batches_depend_on_the_step_alone(made):
     assert data.order_digest(config.resolve(settings(made)).data, seed=3) not in orders  # of names, not of numbers
 
 
-def test_random_choices_differ_from_row_to_row_of_the_split(made, tmp_path):
+def test_random_choices_differ_from_row_to_row_of_the_split(made, tmp_path, monkeypatch):
     """A sample of the posterior and a crop depend on the row's number in the split, of which a bucket's are a part."""
-    (tmp_path / "same").mkdir()
-    for i, (width, height) in enumerate([(40, 40), (80, 40)]):
-        Image.fromarray(noise(0, 40, 40)).resize((width, height)).save(tmp_path / "same" / f"{i}.png")
-    c = settings(made, tmp_path / "same", encode_sample=True, encode_epochs=3, crop="random", buckets="16x16,32x16")
+    draws, firsts, usable, program_of = [], [], loader.Pixels.usable, encode.program_of
+
+    def drawn(self, i, rng):
+        if isinstance(self.source, buckets.Part):
+            draws.append(copy.deepcopy(rng).random())
+        return usable(self, i, rng)
+
+    def counted(*args):
+        program = program_of(*args)
+        return lambda items, first: firsts.append(first) or program(items, first)
+
+    monkeypatch.setattr(loader.Pixels, "usable", drawn)
+    monkeypatch.setattr(encode, "program_of", counted)
+    c = settings(made, encode_sample=True, encode_epochs=2, crop="random")
     commands.encode_data(c, tmp_path / "out")
     parts = data.parts_of(arrays(tmp_path / "out"))
-    assert {shape: len(part) for shape, part in parts.items()} == {(16, 16): 3, (16, 32): 3}
-    assert [part.manifest["first"] for part in parts.values()] == [0, 3]
-    rows = [part.item(i)["x0"] for part in parts.values() for i in range(3)]
-    assert len({x[:8, :8].tobytes() for x in rows}) == 6
+    assert {shape: len(part) for shape, part in parts.items()} == {(16, 16): 6, (12, 24): 10}
+    assert [part.manifest["first"] for part in parts.values()] == [0, 6]
+    assert len(draws) == len({*draws}) == 16
+    assert firsts[:8] == [*range(0, 16, 2)]
 
 
 # --- continuing
