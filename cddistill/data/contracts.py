@@ -44,7 +44,7 @@ class Images(Protocol):
 class Items(Protocol):
     """One split of precomputed examples. They are used as stored: no task processes them.
 
-    Examples of several shapes have `parts`, {(height, width) of their images: Items of one shape}.
+    Examples of several shapes have `buckets`, {(height, width) of their images: Items of one shape}.
     """
 
     def __len__(self) -> int: ...

@@ -74,7 +74,7 @@ def listed(folder) -> dict[str, int]:
 
 
 class EncodedBuckets:
-    """The rows of a split in buckets: `parts` has those of each, by the height and width of its images.
+    """The rows of a split in buckets: `buckets` has those of each, by the height and width of its images.
 
     Raises ValueError for buckets that are missing, or that are not of one command.
     """
@@ -82,12 +82,12 @@ class EncodedBuckets:
     def __init__(self, folder, config):
         if config.pairs:
             raise ValueError(f"data.pairs have one shape, and the rows in {folder} several: leave one of them out")
-        self.folder, self.parts = folder, {}
+        self.folder, self.buckets = folder, {}
         for name, rows in listed(folder).items():
-            self.parts[parse(name)[0]] = part = EncodedItems(folder / name, config)
+            self.buckets[parse(name)[0]] = part = EncodedItems(folder / name, config)
             if (part.manifest.get("bucket"), part.manifest["rows"]) != (name, rows):
                 raise ValueError(f"{folder / name} has not the {rows} rows of {folder / shards.MANIFEST}: encode again")
-        self.encoded, *others = (part.manifest for part in self.parts.values())
+        self.encoded, *others = (part.manifest for part in self.buckets.values())
         for other in others:
             if any(other.get(key) != self.encoded.get(key) for key in {*other, *self.encoded} - {*OWN}):
                 where = f"{folder / self.encoded['bucket']} and {folder / other['bucket']}"
@@ -95,15 +95,15 @@ class EncodedBuckets:
 
     def names(self) -> list[str]:
         """The names of the files in the folder that are read."""
-        parts = (f"{named(shape)}/{name}" for shape, part in self.parts.items() for name in part.names())
+        parts = (f"{named(shape)}/{name}" for shape, part in self.buckets.items() for name in part.names())
         return [shards.MANIFEST, *parts]
 
     def __len__(self):
-        return sum(map(len, self.parts.values()))
+        return sum(map(len, self.buckets.values()))
 
     def item(self, i, rng=None):
         """Item i, bucket after bucket, with the keys of `Pixels.item`."""
-        for part in self.parts.values():
+        for part in self.buckets.values():
             if i < len(part):
                 return part.item(i)
             i -= len(part)

@@ -309,7 +309,7 @@ def parts_of(config, split="train") -> dict[tuple[int, int], Pixels | EncodedIte
     Raises ValueError for sizes that cannot be known, and for images that are too small to be cropped.
     """
     if config.source.precomputed:
-        return getattr(load(config, split), "parts", {})
+        return getattr(load(config, split), "buckets", {})
     if not config.buckets or split != "train":
         return {}
     pixels = load(config, "train")
@@ -377,7 +377,7 @@ def examples(config, split="test", n=0, seed=0):
     Never augmented. The random degradation of item i depends only on (seed, i). ValueError for rows of several shapes.
     """
     dataset = load(config, split, augment=False)
-    if hasattr(dataset, "parts"):
+    if hasattr(dataset, "buckets"):
         raise ValueError(f"the {split} rows of {config.path} have several shapes: take those of validation or test")
     n = len(dataset) if n <= 0 else min(n, len(dataset))
     return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in range(n)])
