@@ -13,7 +13,8 @@ import numpy as np
 
 from cddistill import data, io
 from cddistill.config import Experiment
-from cddistill.data import ode_pairs
+from cddistill.data import buckets, ode_pairs
+from cddistill.data.loader import stack
 from cddistill.diffusion import DDPM
 from cddistill.method import Generator, Requires
 from cddistill.models import adapter
@@ -25,9 +26,15 @@ from cddistill.pipeline import Pipeline
 
 @functools.cache
 def first_rows(data_config):
-    """Two training rows as they are loaded, with their captions: they show the shapes of a batch."""
+    """Two rows as they are loaded, with their captions: they show the shapes of a batch; see `data.shown`."""
     square = dataclasses.replace(data_config, buckets="")
-    return next(data.batches(square, batch_size=2, seed=0, prepare=dict))
+    return next(data.batches(square, data.shown(data_config), batch_size=2, seed=0, prepare=dict))
+
+
+def first_texts(data_config, n: int = 64) -> dict:
+    """The text of the first n training rows, stacked."""
+    dataset = data.load(data_config, "train", augment=False)
+    return stack([dataset.item(i, np.random.default_rng([0, i]))["text"] for i in range(min(n, len(dataset)))])
 
 
 def check_exports(method) -> None:
@@ -71,6 +78,8 @@ def training_splits(run) -> dict[str, str]:
 def check_splits(config, splits: Mapping[str, str]) -> None:
     """ValueError if a split is missing or empty, or has arrays of other shapes than the training split."""
     expected = shapes_of(first_rows(config))
+    for shape, rows in data.first_of_each(config).items() if data.shown(config) != "train" else ():
+        check_like_squares(config, shape, shapes_of(rows), expected)
     for split, use in splits.items():
         try:
             found = shapes_of(data.examples(config, split, 1))
@@ -80,6 +89,14 @@ def check_splits(config, splits: Mapping[str, str]) -> None:
             if found.get(name) != expected[name]:
                 where = f"the {split} split of {config.source_name} {config.path}".strip()
                 raise ValueError(f"{name} in {where} is {found.get(name)}, and {expected[name]} in the training split")
+
+
+def check_like_squares(config, shape, found, expected) -> None:
+    """ValueError if encoded rows of a bucket differ from those of validation in more than their heights and widths."""
+    images = lambda shapes: {name: x[2:] if name.startswith(("x0", "cond")) else x for name, x in shapes.items()}
+    if images(found) != images(expected):
+        where = f"the bucket {buckets.named(shape)} of {config.path}"
+        raise ValueError(f"{where} has {found}, and its validation split {expected}: encode both with one command")
 
 
 def shapes_of(batch) -> dict[str, tuple[int, ...]]:
@@ -98,7 +115,7 @@ def check_table(experiment: Experiment, requires: Requires, teacher: Pipeline) -
     classes, null = rows or getattr(module, "label_dim", 0), teacher.null_label
     if not classes or "class_labels" not in first_rows(config)["text"] or getattr(module, "class_embed_type", None):
         return
-    text = data.examples(config, "train", 64)["text"]
+    text = first_texts(config)
     guided = requires.text or run.teacher_guidance != 1.0
     if config.num_classes > classes or (
         config.num_classes == rows and (guided or (text["class_labels"] == config.num_classes).any())
@@ -208,7 +225,7 @@ def check_condition(experiment: Experiment, frozen, batch) -> None:
 
 def check_ids(config, size: int) -> None:
     """ValueError if token ids lie outside of the text encoder's vocabulary: its rows would be NaN."""
-    ids = data.examples(config, "train", 64)["text"]["input_ids"]
+    ids = first_texts(config)["input_ids"]
     if ids.min() < 0 or ids.max() >= size:
         raise ValueError(
             f"the token ids of {config.source_name} {config.path} go from {ids.min()} to {ids.max()}, and the text "
@@ -250,8 +267,9 @@ def check_bucket(shape, frozen, batch) -> None:
     try:
         check_shapes(frozen["teacher"], batch)
     except (ValueError, TypeError) as error:
-        height, width = shape
-        raise ValueError(f"the teacher cannot take {width}x{height} in data.buckets ({error}): leave it out") from error
+        raise ValueError(
+            f"the teacher cannot take {buckets.named(shape)} in data.buckets ({error}): leave it out"
+        ) from error
 
 
 def check_pairs(experiment: Experiment, teacher: Pipeline) -> None:

@@ -40,7 +40,8 @@ def export(
         )
     if isinstance(method, Generator):
         return pipeline_folder(parts, state, path, config, scores or {}, page)
-    batch = generate.encoded(parts, data.examples(parts.experiment.data, "train", STATISTICS))
+    config = parts.experiment.data
+    batch = generate.encoded(parts, data.examples(config, data.shown(config), STATISTICS))
     return method.export_file(generate.student_of(parts, state).n(), batch, path)
 
 

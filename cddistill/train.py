@@ -271,7 +271,8 @@ def record_inputs(workdir: PurePath, parts, plain: dict, old: dict) -> None:
     if sharding.is_host0():
         io.write_json(workdir / INPUTS, found)
     if not old or not (workdir / "example.npz").is_file():
-        checkpoint.write_example(workdir, generate.encoded(parts, data.examples(parts.experiment.data, "train", 1)))
+        some = data.examples(parts.experiment.data, data.shown(parts.experiment.data), 1)
+        checkpoint.write_example(workdir, generate.encoded(parts, some))
 
 
 def overview(parts) -> str:
@@ -283,7 +284,7 @@ def overview(parts) -> str:
     numbers = data.loader.numbers_of(parts.experiment.data)
     if not numbers:
         return said
-    each = ", ".join(f"{width}x{height} {n}" for (height, width), n in numbers.items())
+    each = ", ".join(f"{data.buckets.named(shape)} {n}" for shape, n in numbers.items())
     return f"{said}\ntraining images in {len(numbers)} buckets, for each of which a program is compiled: {each}"
 
 

@@ -1,7 +1,8 @@
 """One of several processes that work together: `python several_hosts.py FOLDER TEACHER VAE PICTURES MODE...`.
 
-test_several_hosts.py starts them and sets their environment. What they make is below FOLDER, and decoded-<host>.json:
-the images that a host has decoded, {mode: {train step or "": their numbers in the order of reading}}.
+test_several_hosts.py starts them and sets their environment. `train:2` trains up to step 2 and writes no report. What
+they make is below FOLDER, and decoded-<host>.json: the images that a host has decoded, {mode: {train step or "": their
+numbers in the order of reading}}.
 """
 
 import collections
@@ -20,6 +21,7 @@ STEPS, BATCH, ROWS = 4, 8, 32
 
 def settings(mode, teacher, vae, pictures):
     """A class-conditional student of 8 px images, and what encodes images of 16 px, of two devices or more."""
+    mode, _, steps = mode.partition(":")
     c = config.defaults("dmd2" if mode == "pairs" else "diffusion")
     c.update(teacher=str(vae if mode == "encode" else teacher), steps=STEPS, batch_size=BATCH, log_every=1)
     c.data.update(source="webdataset", path=str(pictures), size=16 if mode == "encode" else 8, split="all")
@@ -30,15 +32,16 @@ def settings(mode, teacher, vae, pictures):
         c.update(batch_size=4, encode_shard=4)  # shards for every host
     else:
         c.update(checkpoint_every=2, eval_every=2, eval_images=4, sample_steps=(2,))
-    c.data.buckets = "8x8,16x8" if mode == "buckets" else ""
+    c.data.buckets = {"buckets": "8x8,16x8", "encode": "16x16,32x16"}.get(mode, "")
+    c.update(steps=int(steps), report=False) if steps else None
     return c
 
 
 def work(mode, c, folder):
     """Run a mode."""
     run = folder / "run"
-    if mode in ("train", "buckets"):
-        train.train(c, run if mode == "train" else folder / mode)
+    if mode == "buckets" or mode.startswith("train"):
+        train.train(c, folder / mode if mode == "buckets" else run)
     elif mode == "evaluate":
         (run / "scores.json").unlink(missing_ok=True) if sharding.is_host0() else None
         commands.evaluate_run(c, run)

@@ -7,11 +7,12 @@ import pathlib
 import time
 
 import bucket_hosts
+import jax
 import numpy as np
 import pytest
 import test_object_store
 from hosts import start, together
-from test_several_hosts import places  # noqa: F401  (a fixture)
+from test_several_hosts import close, places, trained  # noqa: F401  (one is a fixture)
 
 from cddistill import checkpoint, io, remote, storage
 
@@ -145,9 +146,42 @@ def test_a_run_of_two_hosts_on_a_store_is_killed_and_resumed_as_a_local_one(buck
     together(HERE / "several_hosts.py", tmp_path, *places, "train", "export", **args)
     weights = "export/unet/diffusion_pytorch_model.safetensors"
     assert (bucket / weights).read_bytes() == (tmp_path / weights).read_bytes()
-    lines = [
-        map(json.loads, io.read_appended(run / "run" / "metrics.jsonl").splitlines()) for run in (bucket, tmp_path)
-    ]
-    logged = [[{k: v for k, v in line.items() if not k.startswith("time")} for line in found] for found in lines]
-    assert logged[0] == logged[1]
+    assert logged(bucket / "run") == logged(tmp_path / "run")
     assert not [name for name in io.sizes(bucket / "run") if ".lock" in name]
+
+
+PARTS = {2: 1, 4: 2, 6: 1}  # the last step of a part of a run: the number of hosts that trains it
+
+
+def in_parts(folder, places, parts):  # noqa: F811
+    """{step: the images that were decoded for it, host after host} of a run whose parts other hosts trained."""
+    found = {}
+    for steps, hosts in parts.items():
+        args = (HERE / "several_hosts.py", folder, *places, f"train:{steps}")
+        together(*args, hosts=hosts, devices=2, timeout=400, HOME=str(places[1]))
+        own = [io.read_json(folder / f"decoded-{host}.json")[f"train:{steps}"] for host in range(hosts)]
+        here = range(max(found, default=-1) + 1, steps)
+        found |= {step: sum((numbers[str(step)] for numbers in own), []) for step in here}
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(places, tmp_path_factory):  # noqa: F811
+    """(folder, images by step) of local runs: of one host; in parts."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "parts")]
+    return [(folder, in_parts(folder, places, x)) for folder, x in zip(folders, ({6: 1}, PARTS), strict=True)]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_store_goes_on_with_another_number_of_hosts(bucket, places, undisturbed):  # noqa: F811
+    """One host, then two, then one: the images of every step, the weights and all that is logged are bit for bit those
+    of a local run of these hosts; with one host all along, images are the same and weights are to the order of sums."""
+    (one, expected), (local, images) = undisturbed
+    found = in_parts(bucket, places, PARTS)
+    assert found == images == expected
+    assert [*found] == [*range(6)]
+    assert logged(bucket / "run") == logged(local / "run")
+    steps, *weights = trained(places, bucket)
+    assert steps == 6
+    for folder, compare in ((local, np.testing.assert_array_equal), (one, close)):
+        jax.tree.map(compare, [steps, *weights], [*trained(places, folder)])

@@ -14,7 +14,7 @@ from PIL import Image
 from test_crops import noise, place
 from test_indexed import FORMATS, records, tar, write_table
 
-from cddistill import build, checks, commands, config, train
+from cddistill import build, checks, config, train
 from cddistill.data import batches, buckets, configure, examples, index, indexed, loader, order_digest, sides
 from cddistill.data.images import fit
 
@@ -366,9 +366,7 @@ def test_headers_that_cannot_be_read_are_named_or_skipped(folder, tmp_path):
     assert len({x0.tobytes() for x0 in taken(1, config)[0]["x0"]}) == 1
 
 
-def test_teachers_and_modes_that_need_one_shape(teacher, folder, tmp_path):
-    with pytest.raises(ValueError, match="--mode=encode writes rows of one shape: leave out data.buckets"):
-        commands.encode_data(settings(teacher, folder), tmp_path)
+def test_teachers_that_cannot_take_a_bucket():
     batch = {"x0": np.zeros((2, 7, 8, 5), np.float32), "text": {"class_labels": np.zeros(2, np.int32)}}
     with pytest.raises(ValueError, match=r"the teacher cannot take 8x7 in data.buckets \(.*\): leave it out"):
         checks.check_bucket((7, 8), {"teacher": tiny.teacher()}, batch)

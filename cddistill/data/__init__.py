@@ -10,6 +10,8 @@ from cddistill.data.loader import (
     first_of_each,
     load,
     order_digest,
+    parts_of,
+    shown,
 )
 from cddistill.data.sources import SOURCES
 from cddistill.data.tasks import TASKS
@@ -26,4 +28,6 @@ __all__ = [
     "first_of_each",
     "load",
     "order_digest",
+    "parts_of",
+    "shown",
 ]

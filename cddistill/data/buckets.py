@@ -33,6 +33,12 @@ def readable(text: str) -> bool:
         return False
 
 
+def named(shape: Shape) -> str:
+    """A shape as `parse` takes it: "576x448" for (448, 576)."""
+    height, width = shape
+    return f"{width}x{height}"
+
+
 SHAPES = Limit(
     f"widths x heights like 512x512,576x448, each once and with sides of 1 to {MAX_SIDE} px, or nothing", readable
 )
@@ -117,10 +123,10 @@ class InTurn:
     schedule: Schedule
 
     @classmethod
-    def of(cls, parts: Mapping[Shape, Any], seed: int, batch_size: int) -> "InTurn":
-        """That of data sets by shape."""
+    def of(cls, parts: Mapping[Shape, Any], seed: int, batch_size: int, window: int = 0) -> "InTurn":
+        """That of data sets by shape; `window` is that of `shuffled`."""
         sizes = np.array([len(part) for part in parts.values()], np.int64)
-        streams = [shuffled(part, (seed, k)) for k, part in enumerate(parts.values())]
+        streams = [shuffled(part, (seed, k), window) for k, part in enumerate(parts.values())]
         return cls(streams, Schedule(sizes, batch_size, seed))
 
     def __getitem__(self, k: int):

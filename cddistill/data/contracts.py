@@ -42,7 +42,10 @@ class Images(Protocol):
 
 @runtime_checkable
 class Items(Protocol):
-    """One split of precomputed examples. They are used as stored: no task processes them."""
+    """One split of precomputed examples. They are used as stored: no task processes them.
+
+    Examples of several shapes have `buckets`, {(height, width) of their images: Items of one shape}.
+    """
 
     def __len__(self) -> int: ...
 

@@ -14,6 +14,7 @@ from cddistill import typed
 from cddistill.data.buckets import MAX_SIDE, SHAPES, InTurn, Part, divide, parse
 from cddistill.data.contracts import Source, Task
 from cddistill.data.digests import of_files
+from cddistill.data.encoded import EncodedItems
 from cddistill.data.lines import Lines, open_lines
 from cddistill.data.listing import patiently, report_bad
 from cddistill.data.ode_pairs import OdePairs
@@ -80,6 +81,8 @@ def check_shapes(config: DataConfig) -> None:
         )
     if not config.buckets:
         return
+    if config.source.precomputed:
+        raise ValueError(f"data.buckets cannot go with {source}, whose folder has the shapes of its rows: leave it out")
     refused = {
         f"{source}, whose images are not of several shapes, or of sizes that only reading all of them tells":
             not config.source.bucketed,
@@ -271,7 +274,7 @@ def without_captions(batch: dict[str, Any]) -> dict[str, Any]:
 def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None), prepare=without_captions):
     """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 
-    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1], of one of data.buckets in training; text-only
+    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1], of one bucket in training; text-only
     data has zeros and imageless, bool [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null
     are a UNet's text inputs: {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32
     [b], is the row in the global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others:
@@ -281,8 +284,10 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
-    parts = parts_of(config, split)
-    items = InTurn.of(parts, seed, batch_size) if parts else shuffled(load(config, split), seed, config.window)
+    if parts := parts_of(config, split):
+        items = InTurn.of(parts, seed, batch_size, config.window)
+    else:
+        items = shuffled(load(config, split), seed, config.window)
     stream = Steps(items, pairs, batch_size, index, prepare)
     threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
@@ -292,17 +297,19 @@ def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None
 def order_digest(config, split="train", *, seed):
     """16 hexadecimal digits that hosts have in common if `batches` gives them the same examples in the same order."""
     if parts := parts_of(config, split):
-        return " ".join(digest(part, (seed, k)) for k, part in enumerate(parts.values()))
+        return " ".join(digest(part, (seed, k), config.window) for k, part in enumerate(parts.values()))
     return digest(load(config, split), seed, config.window)
 
 
 @functools.lru_cache(maxsize=4)
-def parts_of(config, split="train") -> dict[tuple[int, int], Pixels]:
-    """The training images in each of data.buckets that has some, by (height, width); {} without buckets, and of other
-    splits.
+def parts_of(config, split="train") -> dict[tuple[int, int], Pixels | EncodedItems]:
+    """The training images in each of data.buckets that has some, or the rows that were encoded so, by the images'
+    (height, width); {} without buckets, and of other splits.
 
     Raises ValueError for sizes that cannot be known, and for images that are too small to be cropped.
     """
+    if config.source.precomputed:
+        return getattr(load(config, split), "buckets", {})
     if not config.buckets or split != "train":
         return {}
     pixels = load(config, "train")
@@ -319,13 +326,19 @@ def parts_of(config, split="train") -> dict[tuple[int, int], Pixels]:
 
 
 def numbers_of(config) -> dict[tuple[int, int], int]:
-    """{(height, width): number of training images} of data.buckets that have some; {} without buckets."""
+    """{(height, width): number of training images} of buckets that have some; {} without buckets."""
     return {shape: len(part) for shape, part in parts_of(config).items()}
 
 
 def first_of_each(config) -> dict[tuple[int, int], dict[str, Any]]:
     """{(height, width): two training rows of this bucket as they are loaded, with captions}; {} without buckets."""
     return {shape: Steps(shuffled(part, 0), None, 2, np.arange(2), dict)[0] for shape, part in parts_of(config).items()}
+
+
+def shown(config) -> str:
+    """The split whose rows show what a run is built for: squares of data.size, which encoded rows of several shapes
+    are in validation and test only."""
+    return "validation" if config.source.precomputed and parts_of(config) else "train"
 
 
 @functools.lru_cache(maxsize=4)  # so that checksums are verified only once
@@ -361,9 +374,11 @@ class Steps:
 def examples(config, split="test", n=0, seed=0):
     """The first n items of a split (all if n <= 0), stacked as in `batches`, with label and caption (a list of str).
 
-    Never augmented. The random degradation of item i depends only on (seed, i).
+    Never augmented. The random degradation of item i depends only on (seed, i). ValueError for rows of several shapes.
     """
     dataset = load(config, split, augment=False)
+    if hasattr(dataset, "buckets"):
+        raise ValueError(f"the {split} rows of {config.path} have several shapes: take those of validation or test")
     n = len(dataset) if n <= 0 else min(n, len(dataset))
     return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in range(n)])
 

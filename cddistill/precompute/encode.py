@@ -3,6 +3,7 @@
 Each host writes its share of the shards, in the format of data/shards.py, so that a stopped command can resume.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,10 +17,11 @@ import jax
 import numpy as np
 
 import cddistill
-from cddistill import data, encoders, pipeline, progress, sharding
+from cddistill import data, encoders, io, pipeline, progress, sharding
 from cddistill.config import Experiment
 from cddistill.data import digests, shards
-from cddistill.data.encoded import EncodedItems
+from cddistill.data.buckets import named
+from cddistill.data.encoded import LISTED, EncodedItems, check_listed
 from cddistill.data.loader import stack
 from cddistill.data.splits import SPLITS
 from cddistill.method import per_sample
@@ -33,7 +35,8 @@ UNUSED = {f"data.{name}" for name in ("pairs", "skip_bad", "window", "threads")}
 
 
 def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
-    """Write x0, cond, text and captions of every split to the folder `output`, as `data.Arrays` reads them.
+    """Write x0, cond, text and captions of every split to the folder `output`, as `data.Arrays` reads them; training
+    rows with data.buckets to a sub-folder for each bucket, listed in a manifest of their split.
 
     Images are encoded by the VAE of config.teacher and captions by its text encoders, if it has them; for methods that
     train the text encoder, captions become token ids. The first pass over the training split is not augmented, the
@@ -45,8 +48,6 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     run = experiment.run
     if experiment.data.source.precomputed:
         raise ValueError(f"data.source={experiment.data.source_name} is already encoded: --mode=encode takes images")
-    if experiment.data.buckets:
-        raise ValueError("--mode=encode writes rows of one shape: leave out data.buckets, or train on the images")
     teacher = pipeline.of_run(run)
     if not encoders.needed(experiment, teacher):
         raise ValueError(f"{run.teacher} has neither vae/ nor text_encoder/: train on the images without --mode=encode")
@@ -55,20 +56,51 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     made |= {"encode_sample": True} if run.encode_sample else {}
     made |= {"cond_latent": True} if encode_rows.condition else {}
     made |= {"input_ids": True} if encode_rows.tokens else {}
-    work, weights = {}, weights_of(teacher)
-    for split in SPLITS:  # all are checked before the first is encoded
-        plain, augmented = (data.load(experiment.data, split, augment) for augment in (False, True))
-        rows = len(plain) * (run.encode_epochs if split == "train" else 1)
-        source = data.fingerprint(experiment.data, split)
-        manifest = {"format": shards.FORMAT, "rows": rows, "shard": run.encode_shard} | made
-        places = UNUSED | {"teacher", "lora"} | ({"data.path", "data.prompts"} if source else set())
-        there = known(output / split, manifest | {"fingerprints": source | weights}, places)
-        work[output / split] = there, functools.partial(item_of, plain, augmented, run.seed)
+    work = planned(experiment, output, made, weights_of(teacher))
     size = -(-min(run.batch_size, run.encode_shard) // jax.device_count()) * jax.local_device_count()
     program = program_of(encode_rows, encoders.networks(teacher), size)
     how = How(program, size, experiment.data.threads, np.dtype(run.encode_dtype), null_of(encode_rows, experiment))
+    listed = buckets_of(work)
     for folder, (manifest, item) in work.items():
+        if "bucket" in manifest and not (folder.parent / shards.MANIFEST).is_file():
+            io.write_json(folder.parent / shards.MANIFEST, {"format": LISTED, "buckets": listed})
         write_split(folder, manifest, item, how)
+
+
+def planned(experiment: Experiment, output: pathlib.Path, made: dict, weights: dict) -> dict[pathlib.Path, tuple]:
+    """{folder of a split, or of one of its buckets: (its manifest, item(i) of row i)}, all checked: see `known`."""
+    work = {}
+    for split in SPLITS:
+        source = data.fingerprint(experiment.data, split)
+        places = UNUSED | {"teacher", "lora"} | ({"data.path", "data.prompts"} if source else set())
+        found = rows_of(experiment, output / split)
+        if output / split in found:
+            check_listed(output / split, {})
+        for folder, (described, item) in found.items():
+            work[folder] = known(folder, described | made | {"fingerprints": source | weights}, places), item
+    if listed := buckets_of(work):
+        check_listed(output / "train", listed)
+    return work
+
+
+def buckets_of(work: dict[pathlib.Path, tuple]) -> dict[str, int]:
+    """The number of rows of each bucket that is `planned`: of the training split, for others have none."""
+    return {manifest["bucket"]: manifest["rows"] for manifest, _ in work.values() if "bucket" in manifest}
+
+
+def rows_of(experiment: Experiment, folder: pathlib.Path) -> dict[pathlib.Path, tuple[dict, Callable]]:
+    """{folder: (what its manifest says of its rows alone, item(i) of row i)} of a split, or of each of its buckets."""
+    run, config, split = experiment.run, experiment.data, folder.name
+    made, first = {}, 0
+    sets = {folder / named(shape): (named(shape), part) for shape, part in data.parts_of(config, split).items()}
+    for place, (bucket, augmented) in (sets or {folder: ("", data.load(config, split))}).items():
+        plain = dataclasses.replace(augmented, augment=False)
+        rows = len(plain) * (run.encode_epochs if split == "train" else 1)
+        described = {"format": shards.FORMAT, "rows": rows, "shard": run.encode_shard}
+        described |= {"bucket": bucket, "first": first} if bucket else {}
+        made[place] = described, functools.partial(item_of, plain, augmented, run.seed, first)
+        first += rows
+    return made
 
 
 def known(folder: pathlib.Path, manifest: dict, places: set[str]) -> dict:
@@ -111,10 +143,11 @@ def weights_of(teacher: Pipeline) -> dict[str, str]:
     return found
 
 
-def item_of(plain, augmented, seed: int, i: int):
-    """Row i: an example as it is in the first pass over the data, augmented in the others."""
+def item_of(plain, augmented, seed: int, first: int, i: int):
+    """Row i: an example as it is in the first pass over the data, augmented in the others. `first` rows of its split
+    are in other buckets, and come before it."""
     dataset = plain if i < len(plain) else augmented
-    return dataset.item(i % len(plain), np.random.default_rng([seed, i]))
+    return dataset.item(i % len(plain), np.random.default_rng([seed, first + i]))
 
 
 # ---- encoding
@@ -131,7 +164,7 @@ class Part(NamedTuple):
 class How(NamedTuple):
     """How rows are made and stored."""
 
-    program: Callable  # (items, numbers) -> arrays by name, on the devices
+    program: Callable  # (items, number of the first in its split) -> arrays by name, on the devices
     size: int  # rows at a time
     threads: int  # that read and decode images
     dtype: np.dtype
@@ -139,7 +172,8 @@ class How(NamedTuple):
 
 
 def program_of(encode: encoders.Encoders, nets, size: int) -> Callable:
-    """f(up to `size` items of a data set, their numbers) -> {name: float32 or integers [size, ...]}, on the devices.
+    """f(up to `size` items of a data set, the first one's number) -> {name: float32 or integers [size, ...]}, on the
+    devices.
 
     Rows are split over this host's devices. It does not wait for these.
     """
@@ -153,10 +187,10 @@ def program_of(encode: encoders.Encoders, nets, size: int) -> Callable:
 
     program = jax.jit(sharding.inside(mesh, rows), out_shardings=layout)
 
-    def arrays(items, numbers):
+    def arrays(items, first):
         padded = items + items[-1:] * (size - len(items))
         batch = encode.tokenized(stack([{name: x[name] for name in ITEM if name in x} for x in padded]))
-        numbers = np.arange(numbers.start, numbers.start + size, dtype=np.int32)
+        numbers = np.arange(first, first + size, dtype=np.int32)
         made = program(nets, *jax.device_put((encoders.inputs(batch), numbers), layout))
         cond = {name: batch[name] for name in ("cond", "imageless") if name in batch}
         text = shards.flatten_text(made.pop("text", {"class_labels": batch["label"]}))
@@ -174,7 +208,8 @@ def null_of(encode: encoders.Encoders, experiment: Experiment) -> dict[str, np.n
 
 
 def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) -> None:
-    """Write this host's missing shards of a split, whose row i is item(i)."""
+    """Write this host's missing shards of a split, or of one of its buckets, whose row i is item(i)."""
+    name = f"{folder.parent.name}/{folder.name}" if "bucket" in manifest else folder.name
     mine = filter(writing.is_mine, range(shards.num_shards(manifest)))
     missing = writing.missing(folder, EncodedItems.kind, manifest, mine)
     if (folder / shards.MANIFEST).is_file():
@@ -182,10 +217,10 @@ def write_split(folder: pathlib.Path, manifest: dict, item: Callable, how: How) 
     if not missing:
         return
     total, size = sum(len(shards.shard_rows(manifest, k)) for k in missing), manifest["shard"]
-    with progress.counting(f"encoding {folder.name}", total, shown=sharding.is_host0()) as advance:
+    with progress.counting(f"encoding {name}", total, shown=sharding.is_host0()) as advance:
         parts = one_behind(encoded(manifest, missing, item, how))
         for k, group in itertools.groupby(parts, lambda part: part.numbers.start // size):
-            rows = [on_host(part, folder.name, how.dtype) for part in group]
+            rows = [on_host(part, name, how.dtype) for part in group]
             arrays = {name: np.concatenate([x[name] for x in rows]) for name in rows[0] if name != "caption"}
             none = {"imageless": [*arrays.pop("x0").shape[1:]]} if "imageless" in arrays else {}
             arrays = {name: x for name, x in arrays.items() if name != "imageless"}
@@ -211,7 +246,7 @@ def encoded(manifest: dict, missing: list[int], item: Callable, how: How) -> Ite
         for start in range(rows.start, rows.stop, how.size):
             numbers = range(start, min(start + how.size, rows.stop))
             part = [next(items) for _ in numbers]
-            yield Part(numbers, part, how.program(part, numbers))
+            yield Part(numbers, part, how.program(part, manifest.get("first", 0) + start))
 
 
 def one_behind(stream: Iterator) -> Iterator:

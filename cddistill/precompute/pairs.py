@@ -44,6 +44,11 @@ def make_pairs(experiment: Experiment, output: pathlib.Path, config: dict) -> No
     if not run.teacher_steps:
         raise ValueError("--mode=pairs needs the teacher's number of steps: set --config.teacher_steps=50,")
     dataset, teacher = data.load(experiment.data, "train", augment=False), pipeline.of_run(run)
+    if data.parts_of(experiment.data) and experiment.data.source.precomputed:
+        raise ValueError(
+            f"--mode=pairs makes x0 of one shape, and {experiment.data.path} has rows of several: make pairs of images "
+            "(data.source=folder, say)"
+        )
     encodes = encoders.needed(experiment, teacher)
     if encodes:
         dataset = encoders.Items(dataset, encoders.make(experiment, teacher), encoders.networks(teacher))

@@ -14,7 +14,7 @@ from cddistill.checksums import crc32_file, crc32_rows
 from cddistill.data.captions import check_text
 from cddistill.data.contracts import NULL_FILES, Source
 from cddistill.data.digests import of_files, of_values, rows_file
-from cddistill.data.encoded import EncodedItems, is_encoded
+from cddistill.data.encoded import EncodedBuckets, EncodedItems, is_encoded, open_encoded
 from cddistill.data.listing import data_path
 from cddistill.data.splits import SPLITS, members
 from cddistill.typed import Count, Limit
@@ -87,11 +87,11 @@ class Arrays(Source):
     def open(self, config, split):
         root = data_path(config.path, "a folder of arrays, such as --mode=encode writes")
         if is_encoded(root / split):
-            return EncodedItems(root / split, config)
+            return open_encoded(root / split, config)
         return ArrayItems(root, config, split, self.x0_shape)
 
     def fingerprint(self, opened):
-        if isinstance(opened, EncodedItems):
+        if isinstance(opened, EncodedItems | EncodedBuckets):
             return {"arrays": of_files(opened.folder, opened.names())}
         paths = (part / f"{name}.npy" for part in opened.parts for name in opened.arrays)
         names = (path.relative_to(opened.root).as_posix() for path in paths)
@@ -115,6 +115,8 @@ class ArrayItems:
     def __init__(self, root, config, split, x0_shape=()):
         divided = any((root / name).is_dir() for name in SPLITS)
         self.root = root / split if divided else root
+        if not self.root.is_dir():
+            raise ValueError(f"{root} (data.path) has no folder {split}, as it has of other splits: encode or copy it")
         self.parts = complete_parts(self.root)
         check_small(self.parts)
         self.arrays = {name: self.join(f"{name}.npy") for name in AXES if (self.parts[0] / f"{name}.npy").exists()}
