@@ -160,6 +160,8 @@ def test_saved_outputs_are_small_whole_and_of_the_run_that_is_named(name):
     assert None not in counts, "a cell was not run, or has changed since"
     assert counts == sorted(counts)
     assert any("image/png" in out.get("data", ()) for out in outputs)
+    shown = "".join("".join(out.get("data", {}).get("text/plain", ())) for out in outputs)
+    assert " at 0x" not in shown, "a cell ends with an object that says nothing"
     said = "".join("".join(out.get("text", ())) for out in outputs)
     assert "\x1b" not in said  # drawings of progress bars
     assert len(said) < 20_000
