@@ -45,7 +45,7 @@ EXTRAS = {
     "notebooks": ["ipykernel>=7", "jupytext>=1.19", "nbclient>=0.11", "pytest>=8"],  # to build and to run them
     "wandb": ["wandb>=0.19"],  # config.log=wandb
     "demo": ["gradio>=6.20,<7"],  # --mode=demo. Without constraints.txt: wants Pillow before 13
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],  # .ci/docs builds the site
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1", "ruff>=0.15"],  # for .ci/docs
     "clu-tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.21"],
     "test": [
         "array-record>=0.8.1",

@@ -56,34 +56,25 @@ class Controls:
         return tuple(name for name in FIELDS if has[name])
 
 
-INPUTS = {  # (how the condition is given, its label) by task
-    TASKS["sr"]: ("picture", "low-resolution picture"),
-    TASKS["inpaint"]: ("brush", "picture: paint over what is to be generated"),
-    TASKS["edit"]: ("picture", "picture to edit"),
-    TASKS["depth"]: ("file", "depth map"),
-    TASKS["canny"]: ("picture", "photograph, or its edges in black and white"),
-}
-
-
 def controls(
     task: Task | None, method: Generator, size: int, steps: tuple[int, ...], text: bool, classes: int, image: bool
 ) -> Controls:
     """The controls for a task and a method at `size` px. text, classes and image say what the model takes; task is None
     for networks from a folder, whose condition is an image of the output's size."""
-    kind, label = INPUTS.get(type(task), ("picture", "condition")) if image else ("", "")
+    own = task or TASKS["none"]()
     scale = getattr(method, "guidance", None) if text or classes else None
     return Controls(
         steps=steps,
         text="" if not text else "instruction" if isinstance(task, TASKS["edit"]) else "prompt",
         classes=classes,
-        image=kind,
-        image_label=label,
-        suffixes=task.input_suffixes if image and task is not None else (),
+        image=own.input_control if image else "",
+        image_label=own.input_label if image else "",
+        suffixes=own.input_suffixes if image else (),
         tiles=image and isinstance(task, TASKS["sr"]),
         guidance=scale,
         image_guidance=getattr(method, "image_guidance", None) if image else None,
         slider=image and isinstance(task, TASKS["sr"]),
-        note=task.input_note(size) if image and task is not None and kind != "brush" else "",
+        note=own.input_note(size) if image and own.input_control != "brush" else "",
     )
 
 

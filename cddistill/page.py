@@ -36,8 +36,6 @@ FILES = ("index.html", "page.mjs", "engine.mjs")
 TOLERANCE = 2 / 255  # of the ONNX networks' picture from the student's, in any channel of any pixel
 MOST_BYTES = 2**30  # of weights: a file of ONNX's ends at 2 GB, and a browser's memory at 4
 EXAMPLES = 4  # pictures of the validation split that come with the page
-CONDITIONS = {name: name for name in ("sr", "inpaint", "depth", "canny")}  # engine.mjs's by task; others: "image"
-WHOLE = ("sr", "inpaint")  # conditions that are made of a picture as it is
 KNOWN = {f"{text}.{name}" for text in ("text", "null") for name in ("encoder_hidden_states", "class_labels")}
 KNOWN |= {"cond", "cond_latent"}  # what engine.mjs and the page's networks make
 
@@ -188,14 +186,8 @@ def condition_of(parts: Parts, batch, sources: set[str]) -> dict | None:
     """The control for the condition, and how it is made of a picture; None for a student without one."""
     if not sources & {"cond", "cond_latent"}:
         return None
-    config, size = parts.experiment.data, batch["cond"].shape[1]
-    made = {"kind": CONDITIONS.get(config.task_name, "image"), "size": size}
-    options = {
-        "sr": {"small": size // getattr(config.task, "scale", 1)},
-        "depth": {"metres": getattr(config.task, "depth_files", "") == "metres"},
-        "inpaint": {"paste": getattr(config.task, "paste", False)},
-    }
-    return made | options.get(made["kind"], {})
+    size = batch["cond"].shape[1]
+    return {"size": size} | parts.experiment.data.task.in_browser(size)
 
 
 def examples_of(parts: Parts, sources: set[str], folder: Path) -> list[dict[str, str]]:
@@ -206,7 +198,7 @@ def examples_of(parts: Parts, sources: set[str], folder: Path) -> list[dict[str,
     rows = [{"text": text} for text in texts] if texts else [{} for _ in found["x0"]]
     if not sources & {"cond", "cond_latent"}:
         return [row for row in rows if row]
-    whole = CONDITIONS.get(config.task_name) in WHOLE and "imageless" not in found
+    whole = config.task.input_is_target and "imageless" not in found
     pictures = generate.targets(parts, found) if whole else config.task.picture(found["cond"])
     for i, picture in enumerate(grids.to_uint8(pictures)):
         rows[i]["image"] = f"examples/{i}.png"

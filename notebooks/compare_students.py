@@ -105,8 +105,8 @@ for folder, found in rows.items():
     means, errors = zip(*(row[metrics[0]] for row in found), strict=True)
     axis.errorbar(numbers, means, errors, marker="o", capsize=3, label=folder)
 axis.set(xlabel="steps", ylabel=metrics[0], xscale="log", xticks=numbers, xticklabels=numbers)
-axis.minorticks_off()
 axis.legend()
+axis.minorticks_off()
 
 # %% [markdown]
 # ## Look

@@ -42,6 +42,12 @@ def test_every_page_is_in_the_navigation():
     assert {*listed} == there | {"contributing.md", "changelog.md"}
 
 
+def test_no_two_pages_have_the_same_title():
+    titles = [path.read_text().partition("\n")[0] for path in DOCS.rglob("*.md")]
+    assert all(title.startswith("# ") for title in titles)
+    assert len(titles) == len({*titles})
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)

@@ -13,7 +13,6 @@ FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "tasks", "dmd2_health", "diffusion2gan", "your_teacher", "compare_students", "add_a_method")
 MARK = re.compile(r"^# %%(?= |$)( \[markdown\])?.*$", re.MULTILINE)
 MOST = 1_000_000  # bytes of a notebook
-NOT_SAVED = {"diffusion2gan"}  # has no outputs yet
 WANTED = {  # what a notebook says if it does what it is for
     "dmd2_health": "GAN dominates", "add_a_method": " passed", "your_teacher": "model_index.json",
 }  # fmt: skip
@@ -146,20 +145,18 @@ def test_saved_outputs_are_small_whole_and_of_the_run_that_is_named(name):
     assert path.stat().st_size < MOST
     assert {*saved, *constant("SHORT")[name]} <= {*parameters(name)}
     intro = " ".join(cells(name)[0][1].split())
-    assert ("Outputs that are saved here are of a run on a CPU with" in intro) is (name not in NOT_SAVED)
+    assert "Outputs that are saved here are of a run on a CPU with" in intro
     for field, value in saved.items():
         assert f"`{field} = {json.dumps(value)}`" in intro
     code = [cell for cell in notebook(name)["cells"] if cell["cell_type"] == "code"]
     outputs = [out for cell in code for out in cell["outputs"]]
-    if name in NOT_SAVED:
-        assert "No outputs are saved here yet; they will be of a run on a CPU with" in intro
-        assert not outputs
-        return
     assert all(out["output_type"] != "error" and out.get("name") != "stderr" for out in outputs)
     counts = [cell["execution_count"] for cell in code]
     assert None not in counts, "a cell was not run, or has changed since"
     assert counts == sorted(counts)
     assert any("image/png" in out.get("data", ()) for out in outputs)
+    shown = "".join("".join(out.get("data", {}).get("text/plain", ())) for out in outputs)
+    assert " at 0x" not in shown, "a cell ends with an object that says nothing"
     said = "".join("".join(out.get("text", ())) for out in outputs)
     assert "\x1b" not in said  # drawings of progress bars
     assert len(said) < 20_000

@@ -292,26 +292,21 @@ def test_conditions_are_those_of_python(tmp_path):
     hole[3:9, 4:] = 255
     square = low.crop((0, 0, 32, 32))
     square.putalpha(Image.fromarray(255 - hole).resize((32, 32), Image.Resampling.NEAREST))
-    cases = {  # kind: (picture for Python, for the page, options of the page)
-        "sr": (low, low, {"size": 16, "small": 4}),
-        "image": (low, low, {"size": 16}),
-        "inpaint": (square, square, {"size": 16}),
-        "depth": (grey, grey, {"size": 16, "metres": False}),
-        "canny": (lines, lines, {"size": 16}),
-    }
+    cases = {"sr": low, "edit": low, "inpaint": square, "depth": grey, "canny": lines}
+    assert {*cases} == {name for name, task in TASKS.items() if task.conditional}
     given, expected = [], []
-    for kind, (theirs, ours, spec) in cases.items():
-        task = TASKS[{"image": "edit"}.get(kind, kind)]()
-        cond = task.read(theirs, 16)
+    for name, image in cases.items():
+        task = TASKS[name]()
+        cond, spec = task.read(image, 16), {"size": 16} | task.in_browser(16)
         expected.append(cond)
-        pixels = np.asarray(images.read(ours))
-        mask = cond[..., 3].ravel().tolist() if kind == "inpaint" else None
+        pixels = np.asarray(images.read(image))
+        mask = cond[..., 3].ravel().tolist() if name == "inpaint" else None
         picture = {"data": pixels.ravel().tolist(), "h": pixels.shape[0], "w": pixels.shape[1]}
-        given.append([kind, picture, spec, mask])
-    for kind, found, cond in zip(cases, node(CONDITION, given), expected, strict=True):
-        assert np.std(cond) > 0.05, kind
-        np.testing.assert_allclose(np.reshape(found, cond.shape), cond, atol=2 / 255, err_msg=kind)  # Pillow's rounding
-        assert np.abs(np.reshape(found, cond.shape) - cond).mean() < 0.2 / 255, kind
+        given.append([spec["kind"], picture, spec, mask])
+    for name, found, cond in zip(cases, node(CONDITION, given), expected, strict=True):
+        assert np.std(cond) > 0.05, name
+        np.testing.assert_allclose(np.reshape(found, cond.shape), cond, atol=2 / 255, err_msg=name)  # Pillow's rounding
+        assert np.abs(np.reshape(found, cond.shape) - cond).mean() < 0.2 / 255, name
 
 
 def test_what_cannot_be_a_condition_is_a_sentence():

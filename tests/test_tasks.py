@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cddistill.data import configure, degrade, examples
+from cddistill.data import TASKS, configure, degrade, examples
 from cddistill.data.resample import matrix, resample
 from cddistill.data.tasks.sr import downsample, sr, upsample
 
@@ -169,3 +169,20 @@ def test_sharpening_preserves_constants_and_raises_contrast(image):
     sharp = degrade.sharpen(image)
     assert 0 <= sharp.min() <= sharp.max() <= 1
     assert sharp.std() > image.std()
+
+
+# --- what pages ask for
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (TASKS["sr"](scale=2), {"kind": "sr", "small": 16}),
+        (TASKS["inpaint"](paste=True), {"kind": "inpaint", "paste": True}),
+        (TASKS["depth"]("metres"), {"kind": "depth", "metres": True}),
+        (TASKS["depth"](), {"kind": "depth", "metres": False}),
+        (TASKS["edit"](), {"kind": "image"}),
+    ],
+)
+def test_the_exported_page_is_told_the_options(task, expected):
+    assert task.in_browser(32) == expected

@@ -5,7 +5,7 @@ Both are frozen dataclasses. Their fields are options with defaults: config.data
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +81,9 @@ class Task(Protocol):
     conditional: ClassVar[bool] = True  # False: no conditioning image
     any_shape: ClassVar[bool] = True  # False: only for squares
     input_suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of files in a user's folder that may be inputs
+    input_label: ClassVar[str] = "condition"  # what an input is, in a few words
+    input_control: ClassVar[Literal["picture", "brush", "file"]] = "picture"  # how a page asks for it; brush: a hole
+    input_is_target: ClassVar[bool] = False  # an input is a picture like the targets; False: like the conditions
     best_metric: ClassVar[str | None] = "val/psnr"  # preview metric that selects the best checkpoint (highest)
 
     def check(self, size: int) -> None:
@@ -115,6 +118,11 @@ class Task(Protocol):
     def input_note(self, size: int) -> str:
         """A sentence that says how an input is processed, or ""."""
         return ""
+
+    def in_browser(self, size: int) -> dict[str, Any]:
+        """How the exported page makes a condition of an input: "kind", a name in CONDITIONS of `web/engine.mjs`, and
+        what that function needs to know."""
+        return {"kind": "image"}
 
     def picture(self, cond: np.ndarray) -> np.ndarray:
         """Conditions [n, h, w, c] as images [n, h, w, 1 or 3] in [0, 1], for image grids."""

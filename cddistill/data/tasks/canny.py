@@ -26,6 +26,7 @@ class Canny(Task):
     canny_high: Annotated[tuple[NonNegative, NonNegative], RISING] = (0.15, 0.35)  # upper threshold
 
     best_metric = None
+    input_label = "photograph, or its edges in black and white"
 
     def __post_init__(self):
         if self.canny_low[1] > self.canny_high[0]:
@@ -50,6 +51,9 @@ class Canny(Task):
 
     def input_note(self, size):
         return f"edges of {size} px are taken from the image; an image of {size} px in pure black and white is edges"
+
+    def in_browser(self, size):
+        return {"kind": "canny"}
 
     def measures(self, generated, truth, cond):
         pairs = zip(generated, truth, strict=True)

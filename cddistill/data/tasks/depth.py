@@ -17,6 +17,7 @@ class Depth(Task):
     depth_files: Literal["inverse", "metres"] = "inverse"  # of a person's maps: near is bright, or distances
 
     input_suffixes = captions.MAPS
+    input_label, input_control = "depth map", "file"
     best_metric = None
 
     def condition(self, element, rng):
@@ -45,6 +46,9 @@ class Depth(Task):
     def input_note(self, size):
         stored = {"inverse": "near is bright", "metres": "in metres"}[self.depth_files]
         return f"the input is a depth map (grey image or .npy), {stored}, resized to {size} x {size}"
+
+    def in_browser(self, size):
+        return {"kind": "depth", "metres": self.depth_files == "metres"}
 
     def encode(self, autoencoder, cond):
         """Inverse depth at the latents' size, -1 to 1, one channel: Stable Diffusion 2 depth's extra channel."""

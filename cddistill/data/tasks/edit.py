@@ -15,6 +15,8 @@ CHANGED = 4 / 255  # a pixel has changed if a channel differs by more
 class Editing(Task):
     """The text is the instruction, the target the edited image. For data that have both. No options."""
 
+    input_label = "picture to edit"
+
     def target(self, element):
         if "edited" not in element:
             raise ValueError("data.task edit needs an edited image for every image, and here is none")

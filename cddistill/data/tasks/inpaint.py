@@ -26,6 +26,8 @@ class Inpainting(Task):
 
     best_metric = None  # PSNR prefers blurred holes
     any_shape = False  # holes are drawn in squares
+    input_label, input_control = "picture: paint over what is to be generated", "brush"
+    input_is_target = True
 
     def check(self, size):
         if size < 8:
@@ -50,6 +52,9 @@ class Inpainting(Task):
 
     def input_note(self, size):
         return f"generated where the image is transparent, or its mask (name{MASK_SUFFIX}.png) is white; {size} px"
+
+    def in_browser(self, size):
+        return {"kind": "inpaint", "paste": self.paste}
 
     def references(self, cond):
         return {"grey hole": cond[..., :3]}

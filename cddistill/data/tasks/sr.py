@@ -21,6 +21,9 @@ class SuperResolution(Task):
     # resizing, noise and JPEG
     sharpen: bool = False  # unsharp-mask the targets, as Real-ESRGAN does
 
+    input_label = "low-resolution picture"
+    input_is_target = True
+
     def check(self, size):
         if size % self.scale:
             raise ValueError(f"data.size {size} must be divisible by data.scale {self.scale}")
@@ -48,6 +51,9 @@ class SuperResolution(Task):
         small = size // self.scale
         larger = f"a larger image is first downsampled to {small} x {small}, unless there is --tiles"
         return f"{small} x {small} px become {size} x {size}; {larger}"
+
+    def in_browser(self, size):
+        return {"kind": "sr", "small": size // self.scale}
 
     def references(self, cond):
         return {"bicubic": cond}
