@@ -383,17 +383,13 @@ def test_what_cannot_be_a_condition_is_a_sentence():
 # --- in a browser: extras test-browser and onnx, a Chromium, and ONNXRUNTIME_WEB=the tarball that `npm pack` made
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium: $CHROMIUM, or one on the path."""
-    api = pytest.importorskip("playwright.sync_api")
-    pytest.importorskip("jax2onnx")
-    names = (os.environ.get("CHROMIUM", "chromium"), "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None or "ONNXRUNTIME_WEB" not in os.environ:
-        pytest.skip("needs a Chromium, and ONNXRUNTIME_WEB, the package's tarball or folder")
-    with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+@pytest.fixture
+def browser(chromium):
+    """A Chromium, where pages can be exported."""
+    pytest.importorskip("jax2onnx", reason="needs the extra onnx")
+    if "ONNXRUNTIME_WEB" not in os.environ:
+        pytest.skip("needs ONNXRUNTIME_WEB, the package's tarball or folder")
+    return chromium
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -404,13 +400,13 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def opened(chromium, folder):
+def opened(browser, folder):
     """The page of a folder; fails if it asks for anything that is not in the folder, or raises."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address, asked, raised = f"http://127.0.0.1:{server.server_port}/", [], []
     try:
-        tab = chromium.new_page()
+        tab = browser.new_page()
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("pageerror", lambda error: raised.append(error))
         tab.goto(address)
@@ -455,14 +451,14 @@ def close(found, expected):
 
 
 @pytest.mark.slow
-def test_a_browser_enlarges_as_python_does(chromium, enlarger, tmp_path):
+def test_a_browser_enlarges_as_python_does(browser, enlarger, tmp_path):
     """A person's file, through --mode=sample and through the page."""
     rng = np.random.default_rng(3)
     Image.fromarray(rng.integers(0, 256, (2, 2, 3), np.uint8)).save(tmp_path / "in.png")
     c = settings(enlarger)
     c.seed = 11
     commands.sample(c, tmp_path / "run", str(tmp_path / "in.png"), str(tmp_path / "out.png"))
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         tab.click("#go")
         assert tab.inner_text("#status") == "Choose a picture first."
         tab.set_input_files("#file", str(tmp_path / "in.png"))
@@ -483,11 +479,11 @@ def test_a_browser_enlarges_as_python_does(chromium, enlarger, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_draws_a_class_as_python_does(chromium, teacher, tmp_path):
+def test_a_browser_draws_a_class_as_python_does(browser, teacher, tmp_path):
     """A student without a condition: no picture is asked for, and there is no slider."""
     c = settings(teacher, "none")
     api.sample_prompts(c, tmp_path / "run", [], str(tmp_path / "out.png"), labels=[3])
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         assert not any(map(tab.is_visible, ("#file", "#slider", "#prompt", "#brush")))
         tab.select_option("#label", "3")
         close(generated(tab, 2), Image.open(tmp_path / "out.png").convert("RGB"))
@@ -511,13 +507,13 @@ def refused(tab, file, said):
 
 
 @pytest.mark.slow
-def test_a_browser_takes_a_depth_map_as_python_does(chromium, modeller, tmp_path):
+def test_a_browser_takes_a_depth_map_as_python_does(browser, modeller, tmp_path):
     """A grey picture; colours, 16 bits and a constant map are refused."""
     ramp = Image.fromarray(np.add.outer(np.arange(0, 160, 20), np.arange(8) * 9).astype(np.uint8))
     c = settings(modeller, "depth")
     c.data.update(source="scenes", num_classes=24)
     expected = drawn(c, tmp_path, ramp)
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         assert tab.inner_text("#file-hint") == "Depth map, a grey picture: near is bright"
         tab.set_input_files("#file", str(tmp_path / "in.png"))
         close(generated(tab, 2), expected)
@@ -535,7 +531,7 @@ def test_a_browser_takes_a_depth_map_as_python_does(chromium, modeller, tmp_path
 
 
 @pytest.mark.slow
-def test_a_browser_takes_edges_as_python_does(chromium, enlarger, tmp_path):
+def test_a_browser_takes_edges_as_python_does(browser, enlarger, tmp_path):
     """From a photograph, and a picture of edges as it is."""
     photograph = Image.new("RGB", (8, 8), (20, 30, 60))
     photograph.paste((220, 200, 90), (3, 2, 8, 6))
@@ -543,7 +539,7 @@ def test_a_browser_takes_edges_as_python_does(chromium, enlarger, tmp_path):
     taken = TASKS["canny"]().read(photograph, 8)
     lines = Image.fromarray(np.uint8(taken.transpose(1, 0, 2) * 255))
     expected = [drawn(c, tmp_path, image) for image in (photograph, lines)]
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         assert "of which edges are taken; one in pure black and white, of 8 x 8" in tab.inner_text("#file-hint")
         for image, wanted, cond in zip((photograph, lines), expected, (taken, lines), strict=True):
             image.save(tmp_path / "in.png")
@@ -588,13 +584,13 @@ def editor(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # jax2onnx takes minutes
-def test_a_browser_edits_as_python_does(chromium, editor, tmp_path):
+def test_a_browser_edits_as_python_does(browser, editor, tmp_path):
     """An instruction, without which nothing is drawn, and a person's picture, that is seen before the result."""
     c, picture = settings(editor, "edit", 16), RED.resize((16, 16))
     c.data.source = "icon_edits"
     picture.paste((30, 60, 200), (4, 2, 12, 9))
     expected = drawn(c, tmp_path, picture, ["Make it BLUE"])
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         assert tab.inner_text("#text-row").strip() == "Instruction"
         assert tab.inner_text("#file-hint") == "Picture to edit"
         tab.locator("#examples img").first.click()
@@ -612,11 +608,11 @@ def test_a_browser_edits_as_python_does(chromium, editor, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # jax2onnx takes minutes
-def test_a_browser_paints_as_python_does(chromium, painter, tmp_path):
+def test_a_browser_paints_as_python_does(browser, painter, tmp_path):
     """A hole that the mouse paints, a prompt, guidance, latents: all networks of a page."""
     c = settings(painter, "inpaint", 16)
     c.method.guidance = 3.0
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         tab.locator("#examples img").first.click()
         tab.fill("#prompt", "A Red circle, 2nd")
         tab.click("#go")
