@@ -461,7 +461,7 @@ def test_a_browser_enlarges_as_python_does(browser, enlarger, tmp_path):
     with opened(browser, exported(c, tmp_path)) as tab:
         tab.click("#go")
         assert tab.inner_text("#status") == "Choose a picture first."
-        tab.set_input_files("#file", str(tmp_path / "in.png"))
+        chosen(tab, tmp_path / "in.png")
         tab.fill("#seed", "11")
         found = generated(tab, 2)
         close(found, Image.open(tmp_path / "out.png").convert("RGB"))
@@ -497,11 +497,24 @@ def drawn(c, folder, image, texts=()):
     return Image.open(files["output"]).convert("RGB")
 
 
+def choose(tab, file):
+    """A person's file, in the browser's own dialogue."""
+    with tab.expect_file_chooser() as asked:
+        tab.click("#file")
+    asked.value.set_files(str(file))
+
+
+def chosen(tab, file):
+    """A picture; waits until it shows."""
+    tab.eval_on_selector("#before", "(x) => { x.width = 1 }")
+    choose(tab, file)
+    tab.wait_for_function("document.getElementById('before').getContext('2d').getImageData(0, 0, 1, 1).data[3] === 255")
+
+
 def refused(tab, file, said):
     """A file of which the page says why it cannot take it; nothing is drawn of it, nor of the one before."""
-    tab.set_input_files("#file", str(file))
-    tab.wait_for_selector("#status.error")
-    assert said in tab.inner_text("#status")
+    choose(tab, file)
+    tab.locator("#status", has_text=said).wait_for()
     tab.click("#go")
     assert tab.inner_text("#status") == "Choose a picture first."
 
@@ -515,7 +528,7 @@ def test_a_browser_takes_a_depth_map_as_python_does(browser, modeller, tmp_path)
     expected = drawn(c, tmp_path, ramp)
     with opened(browser, exported(c, tmp_path)) as tab:
         assert tab.inner_text("#file-hint") == "Depth map, a grey picture: near is bright"
-        tab.set_input_files("#file", str(tmp_path / "in.png"))
+        chosen(tab, tmp_path / "in.png")
         close(generated(tab, 2), expected)
         cond = TASKS["depth"]().read(ramp, 8)
         close(pixels(tab, "before")[..., :3], np.rint(cond * 255))
@@ -543,8 +556,7 @@ def test_a_browser_takes_edges_as_python_does(browser, enlarger, tmp_path):
         assert "of which edges are taken; one in pure black and white, of 8 x 8" in tab.inner_text("#file-hint")
         for image, wanted, cond in zip((photograph, lines), expected, (taken, lines), strict=True):
             image.save(tmp_path / "in.png")
-            tab.set_input_files("#file", str(tmp_path / "in.png"))
-            tab.wait_for_function("document.getElementById('status').textContent === ''")
+            chosen(tab, tmp_path / "in.png")
             close(generated(tab, 2), wanted)
             np.testing.assert_array_equal(pixels(tab, "before")[..., :3] > 0, np.asarray(cond) > 0)
         assert np.abs(np.int32(expected[0]) - np.int32(expected[1])).max() > 10
@@ -595,7 +607,7 @@ def test_a_browser_edits_as_python_does(browser, editor, tmp_path):
         assert tab.inner_text("#file-hint") == "Picture to edit"
         tab.locator("#examples img").first.click()
         assert tab.input_value("#prompt") == data.examples(config.resolve(c).data, "validation", 1)["caption"][0]
-        tab.set_input_files("#file", str(tmp_path / "in.png"))
+        chosen(tab, tmp_path / "in.png")
         tab.fill("#prompt", " ")
         tab.click("#go")
         tab.wait_for_selector("#status.error")

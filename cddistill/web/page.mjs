@@ -17,7 +17,7 @@ const json = async (name) => (await fetch(name)).json();
 ort.env.wasm.wasmPaths = new URL("onnxruntime-web/", import.meta.url).href;
 ort.env.wasm.numThreads = crossOriginIsolated ? 0 : 1; // threads need headers that a plain server does not send
 
-const state = {manifest: null, sessions: {}, tokens: null, picture: null, read: null, mask: null, busy: false};
+const state = {manifest: null, sessions: {}, tokens: null, picture: null, read: null, turn: 0, mask: null, busy: false};
 
 function say(text, error = false) {
   at("status").textContent = text;
@@ -103,17 +103,19 @@ function show(canvas, data, size, c = 3) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-// Take a picture, and show what the networks see of it. An example of a depth map is near where it is bright: it is a
-// condition, of which the distances are not known.
-async function choose(blob, example = false) {
-  const {condition} = state.manifest, {kind, size} = condition, before = at("before");
+// Take a picture, a blob or a promise of one, and show what the networks see of it; what was chosen last counts. An
+// example of a depth map is near where it is bright: it is a condition, of which the distances are not known.
+async function choose(given, example = false) {
+  const {condition} = state.manifest, {kind, size} = condition, before = at("before"), turn = ++state.turn;
   state.picture = null;
   before.width = before.height = size;
   clear();
+  const blob = await given;
   if (kind === "depth" && deepPng(new Uint8Array(await blob.slice(0, 25).arrayBuffer()))) {
     throw new Error("This PNG has 16 bits, of which a browser reads 8: save it with 8, from black to white.");
   }
   const picture = await read(blob);
+  if (turn !== state.turn) return;
   state.read = {...condition, metres: condition.metres && !example};
   if (kind === "inpaint") show(before, fit(picture, size).data.map((x) => x / 255), size);
   else show(before, CONDITIONS[kind](picture, state.read).data, size);
@@ -202,7 +204,7 @@ function controls() {
     const picture = Object.assign(new Image(), {src: image, alt: text ?? "example", title: text ?? ""});
     picture.onclick = guarded(async () => {
       at("prompt").value = text ?? "";
-      await choose(await (await fetch(image)).blob(), true);
+      await choose(fetch(image).then((found) => found.blob()), true);
     });
     at("examples").append(picture);
   }
@@ -210,6 +212,7 @@ function controls() {
 
 function listen() {
   at("controls").onsubmit = guarded(go);
+  at("file").onclick = () => { at("file").value = ""; }; // a file that is chosen again counts, too
   at("file").onchange = guarded(async () => at("file").files.length && choose(at("file").files[0]));
   at("clear").onclick = clear;
   at("slider").oninput = slide;
