@@ -332,9 +332,9 @@ def test_a_space_that_is_started_draws_the_runs_pictures(exported, tmp_path):
     given = gradio_client.handle_file(str(tmp_path / "in.png"))
     with space_of(exported / "out") as address:
         client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
-        (_, after), facts = client.predict(1, given, False, 1, 3, api_name="/generate")
+        (_, after), facts = client.predict(1, given, False, 1, 1.0, 1.0, 3, api_name="/generate")
         with pytest.raises(Exception, match="generates from an image: pass one"):
-            client.predict(1, None, False, 1, 3, api_name="/generate")
+            client.predict(1, None, False, 1, 1.0, 1.0, 3, api_name="/generate")
     expected = cddistill.sample(api.load(exported / "run"), label=1, image=RED, steps=1, seed=3)[0]
     np.testing.assert_allclose(np.asarray(Image.open(after)) / 255, expected, atol=2e-2)
     assert np.std(expected) > 0.03
