@@ -318,8 +318,11 @@ def sample_prompts(
 
 
 def open_model(settings, workdir: PurePath, checkpoint: str) -> Model:
-    """What a config samples: its trained student or, for a method that trains nothing, its teacher."""
+    """What a config samples: its trained student or, for a method that trains nothing, its teacher, with the config's
+    task if it takes an image."""
     experiment = config.resolve(settings)
     if experiment.method.turns():
         return load_run(workdir, checkpoint, settings)
-    return load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet)
+    model = load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet)
+    task = experiment.data.task
+    return dataclasses.replace(model, task=task) if takes_image(model) and task.conditional else model

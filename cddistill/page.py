@@ -32,7 +32,7 @@ from cddistill.step import TrainState
 from cddistill.unrolled import Unrolled, unroll, values
 
 TEMPLATE = Path(__file__).parent / "web"
-FILES = ("index.html", "page.mjs", "engine.mjs")
+FILES = ("index.html", "page.mjs", "engine.mjs", "edges.mjs")
 TOLERANCE = 2 / 255  # of the ONNX networks' picture from the student's, in any channel of any pixel
 MOST_BYTES = 2**30  # of weights: a file of ONNX's ends at 2 GB, and a browser's memory at 4
 EXAMPLES = 4  # pictures of the validation split that come with the page
@@ -171,12 +171,13 @@ def check(student: Student, batch, unrolled: Unrolled, networks: dict[str, Calla
 
 
 def text_of(parts: Parts, batch, sources: set[str], folder: Path) -> dict | None:
-    """The control for text: {"kind": "prompt"}, with tokenizer.json, {"kind": "label", "labels": n}, or None."""
+    """The control for text: {"kind": "prompt", "instruction": whether it is one}, with tokenizer.json, or {"kind":
+    "label", "labels": n}, or None."""
     if "text.encoder_hidden_states" in sources:
         prompts = parts.pipeline.prompts
         tokens = tokenizer.described(prompts.tokenizers[0], prompts.tokenize([""])[0].shape[1])
         io.write_atomic(folder / "tokenizer.json", json.dumps(tokens))
-        return {"kind": "prompt"}
+        return {"kind": "prompt", "instruction": isinstance(parts.experiment.data.task, data.TASKS["edit"])}
     if "text.class_labels" in sources:
         return {"kind": "label", "labels": int(batch["null"]["class_labels"][0])}
     return None

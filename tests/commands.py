@@ -117,6 +117,7 @@ CHAINS: dict[str, list[tuple[str, str]]] = {  # {name: [(beginning of a command,
 }
 NOT_RUN = {  # {pattern of commands that the nightly run leaves out: why}
     r"python3 -m venv|pip install|pre-commit install|pytest|python -m pytest|\.ci/|tests/run_slow": "sets up, or tests",
+    r"ONNXRUNTIME_WEB=": "tests",
     r"python notebooks/build\.py": "builds the notebooks: tests/test_notebooks.py runs them",
     r".*--mode=export --page|python -m http\.server": "needs npm, and a browser: tests/test_page.py does the same",
     r".*--mode=demo": "serves until it is interrupted: tests/test_demo.py opens the page",

@@ -74,6 +74,20 @@ def disk(tmp_path, size):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture
+def chromium():
+    """A headless Chromium (extra test-browser): $CHROMIUM, or one on the path; skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test-browser")
+    names = (os.environ.get("CHROMIUM", "chromium"), "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
 @contextlib.contextmanager
 def first_devices(n):
     """Meshes of the first n of the eight devices, unless a test names others."""

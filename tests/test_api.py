@@ -13,6 +13,7 @@ from PIL import Image
 
 import cddistill
 from cddistill import api, checkpoint, commands, config, generate, models, train
+from cddistill.data import TASKS
 from cddistill.data.tasks.sr import upsample
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -157,6 +158,24 @@ def test_a_controlnet_asks_for_an_input_and_uses_it(teacher, controlnet, tmp_pat
     assert (drawn["a.png"] != drawn["b.png"]).any()
     sample("row.png", source=str(tmp_path / "in" / "a.png"), n=2)  # without a label, of two noises
     assert Image.open(tmp_path / "row.png").size == (2 * 12 + 4, 12 + 4)
+
+
+def test_inputs_of_what_is_not_trained_are_those_of_the_task(teacher, controlnet, tmp_path):
+    """An edit's picture has its own latents, and edges are taken of a photograph: also beside a prompt or a label."""
+    settings, picture = pretrained(teacher, controlnet=str(controlnet)), Image.new("RGB", (8, 8))
+    picture.paste((220, 200, 90), (3, 2, 8, 6))
+    settings.data.task = "canny"
+    model = api.open_model(settings, tmp_path / "run", "latest")
+    np.testing.assert_array_equal(api.condition(model, picture), TASKS["canny"]().read(picture, 8))
+    settings.data.task = "edit"
+    picture.save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match="the instruction is empty"):
+        api.sample_run(settings, tmp_path, str(tmp_path / "out.png"), prompts=[" "], source=str(tmp_path / "in.png"))
+    settings.data.task = "none"
+    assert api.open_model(settings, tmp_path / "run", "latest").task is None
+    settings.update(controlnet="")
+    settings.data.task = "canny"
+    assert api.open_model(settings, tmp_path / "run", "latest").task is None
 
 
 # ---- a run that was moved

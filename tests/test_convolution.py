@@ -1,5 +1,6 @@
 """The convolution of networks on CPUs equals XLA's, with its gradients and their gradients."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +109,17 @@ def test_upsampling_of_networks_saves_products():
     params = jax.eval_shape(Upsample2D(64).init, jax.random.key(0), x)
     flops = jax.jit(on_mesh(Upsample2D(64).apply)).lower(params, x).compile().cost_analysis()["flops"]
     assert flops < 0.6 * 2 * 9 * 64 * 64 * 32 * 32
+
+
+def test_programs_for_export_enlarge_outside_of_the_convolution():
+    """jax2onnx has an operation for flax's Conv, whatever function the layer computes with."""
+    seen = []
+
+    def watched(call, args, options, context):
+        if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+            seen.append(args[0].shape)
+        return call(*args, **options)
+
+    with nn.intercept_methods(watched):
+        jax.eval_shape(lambda: Upsample2D(64).init_with_output(jax.random.key(0), jnp.zeros((1, 64, 64, 64))))
+    assert seen == [(1, 128, 128, 64)]

@@ -1,10 +1,15 @@
 """The page in the browser: controls by task, pictures and sentences; with gradio, through client and browser."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import re
 import runpy
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -266,25 +271,74 @@ def test_a_space_is_a_folder(tmp_path):
         commands.export_run({}, tmp_path / "run", f"{tmp_path}/x.onnx", space=True)
 
 
-@pytest.mark.slow
-def test_an_exported_space_draws_the_runs_pictures(branched, tmp_path, monkeypatch):
-    c, served = config.defaults("dmd2"), []
+@pytest.fixture(scope="module")
+def exported(branched, tmp_path_factory):
+    """A run that enlarges in one step, run/, and its Space, out/."""
+    c, folder = config.defaults("dmd2"), tmp_path_factory.mktemp("exported")
     c.update(teacher=str(branched[3]), controlnet=str(branched[3] / "controlnet"), steps=2, batch_size=8)
     c.update(sample_steps=(1,), report=False, checkpoint_every=2)
     c.data.update(size=8, task="sr", scale=2)
     c.method.update(adapter="controlnet", ratio=1)
-    train.train(c, tmp_path / "run")
-    commands.export_run(c, tmp_path / "run", str(tmp_path / "out"), space=True)
-    card = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    train.train(c, folder / "run")
+    commands.export_run(c, folder / "run", str(folder / "out"), space=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_an_exported_space_draws_the_runs_pictures(exported, monkeypatch):
+    served = []
+    card = yaml.safe_load((exported / "out" / "README.md").read_text().split("---\n")[1])
     assert card["title"] == "dmd2 student"
     assert {key: card[key] for key in space.SDK} == space.SDK
     assert card["library_name"] == "diffusers"
-    assert "python app.py" in (tmp_path / "out" / "README.md").read_text()
+    assert "python app.py" in (exported / "out" / "README.md").read_text()
     monkeypatch.setattr(demo, "serve", served.append)
-    runpy.run_path(str(tmp_path / "out" / "app.py"))
+    runpy.run_path(str(exported / "out" / "app.py"))
     assert demo.controls_of(served[0]).slider
-    drawn = [cddistill.sample(m, label=1, image=RED, steps=1, seed=3) for m in (api.load(tmp_path / "run"), *served)]
+    drawn = [cddistill.sample(m, label=1, image=RED, steps=1, seed=3) for m in (api.load(exported / "run"), *served)]
     np.testing.assert_allclose(*drawn, atol=2e-2)
+
+
+@contextlib.contextmanager
+def space_of(folder):
+    """The address of a Space whose requirements are here: its app.py runs as on the hub, in another process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"SYSTEM": "spaces", "SPACE_ID": "user/student", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(port)}
+    command, how = [sys.executable, "-u", "app.py"], {"cwd": folder, "env": env, "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how) as app:
+        try:
+            said = []
+            while not (said and said[-1].startswith("open http")):
+                said.append(app.stdout.readline())
+                assert said[-1], "".join(said)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            app.terminate()
+
+
+@pytest.mark.slow
+def test_a_space_that_is_started_draws_the_runs_pictures(exported, tmp_path):
+    pytest.importorskip("gradio", reason="needs the extra demo")
+    import gradio_client
+
+    check = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "-r", "requirements.txt"]
+    ran = subprocess.run(check, cwd=exported / "out", capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
+    assert "Would install" not in ran.stdout
+    RED.save(tmp_path / "in.png")
+    given = gradio_client.handle_file(str(tmp_path / "in.png"))
+    with space_of(exported / "out") as address:
+        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
+        (_, after), facts = client.predict(1, given, False, 1, 1.0, 1.0, 3, api_name="/generate")
+        with pytest.raises(Exception, match="generates from an image: pass one"):
+            client.predict(1, None, False, 1, 1.0, 1.0, 3, api_name="/generate")
+    expected = cddistill.sample(api.load(exported / "run"), label=1, image=RED, steps=1, seed=3)[0]
+    np.testing.assert_allclose(np.asarray(Image.open(after)) / 255, expected, atol=2e-2)
+    assert np.std(expected) > 0.03
+    assert re.fullmatch(r"\d+ ms, 1 network call, 1 step, 8 x 8 px", facts)
 
 
 # ---- with gradio
@@ -331,22 +385,9 @@ def test_the_client_gets_the_pictures_of_sample_and_its_sentences(served, branch
             client.predict(*values, api_name="/generate")
 
 
-@pytest.fixture
-def browser():
-    """A headless Chromium; skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-def opened(browser, app):
+def opened(chromium, app):
     """(the page, addresses of all that it asked for)."""
-    page, asked = browser.new_page(viewport={"width": 1000, "height": 900}), []
+    page, asked = chromium.new_page(viewport={"width": 1000, "height": 900}), []
     page.set_default_timeout(60_000)
     page.on("request", lambda request: asked.append(request.url))
     page.goto(app.local_url)
@@ -355,9 +396,9 @@ def opened(browser, app):
 
 
 @pytest.mark.slow
-def test_the_browser_shows_a_picture_and_a_sentence_and_asks_nobody_else(served, browser, branched, tmp_path):
+def test_the_browser_shows_a_picture_and_a_sentence_and_asks_nobody_else(served, chromium, branched, tmp_path):
     app = served(model_for("sr", branched))
-    page, asked = opened(browser, app)
+    page, asked = opened(chromium, app)
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("generates from an image: pass one").wait_for()
     RED.save(tmp_path / "in.png")
@@ -370,8 +411,8 @@ def test_the_browser_shows_a_picture_and_a_sentence_and_asks_nobody_else(served,
 
 
 @pytest.mark.slow
-def test_the_brush_of_inpainting_makes_the_hole(served, browser, branched, tmp_path):
-    page, _ = opened(browser, served(model_for("inpaint", branched)))
+def test_the_brush_of_inpainting_makes_the_hole(served, chromium, branched, tmp_path):
+    page, _ = opened(chromium, served(model_for("inpaint", branched)))
     RED.resize((256, 256)).save(tmp_path / "in.png")
     page.locator("input[type=file]").first.set_input_files(str(tmp_path / "in.png"))
     canvas = page.locator("canvas").first

@@ -31,6 +31,7 @@ from cddistill.models.vae import AutoencoderKL
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
+RED = Image.new("RGB", (8, 8), (200, 30, 30))
 POCKET = models.resolve("pocket") / "tokenizer"
 PROMPTS = (
     *(
@@ -116,16 +117,25 @@ def package(folder, version=page.RUNTIME_VERSION):
     return folder
 
 
-@pytest.fixture(scope="module")
-def enlarger(tmp_path_factory):
-    """A folder with a network that takes the condition as input channels."""
-    folder = tmp_path_factory.mktemp("enlarger")
-    net = models.init(
-        tiny.UNET | {"in_channels": 6, "sample_size": 8, "num_class_embeds": 10}, 0, tiny.teacher().schedule, "v", False
-    )
+def denoiser(folder, classes):
+    """A folder with a network of pixels that takes the condition as input channels, and so many classes."""
+    given = tiny.UNET | {"in_channels": 6, "sample_size": 8, "num_class_embeds": classes + 1}
+    net = models.init(given, 0, tiny.teacher().schedule, "v", False)
     models.save(folder, "unet", net.params, net.module.to_config(), dtype=np.float32)
     write_scheduler(folder, net.schedule, net.predicts)
     return folder
+
+
+@pytest.fixture(scope="module")
+def enlarger(tmp_path_factory):
+    """For emoji."""
+    return denoiser(tmp_path_factory.mktemp("enlarger"), 9)
+
+
+@pytest.fixture(scope="module")
+def modeller(tmp_path_factory):
+    """For scenes, which have depth and 24 classes."""
+    return denoiser(tmp_path_factory.mktemp("modeller"), 24)
 
 
 def settings(folder, task="sr", size=8):
@@ -309,32 +319,77 @@ def test_conditions_are_those_of_python(tmp_path):
         assert np.abs(np.reshape(found, cond.shape) - cond).mean() < 0.2 / 255, name
 
 
+CENTRAL = [1.0, 0.1, 0.25]  # of Canny's ranges: sigma, low, high
+
+
+def test_edges_are_those_of_python():
+    """Of noise, and of even areas, in which rounding decides which of two equal neighbours is the edge."""
+    rng = np.random.default_rng(4)
+    shapes = np.full((48, 48, 3), 30, np.uint8)
+    shapes[8:30, 9:38], shapes[38:] = (200, 30, 40), 255
+    shapes[np.hypot(*(np.mgrid[:48, :48] - 30)) < 11] = (20, 220, 90)
+    pictures = [shapes, rng.integers(0, 256, (48, 48, 3), np.uint8), np.uint8(rng.random((48, 48, 1)) * shapes)]
+    settings = [CENTRAL, [0.0, 0.0, 0.3], [2.3, 0.02, 0.05]]
+    found, expected = [], []
+    for picture in pictures:
+        for sigma, low, high in settings:
+            task = TASKS["canny"](canny_sigma=(sigma,) * 2, canny_low=(low,) * 2, canny_high=(high,) * 2)
+            expected.append(task.read(Image.fromarray(picture), 48))
+            spec = {"size": 48, "edges": [sigma, low, high]}
+            found.append(["canny", {"data": picture.ravel().tolist(), "h": 48, "w": 48}, spec, None])
+    assert all(0.02 < cond.mean() < 0.5 for cond in expected)
+    np.testing.assert_array_equal(np.reshape(node(CONDITION, found), np.shape(expected)), expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("edit", {}, {"kind": "image"}),
+        ("depth", {}, {"kind": "depth", "metres": False}),
+        ("depth", {"depth_files": "metres"}, {"kind": "depth", "metres": True}),
+        ("canny", {}, {"kind": "canny", "edges": CENTRAL}),
+        ("canny", {"canny_sigma": (1.0, 3.0)}, {"kind": "canny", "edges": [2.0, *CENTRAL[1:]]}),
+    ],
+)
+def test_how_a_condition_is_made_is_told(task, options, expected):
+    shown = types.SimpleNamespace(task_name=task, task=TASKS[task](**options))
+    parts = types.SimpleNamespace(experiment=types.SimpleNamespace(data=shown))
+    found = page.condition_of.__wrapped__(parts, {"cond": np.zeros((1, 8, 8, 3))}, {"cond"})
+    assert found == {"size": 8} | expected
+
+
+def test_a_png_of_16_bits_is_found(tmp_path):
+    deep, shallow = tmp_path / "deep.png", tmp_path / "shallow.png"
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(deep)
+    RED.convert("L").save(shallow)
+    given = [[*path.read_bytes()[:25]] for path in (deep, shallow)]
+    assert node("return given.map((bytes) => e.deepPng(bytes))", [*given, [0] * 25, []]) == [True, False, False, False]
+
+
 def test_what_cannot_be_a_condition_is_a_sentence():
-    flat = {"data": [7] * 48, "h": 4, "w": 4}
+    flat, coloured = ({"data": data, "h": 4, "w": 4} for data in ([7] * 48, [*range(48)]))
     code = "return given.map(([kind, x, spec, mask]) => { try { " + CONDITION.replace(
         "given", "[[kind, x, spec, mask]]"
     )
-    cases = [["depth", flat, {"size": 4}, None], *(["inpaint", flat, {"size": 4}, [x] * 16] for x in (0, 1))]
+    cases = [["depth", x, {"size": 4}, None] for x in (flat, coloured)]
+    cases += [["inpaint", flat, {"size": 4}, [x] * 16] for x in (0, 1)]
     said = node(code[:-1] + ") } catch (error) { return error.message } })", cases)
     assert "constant" in said[0]
-    assert "Paint over a part" in said[1]
-    assert "leave some of it" in said[2]
+    assert "a depth map is grey" in said[1]
+    assert "Paint over a part" in said[2]
+    assert "leave some of it" in said[3]
 
 
-# --- in a browser: pip install playwright, a Chromium, and ONNXRUNTIME_WEB=the tarball that `npm pack` made
+# --- in a browser: extras test-browser and onnx, a Chromium, and ONNXRUNTIME_WEB=the tarball that `npm pack` made
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium: $CHROMIUM, or one on the path."""
-    api = pytest.importorskip("playwright.sync_api")
-    pytest.importorskip("jax2onnx")
-    names = (os.environ.get("CHROMIUM", "chromium"), "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None or "ONNXRUNTIME_WEB" not in os.environ:
-        pytest.skip("needs a Chromium, and ONNXRUNTIME_WEB, the package's tarball or folder")
-    with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+@pytest.fixture
+def browser(chromium):
+    """A Chromium, where pages can be exported."""
+    pytest.importorskip("jax2onnx", reason="needs the extra onnx")
+    if "ONNXRUNTIME_WEB" not in os.environ:
+        pytest.skip("needs ONNXRUNTIME_WEB, the package's tarball or folder")
+    return chromium
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -345,13 +400,13 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def opened(chromium, folder):
+def opened(browser, folder):
     """The page of a folder; fails if it asks for anything that is not in the folder, or raises."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address, asked, raised = f"http://127.0.0.1:{server.server_port}/", [], []
     try:
-        tab = chromium.new_page()
+        tab = browser.new_page()
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("pageerror", lambda error: raised.append(error))
         tab.goto(address)
@@ -396,17 +451,17 @@ def close(found, expected):
 
 
 @pytest.mark.slow
-def test_a_browser_enlarges_as_python_does(chromium, enlarger, tmp_path):
+def test_a_browser_enlarges_as_python_does(browser, enlarger, tmp_path):
     """A person's file, through --mode=sample and through the page."""
     rng = np.random.default_rng(3)
     Image.fromarray(rng.integers(0, 256, (2, 2, 3), np.uint8)).save(tmp_path / "in.png")
     c = settings(enlarger)
     c.seed = 11
     commands.sample(c, tmp_path / "run", str(tmp_path / "in.png"), str(tmp_path / "out.png"))
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         tab.click("#go")
         assert tab.inner_text("#status") == "Choose a picture first."
-        tab.set_input_files("#file", str(tmp_path / "in.png"))
+        chosen(tab, tmp_path / "in.png")
         tab.fill("#seed", "11")
         found = generated(tab, 2)
         close(found, Image.open(tmp_path / "out.png").convert("RGB"))
@@ -424,22 +479,93 @@ def test_a_browser_enlarges_as_python_does(chromium, enlarger, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_draws_a_class_as_python_does(chromium, teacher, tmp_path):
+def test_a_browser_draws_a_class_as_python_does(browser, teacher, tmp_path):
     """A student without a condition: no picture is asked for, and there is no slider."""
     c = settings(teacher, "none")
     api.sample_prompts(c, tmp_path / "run", [], str(tmp_path / "out.png"), labels=[3])
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         assert not any(map(tab.is_visible, ("#file", "#slider", "#prompt", "#brush")))
         tab.select_option("#label", "3")
         close(generated(tab, 2), Image.open(tmp_path / "out.png").convert("RGB"))
 
 
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    """A tiny pipeline for inpainting with prompts, and with pocket's tokenizer."""
-    folder = tmp_path_factory.mktemp("painter")
+def drawn(c, folder, image, texts=()):
+    """An image, saved as in.png, by --mode=sample: the pixels of out.png."""
+    image.save(folder / "in.png")
+    files = {"output": str(folder / "out.png"), "source": str(folder / "in.png")}
+    api.sample_run(c, folder / "run", prompts=texts, **files)
+    return Image.open(files["output"]).convert("RGB")
+
+
+def choose(tab, file):
+    """A person's file, in the browser's own dialogue."""
+    with tab.expect_file_chooser() as asked:
+        tab.click("#file")
+    asked.value.set_files(str(file))
+
+
+def chosen(tab, file):
+    """A picture; waits until it shows."""
+    tab.eval_on_selector("#before", "(x) => { x.width = 1 }")
+    choose(tab, file)
+    tab.wait_for_function("document.getElementById('before').getContext('2d').getImageData(0, 0, 1, 1).data[3] === 255")
+
+
+def refused(tab, file, said):
+    """A file of which the page says why it cannot take it; nothing is drawn of it, nor of the one before."""
+    choose(tab, file)
+    tab.locator("#status", has_text=said).wait_for()
+    tab.click("#go")
+    assert tab.inner_text("#status") == "Choose a picture first."
+
+
+@pytest.mark.slow
+def test_a_browser_takes_a_depth_map_as_python_does(browser, modeller, tmp_path):
+    """A grey picture; colours, 16 bits and a constant map are refused."""
+    ramp = Image.fromarray(np.add.outer(np.arange(0, 160, 20), np.arange(8) * 9).astype(np.uint8))
+    c = settings(modeller, "depth")
+    c.data.update(source="scenes", num_classes=24)
+    expected = drawn(c, tmp_path, ramp)
+    with opened(browser, exported(c, tmp_path)) as tab:
+        assert tab.inner_text("#file-hint") == "Depth map, a grey picture: near is bright"
+        chosen(tab, tmp_path / "in.png")
+        close(generated(tab, 2), expected)
+        cond = TASKS["depth"]().read(ramp, 8)
+        close(pixels(tab, "before")[..., :3], np.rint(cond * 255))
+        RED.save(tmp_path / "red.png")
+        refused(tab, tmp_path / "red.png", "a depth map is grey")
+        RED.convert("L").save(tmp_path / "flat.png")
+        refused(tab, tmp_path / "flat.png", "The map is constant")
+        Image.fromarray(np.asarray(ramp, np.uint16) * 9).save(tmp_path / "deep.png")
+        refused(tab, tmp_path / "deep.png", "This PNG has 16 bits")
+        tab.locator("#examples img").nth(1).click()
+        tab.wait_for_function("document.getElementById('status').textContent === ''")
+        assert np.std(generated(tab, 1)) > 10
+
+
+@pytest.mark.slow
+def test_a_browser_takes_edges_as_python_does(browser, enlarger, tmp_path):
+    """From a photograph, and a picture of edges as it is."""
+    photograph = Image.new("RGB", (8, 8), (20, 30, 60))
+    photograph.paste((220, 200, 90), (3, 2, 8, 6))
+    c = settings(enlarger, "canny")
+    taken = TASKS["canny"]().read(photograph, 8)
+    lines = Image.fromarray(np.uint8(taken.transpose(1, 0, 2) * 255))
+    expected = [drawn(c, tmp_path, image) for image in (photograph, lines)]
+    with opened(browser, exported(c, tmp_path)) as tab:
+        assert "of which edges are taken; one in pure black and white, of 8 x 8" in tab.inner_text("#file-hint")
+        for image, wanted, cond in zip((photograph, lines), expected, (taken, lines), strict=True):
+            image.save(tmp_path / "in.png")
+            chosen(tab, tmp_path / "in.png")
+            close(generated(tab, 2), wanted)
+            np.testing.assert_array_equal(pixels(tab, "before")[..., :3] > 0, np.asarray(cond) > 0)
+        assert np.abs(np.int32(expected[0]) - np.int32(expected[1])).max() > 10
+
+
+def pipeline(folder, channels):
+    """A tiny pipeline with prompts and pocket's tokenizer; its denoiser takes so many channels."""
     shutil.copytree(POCKET, folder / "tokenizer")
-    net = models.init(UNET | {"in_channels": 9}, 0, zero_out=False)  # latents, a mask, and the latents of the picture
+    net = models.init(UNET | {"in_channels": channels}, 0, zero_out=False)
     models.save(folder, "unet", net.params, net.module.to_config())
     words = io.read_json(POCKET / "vocab.json")
     clip = CLIP | {"vocab_size": len(words), "eos_token_id": words[tokenizer.END]}
@@ -456,13 +582,49 @@ def painter(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory):
+    """For inpainting: latents, a mask, and the latents of the picture."""
+    return pipeline(tmp_path_factory.mktemp("painter"), 9)
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory):
+    """As InstructPix2Pix: latents, and those of the picture to edit."""
+    return pipeline(tmp_path_factory.mktemp("editor"), 8)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # jax2onnx takes minutes
-def test_a_browser_paints_as_python_does(chromium, painter, tmp_path):
+def test_a_browser_edits_as_python_does(browser, editor, tmp_path):
+    """An instruction, without which nothing is drawn, and a person's picture, that is seen before the result."""
+    c, picture = settings(editor, "edit", 16), RED.resize((16, 16))
+    c.data.source = "icon_edits"
+    picture.paste((30, 60, 200), (4, 2, 12, 9))
+    expected = drawn(c, tmp_path, picture, ["Make it BLUE"])
+    with opened(browser, exported(c, tmp_path)) as tab:
+        assert tab.inner_text("#text-row").strip() == "Instruction"
+        assert tab.inner_text("#file-hint") == "Picture to edit"
+        tab.locator("#examples img").first.click()
+        assert tab.input_value("#prompt") == data.examples(config.resolve(c).data, "validation", 1)["caption"][0]
+        chosen(tab, tmp_path / "in.png")
+        tab.fill("#prompt", " ")
+        tab.click("#go")
+        tab.wait_for_selector("#status.error")
+        assert tab.inner_text("#status").startswith("The instruction is empty")
+        tab.fill("#prompt", "Make it BLUE")
+        close(generated(tab, 2), expected)
+        np.testing.assert_array_equal(pixels(tab, "before")[..., :3], picture)
+        assert tab.is_visible("#slider")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # jax2onnx takes minutes
+def test_a_browser_paints_as_python_does(browser, painter, tmp_path):
     """A hole that the mouse paints, a prompt, guidance, latents: all networks of a page."""
     c = settings(painter, "inpaint", 16)
     c.method.guidance = 3.0
-    with opened(chromium, exported(c, tmp_path)) as tab:
+    with opened(browser, exported(c, tmp_path)) as tab:
         tab.locator("#examples img").first.click()
         tab.fill("#prompt", "A Red circle, 2nd")
         tab.click("#go")

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cddistill.models.convolution import conv_general_dilated, of_enlarged
+from cddistill.models.convolution import conv_general_dilated, enlarged, of_enlarged, saves
 
 
 class DecoderLevel(NamedTuple):
@@ -125,7 +125,9 @@ class Upsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return conv(self.channels, 3, self.dtype, "conv", convolve=of_enlarged)(x)
+        if saves(x, self.channels):
+            return conv(self.channels, 3, self.dtype, "conv", convolve=of_enlarged)(x)
+        return conv(self.channels, 3, self.dtype, "conv")(enlarged(x))  # jax2onnx ignores what convolve does
 
 
 class DownBlock2D(nn.Module):

@@ -40,15 +40,25 @@ def worth_it(x, features: int) -> bool:
     return on_cpu and known and x.ndim == 4 and x.size * features >= LARGE
 
 
+def saves(x, features: int) -> bool:
+    """Whether `of_enlarged` takes fewer products for x [b, h, w, c] and that many features."""
+    return worth_it(x, 4 * features) and x.shape[1] * x.shape[2] >= SMALL
+
+
+def enlarged(x):
+    """x [b, h, w, c] by nearest neighbours: [b, 2h, 2w, c]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
 def of_enlarged(x, kernel, strides, padding, **options):
     """x [b, h, w, c], enlarged by nearest neighbours and convolved with kernel [3, 3, c, d]: [b, 2h, 2w, d].
 
     For flax.linen.Conv, as `conv_general_dilated`; strides and padding must be 1.
     """
     (b, h, w, c), d = x.shape, kernel.shape[-1]
-    if not worth_it(x, 4 * d) or h * w < SMALL:
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return conv_general_dilated(x, kernel, strides, padding, **options)
+    if not saves(x, d):
+        return conv_general_dilated(enlarged(x), kernel, strides, padding, **options)
     # Output pixels of even rows see rows i - 1, i and i of x, those of odd rows i, i and i + 1; and so for columns.
     halves = lambda k: jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])  # [parity, tap, ...]
     kernels = halves(jnp.moveaxis(halves(kernel), 2, 0))  # [column's parity and tap, row's parity and tap, c, d]

@@ -1,6 +1,8 @@
 // What a page computes besides its networks: noise, tokens, conditions, and the plan of a sampler. No DOM: node runs it,
 // and tests compare each part with Python. Images are {data, h, w, c}, rows of pixels of interleaved channels.
 
+import {canny} from "./edges.mjs";
+
 // ---- noise: jax.random's Threefry, so that a seed gives the picture that it gives in Python
 
 const ROTATIONS = [[13, 15, 26, 6], [17, 29, 16, 24]];
@@ -190,6 +192,9 @@ export const CONDITIONS = {
     });
   },
   depth: (image, {size, metres}) => {
+    if (image.data.some((x, i) => x !== image.data[i - i % image.c])) {
+      throw new Error("This picture has colours: a depth map is grey.");
+    }
     const map = fit(grey(image), size, linear, (x) => x);
     if (metres && map.data.some((x) => x <= 0)) throw new Error("The map holds distances of 0: fill them first.");
     const near = metres ? each(map, (x) => 1 / x) : map;
@@ -197,14 +202,21 @@ export const CONDITIONS = {
     if (high <= low) throw new Error("The map is constant: it says nothing about depth.");
     return made(size, 3, (y, x) => (near.data[y * size + x] - low) / (high - low));
   },
-  canny: (image, {size}) => {
-    const lines = fit(image, size);
-    return made(size, 3, (y, x) => Number(lines.data[(y * size + x) * 3] >= 128));
+  canny: (image, {size, edges}) => {
+    const whole = fit(image, size), picture = each(whole, over255);
+    if (whole.data.every((x, i) => (x === 0 || x === 255) && x === whole.data[i - i % 3])) return picture;
+    const found = canny(picture, edges);
+    return made(size, 3, (y, x) => found[y * size + x]);
   },
 };
 
 // The first channel of an image of several.
 const grey = ({data, h, w, c}) => ({data: data.filter((_, i) => i % c === 0), h, w, c: 1});
+
+// Whether the first bytes of a file are those of a PNG of 16 bits a channel.
+export const deepPng = (bytes) => PNG.every((x, i) => bytes[i] === x) && bytes[24] === 16;
+
+const PNG = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
 
 // A generated image [size, size, 3] with the pixels that its condition of four channels knows.
 export function paste(image, condition) {

@@ -1,21 +1,23 @@
 // The controls of the page, and its networks by onnxruntime-web. What they compute with is in engine.mjs.
 
 import * as ort from "./onnxruntime-web/ort.wasm.min.mjs";
-import {CONDITIONS, fit, noises, paste, sample, tokenizer, unit} from "./engine.mjs";
+import {CONDITIONS, deepPng, fit, noises, paste, sample, tokenizer, unit} from "./engine.mjs";
 
-const HINTS = {
-  image: "Picture to edit",
+const HINTS = { // by kind of condition; "metres" and "edit" are special cases of two of them
+  image: "Picture",
+  edit: "Picture to edit",
   sr: "Picture: it is made small first, then enlarged",
   inpaint: "Picture: paint over what shall be generated",
-  depth: "Depth map: near is bright",
-  canny: "Edges: white lines on black",
+  depth: "Depth map, a grey picture: near is bright",
+  metres: "Depth map, a grey picture of distances: far is bright, nothing is black",
+  canny: "Picture, of which edges are taken; one in pure black and white, of SIZE pixels, is edges",
 };
 const at = (id) => document.getElementById(id);
 const json = async (name) => (await fetch(name)).json();
 ort.env.wasm.wasmPaths = new URL("onnxruntime-web/", import.meta.url).href;
 ort.env.wasm.numThreads = crossOriginIsolated ? 0 : 1; // threads need headers that a plain server does not send
 
-const state = {manifest: null, sessions: {}, tokens: null, picture: null, mask: null, busy: false};
+const state = {manifest: null, sessions: {}, tokens: null, picture: null, read: null, turn: 0, mask: null, busy: false};
 
 function say(text, error = false) {
   at("status").textContent = text;
@@ -101,11 +103,23 @@ function show(canvas, data, size, c = 3) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-async function choose(blob) {
-  state.picture = await read(blob);
-  const {size} = state.manifest.condition;
-  show(at("before"), fit(state.picture, size).data.map((x) => x / 255), size);
+// Take a picture, a blob or a promise of one, and show what the networks see of it; what was chosen last counts. An
+// example of a depth map is near where it is bright: it is a condition, of which the distances are not known.
+async function choose(given, example = false) {
+  const {condition} = state.manifest, {kind, size} = condition, before = at("before"), turn = ++state.turn;
+  state.picture = null;
+  before.width = before.height = size;
   clear();
+  const blob = await given;
+  if (kind === "depth" && deepPng(new Uint8Array(await blob.slice(0, 25).arrayBuffer()))) {
+    throw new Error("This PNG has 16 bits, of which a browser reads 8: save it with 8, from black to white.");
+  }
+  const picture = await read(blob);
+  if (turn !== state.turn) return;
+  state.read = {...condition, metres: condition.metres && !example};
+  if (kind === "inpaint") show(before, fit(picture, size).data.map((x) => x / 255), size);
+  else show(before, CONDITIONS[kind](picture, state.read).data, size);
+  state.picture = picture;
   say("");
 }
 
@@ -144,13 +158,16 @@ function slide() {
 async function go(event) {
   event.preventDefault();
   if (state.busy) return;
-  const {condition} = state.manifest;
+  const {condition, text} = state.manifest;
   if (condition && !state.picture) throw new Error("Choose a picture first.");
+  if (text?.instruction && !at("prompt").value.trim()) {
+    throw new Error("The instruction is empty: say what to change, such as: make it blue.");
+  }
   state.busy = at("go").disabled = true;
   try {
     say("Generating ...");
     await new Promise((done) => setTimeout(done)); // the sentence is drawn first
-    const cond = condition && CONDITIONS[condition.kind](state.picture, condition, state.mask);
+    const cond = condition && CONDITIONS[condition.kind](state.picture, state.read, state.mask);
     const start = performance.now(), image = await generated(cond), took = performance.now() - start;
     const size = Math.sqrt(image.length / 3);
     show(at("after"), image, size);
@@ -172,6 +189,7 @@ function controls() {
   const {title, text, condition, plans, examples} = state.manifest, option = (x, name = x) => new Option(name, x);
   at("title").textContent = document.title = title;
   at("text-row").hidden = text?.kind !== "prompt";
+  at("text-hint").textContent = text?.instruction ? "Instruction" : "Prompt";
   at("label-row").hidden = text?.kind !== "label";
   if (text?.kind === "label") {
     at("label").append(option(text.labels, "any"), ...Array.from({length: text.labels}, (_, i) => option(i)));
@@ -179,13 +197,14 @@ function controls() {
   at("steps").append(...Object.keys(plans).map((n) => option(n)));
   for (const row of ["file-row", "slider-row"]) at(row).hidden = !condition;
   at("brush-row").hidden = condition?.kind !== "inpaint";
-  at("file-hint").textContent = HINTS[condition?.kind];
+  const special = text?.instruction ? "edit" : condition?.metres ? "metres" : condition?.kind;
+  at("file-hint").textContent = HINTS[special]?.replace("SIZE", `${condition.size} x ${condition.size}`);
   at("prompt").value = examples[0]?.text ?? "";
   for (const {image, text} of examples.filter(({image}) => image)) {
     const picture = Object.assign(new Image(), {src: image, alt: text ?? "example", title: text ?? ""});
     picture.onclick = guarded(async () => {
       at("prompt").value = text ?? "";
-      await choose(await (await fetch(image)).blob());
+      await choose(fetch(image).then((found) => found.blob()), true);
     });
     at("examples").append(picture);
   }
@@ -193,6 +212,7 @@ function controls() {
 
 function listen() {
   at("controls").onsubmit = guarded(go);
+  at("file").onclick = () => { at("file").value = ""; }; // a file that is chosen again counts, too
   at("file").onchange = guarded(async () => at("file").files.length && choose(at("file").files[0]));
   at("clear").onclick = clear;
   at("slider").oninput = slide;
