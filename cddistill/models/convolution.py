@@ -54,11 +54,9 @@ def enlarged(x):
 def of_enlarged(x, kernel, strides, padding, **options):
     """x [b, h, w, c], enlarged by nearest neighbours and convolved with kernel [3, 3, c, d]: [b, 2h, 2w, d].
 
-    For flax.linen.Conv, as `conv_general_dilated`; strides and padding must be 1.
+    For flax.linen.Conv, as `conv_general_dilated`, where it `saves`; strides and padding must be 1.
     """
     (b, h, w, c), d = x.shape, kernel.shape[-1]
-    if not saves(x, d):
-        return conv_general_dilated(enlarged(x), kernel, strides, padding, **options)
     # Output pixels of even rows see rows i - 1, i and i of x, those of odd rows i, i and i + 1; and so for columns.
     halves = lambda k: jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])  # [parity, tap, ...]
     kernels = halves(jnp.moveaxis(halves(kernel), 2, 0))  # [column's parity and tap, row's parity and tap, c, d]
