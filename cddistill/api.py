@@ -50,19 +50,29 @@ class Model:
         return jax.eval_shape(Autoencoder.images, self.student.frozen["autoencoder"], x0).shape[1]
 
 
-def load(path, *, checkpoint: str = "latest", teacher=None) -> Model:
+def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "") -> Model:
     """A model that generates images: the workdir of a run, a diffusers folder, a Hub id or "emoji".
 
     checkpoint is that of a run, "latest", "best" or a step; teacher is where its config.teacher lies now, if it was
-    moved. The data of a run is not needed. Raises ValueError, in one sentence, for anything else.
+    moved. The data of a run is not needed. task, "edit" for InstructPix2Pix, says how a folder's network takes its
+    image; without it images are taken as they are, at the output's size. Raises ValueError, in one sentence, for
+    anything else.
     """
     path = os.path.expanduser(str(path))
     workdir = io.path(path)
     if (workdir / "checkpoints").is_dir():
+        if task:
+            raise ValueError(f"task= is for a folder, and {path} is a run, which has its own: leave it out")
         return load_run(workdir, checkpoint, moved_settings(workdir, teacher))
     if teacher is not None:
         raise ValueError(f"teacher= is for the workdir of a run, and {path} has no checkpoints/: leave it out")
-    return load_pipeline(Pipeline(path), UNTRAINED(scheduler=path))
+    if task and (task not in TASKS or not TASKS[task].conditional):
+        known = ", ".join(name for name, kind in TASKS.items() if kind.conditional)
+        raise ValueError(f"task={task!r} must be one of {known}")
+    model = load_pipeline(Pipeline(path), UNTRAINED(scheduler=path))
+    if task and not takes_image(model):
+        raise ValueError(f"task={task!r}, and the network of {path} takes no image: leave it out")
+    return of_task(model, TASKS[task]()) if task else model
 
 
 def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
@@ -74,6 +84,11 @@ def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
     student = Student(method, sharding.make_mesh(), frozen, {}, {})
     return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
+
+
+def of_task(model: Model, task: Task) -> Model:
+    """The networks of a folder with their task, if they take an image."""
+    return dataclasses.replace(model, task=task) if takes_image(model) and task.conditional else model
 
 
 def load_run(workdir: PurePath, checkpoint: str, settings) -> Model:
@@ -323,6 +338,6 @@ def open_model(settings, workdir: PurePath, checkpoint: str) -> Model:
     experiment = config.resolve(settings)
     if experiment.method.turns():
         return load_run(workdir, checkpoint, settings)
-    model = load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet)
-    task = experiment.data.task
-    return dataclasses.replace(model, task=task) if takes_image(model) and task.conditional else model
+    return of_task(
+        load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet), experiment.data.task
+    )

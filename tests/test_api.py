@@ -15,6 +15,7 @@ import cddistill
 from cddistill import api, checkpoint, commands, config, generate, models, train
 from cddistill.data import TASKS
 from cddistill.data.tasks.sr import upsample
+from cddistill.models.schedulers import write_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -176,6 +177,22 @@ def test_inputs_of_what_is_not_trained_are_those_of_the_task(teacher, controlnet
     settings.update(controlnet="")
     settings.data.task = "canny"
     assert api.open_model(settings, tmp_path / "run", "latest").task is None
+
+
+def test_a_folder_is_loaded_for_a_task(teacher, tmp_path):
+    """Its network tells that it takes an image, not what is made of one: here edges, which a photograph is not."""
+    net = models.init(tiny.UNET | {"in_channels": 6, "sample_size": 8}, 0, tiny.teacher().schedule, "v", False)
+    models.save(tmp_path, "unet", net.params, net.module.to_config())
+    write_scheduler(tmp_path, net.schedule, net.predicts)
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((220, 200, 90), (3, 2, 8, 6))
+    made = lambda **task: api.condition(cddistill.load(tmp_path, **task), picture)
+    np.testing.assert_array_equal(made(task="canny"), TASKS["canny"]().read(picture, 8))
+    np.testing.assert_array_equal(made(), np.float32(picture) / 255)
+    with pytest.raises(ValueError, match="task='edit', and the network of .* takes no image: leave it out"):
+        cddistill.load(teacher, task="edit")
+    with pytest.raises(ValueError, match="task='none' must be one of .*edit"):
+        cddistill.load(teacher, task="none")
 
 
 # ---- a run that was moved
