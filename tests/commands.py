@@ -128,6 +128,7 @@ NOT_RUN = {  # {pattern of commands that the nightly run leaves out: why}
     r"python -m cddistill\.models\.single_file": "needs such a file: tests/test_single_file.py runs it",
     r".*configs/(teacher_emoji|latent_lpips_pocket)\.py|.*configs/dmd2_pocket\.py:encode": "hours",
     r".*configs/finetune_pocket\.py:inpaint --config\.steps=1500": "half an hour",
+    r".*configs/(finetune_pocket\.py:canny|ccd_canny\.py) --config\.eval_images=500": "half an hour",
     r".*--flagfile=docs/pocket_prompts\.txt|.*--config\.data\.source=mixture": "half an hour",
     r".*--config=configs/d2g_emoji\.py --config\.method\.regression=latent_lpips": "repeats a row of the results",
     r".*configs/ccd_sr\.py --config\.teacher=FOLDER --config\.data\.source=folder": "needs a teacher of latents",
