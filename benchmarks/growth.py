@@ -91,10 +91,9 @@ def main():
     parser.add_argument("--topologies", nargs="+", help="of TPUs, instead of --devices")
     args = parser.parse_args()
     print("| turn | data x fsdp | collectives | bytes / weights | of activations |\n|---|---|---|---|---|")
+    slices = [targets.of_tpu(t) for t in args.topologies or ()] or [jax.devices()[:n] for n in args.devices]
     for name in args.methods:
-        for devices in (
-            map(targets.of_tpu, args.topologies) if args.topologies else (jax.devices()[:n] for n in args.devices)
-        ):
+        for devices in slices:
             for fsdp in (1, len(devices)):
                 mesh = sharding.make_mesh(fsdp, devices)
                 for row in growth(name, args.width, mesh):

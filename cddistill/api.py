@@ -72,7 +72,7 @@ def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "") -> M
     model = load_pipeline(Pipeline(path), UNTRAINED(scheduler=path))
     if task and not takes_image(model):
         raise ValueError(f"task={task!r}, and the network of {path} takes no image: leave it out")
-    return of_task(model, TASKS[task]()) if task else model
+    return dataclasses.replace(model, task=TASKS[task]()) if task else model
 
 
 def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
@@ -84,11 +84,6 @@ def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
     student = Student(method, sharding.make_mesh(), frozen, {}, {})
     return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)
-
-
-def of_task(model: Model, task: Task) -> Model:
-    """The networks of a folder with their task, if they take an image."""
-    return dataclasses.replace(model, task=task) if takes_image(model) and task.conditional else model
 
 
 def load_run(workdir: PurePath, checkpoint: str, settings) -> Model:
@@ -338,6 +333,6 @@ def open_model(settings, workdir: PurePath, checkpoint: str) -> Model:
     experiment = config.resolve(settings)
     if experiment.method.turns():
         return load_run(workdir, checkpoint, settings)
-    return of_task(
-        load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet), experiment.data.task
-    )
+    model = load_pipeline(of_run(experiment.run), experiment.method, experiment.run.controlnet)
+    task = experiment.data.task
+    return dataclasses.replace(model, task=task) if takes_image(model) and task.conditional else model

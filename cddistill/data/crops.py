@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cddistill.data.images import covering, fit, read, shape_of, whole
+from cddistill.data.images import covering, fit, read, read_map, shape_of, whole
 
 RENAMED = {"depth": "depth_map"}  # a person's depth in an element, see `contracts.Element`
 TRIES = 100  # crops that are drawn until no depth map is constant in one, so that it says something
@@ -47,6 +47,13 @@ def placed(sides: tuple[int, int], size: Size) -> Place:
     """The place of what `fit` makes of a picture with these sides, (width, height)."""
     resized, corner = covering(sides, size)
     return Place(*(tuple(pair[::-1]) for pair in (sides, resized, corner)), shape_of(size))
+
+
+def decoded(crop: Crop, size: Size, name: str, file, others: dict[str, tuple[str, Any]]) -> Element:
+    """`kept` of image files: paths, or opened. Raises ValueError, naming it, also for one that cannot be read."""
+    readers = {"edited": crop.read, "depth": lambda file, what, _: read_map(file, what)}
+    others = {key: (what, readers[key](other, what, size)) for key, (what, other) in others.items()}
+    return kept(crop, size, name, crop.read(file, name, size), others)
 
 
 def kept(crop: Crop, size: Size, name: str, image: Image.Image, others: dict[str, tuple[str, Image.Image]]) -> Element:

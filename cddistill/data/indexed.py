@@ -12,9 +12,8 @@ import numpy as np
 from cddistill import sharding
 from cddistill.data.captions import CAPTIONS, FURTHER, chosen, facts
 from cddistill.data.contracts import Element, Source
-from cddistill.data.crops import CROPS, Crop, kept
+from cddistill.data.crops import CROPS, Crop, decoded
 from cddistill.data.digests import of_values
-from cddistill.data.images import read_map
 from cddistill.data.index import Format, Index, open_index, stamp_of
 from cddistill.data.listing import check_some, report_bad
 from cddistill.data.sides import sides_below
@@ -194,9 +193,11 @@ class IndexedImages:
             raise ValueError("it has no image: leave it out")
         if isinstance(label := fields.get("label", self.null), str):
             raise ValueError(f"its label {label!r} is the name of a class: store numbers from 0")
-        readers = {"edited": self.crop.read, "depth": lambda file, what, _: read_map(file, what)}
-        others = {key: (f"{name}'s {key} image", fields[key]) for key in readers if fields.get(key) is not None}
-        others = {key: (what, readers[key](io.BytesIO(x), what, size)) for key, (what, x) in others.items()}
-        element = kept(self.crop, size, name, self.crop.read(io.BytesIO(fields["image"]), name, size), others)
+        others = {
+            key: (f"{name}'s {key} image", io.BytesIO(fields[key]))
+            for key in ("edited", "depth")
+            if fields.get(key) is not None
+        }
+        element = decoded(self.crop, size, name, io.BytesIO(fields["image"]), others)
         further = {"instruction": fields["instruction"]} if "instruction" in fields else {}
         return element | {"label": label, "caption": fields.get("caption", "")} | further

@@ -13,9 +13,9 @@ from PIL import Image
 from cddistill import sharding
 from cddistill.data.captions import FILES, Captions, read_captions
 from cddistill.data.contracts import Source
-from cddistill.data.crops import CROPS, Crop, kept
+from cddistill.data.crops import CROPS, Crop, decoded
 from cddistill.data.digests import of_files, of_values
-from cddistill.data.images import SUFFIXES, is_image, read, read_map, sides_of
+from cddistill.data.images import SUFFIXES, is_image, read, sides_of
 from cddistill.data.listing import check_some, data_path, files_below, patiently, read_all
 from cddistill.data.splits import RULES, SPLITS, split_folders, top
 
@@ -111,13 +111,10 @@ class FolderImages:
 
         Raises ValueError, naming it, for a file that cannot be read or that has not the size of the image.
         """
-        record, readers = (
-            self.record(name),
-            {"edited": self.crop.read, "depth": lambda file, what, _: read_map(file, what)},
-        )
-        paths = {key: record.pop(key) for key in readers if key in record}
-        others = {key: (path, readers[key](self.root / path, path, size)) for key, path in paths.items()}
-        return kept(self.crop, size, name, self.crop.read(self.root / name, name, size), others) | record
+        record = self.record(name)
+        paths = {key: record.pop(key) for key in ("edited", "depth") if key in record}
+        others = {key: (path, self.root / path) for key, path in paths.items()}
+        return decoded(self.crop, size, name, self.root / name, others) | record
 
     def check(self, name):
         """Raise ValueError, naming it, for an image that cannot be used."""
