@@ -75,8 +75,8 @@ def sd(args):
     return config.resolve(settings), {"teacher": teacher, "autoencoder": Autoencoder()}, iter(lambda: batch, None)
 
 
-def main():
-    """Measure and print."""
+def arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("embedded", "sd"), default="embedded")
     parser.add_argument("--width", type=int, default=64, help="sd: channels of the first block (320 = SD)")
@@ -85,8 +85,62 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", nargs="?", const=True, default=False, choices=POLICIES, help="sd: a policy, or none")
     parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def of_parts(student, batch, mesh, repeats: int) -> tuple[float, float]:
+    """Seconds and FLOPs of the passes that a step must compute: one with gradients, one without."""
+    t, z = jnp.array([500]), batch["x0"]
+    eps = sharding.inside(mesh, lambda net, b: net(z, t, b["text"], b["cond"]).eps)  # with the step's attention kernels
+    parts = jax.jit(jax.grad(lambda net, b: (eps(net, b) ** 2).mean())), jax.jit(eps)
+    flops = sum(f.lower(student, batch).compile().cost_analysis()["flops"] for f in parts)
+    return sum(seconds(lambda f=f: f(student, batch), repeats) for f in parts), flops
+
+
+class Loops:
+    """The step alone, in a loop with data and metrics, and as `cddistill.train` runs it, with every step timed."""
+
+    def __init__(self, driver, state, frozen, batch, stream, turns, size: int):
+        self.driver, self.state, self.frozen, self.batch, self.turns = driver, state, frozen, batch, turns
+        self.on_devices, self.delayed, self.number = map(driver.put_batch, stream), log.Delayed(lambda: "none"), 0
+        self.times = clock.Clock(pathlib.Path(tempfile.mkdtemp()), 0, time.monotonic(), size, writes=False)
+        self.play = clock.Programs(driver.step, self.times, 1)
+
+    def bare(self, n=1):
+        """n steps on one batch; what the last one says."""
+        for _ in range(n):
+            self.state, values = self.driver.step(self.state, self.frozen, self.batch, tuple(self.turns))
+        return values
+
+    def turn(self, step, batch):
+        """One step of a loop, by this function."""
+        self.number += 1
+        self.state, values = step(self.state, self.frozen, batch, active(self.turns, self.number))
+        self.delayed.push(self.number, values)
+
+    def loop(self, n):
+        """n steps on data."""
+        for _ in range(n):
+            self.turn(self.driver.step, next(self.on_devices))
+        return self.state
+
+    def observed(self, n):
+        """n steps on data, whose times are taken."""
+        for _ in range(n):
+            self.turn(self.play, self.times.next(self.on_devices))
+        self.times.take(self.times.noted)
+        return self.state
+
+    def ratios(self, n, rounds=5):
+        """(bare / loop, loop / observed), medians of rounds in turns, so that a slow machine slows all."""
+        self.loop(2), self.observed(2)
+        found = [[timed(lambda f=f: f(n)) for f in (self.bare, self.loop, self.observed)] for _ in range(rounds)]
+        return [statistics.median(row[i] / row[i + 1] for row in found) for i in (0, 1)]
+
+
+def main():
+    """Measure and print."""
+    args = arguments()
     experiment, frozen, stream = {"embedded": embedded, "sd": sd}[args.shape](args)
     method, optimizers = experiment.method, make_optimizers(experiment)
     turns, batch = method.turns(), next(stream)
@@ -100,54 +154,12 @@ def main():
     start = time.perf_counter()
     compiled = driver.step.lower(state, frozen, on_device, tuple(turns)).compile()
     compile_s = time.perf_counter() - start
-    flops = compiled.cost_analysis()["flops"]
-    memory = compiled.memory_analysis()
+    flops, memory = compiled.cost_analysis()["flops"], compiled.memory_analysis()
 
-    student = Adapted(nets["backbone"], nets["branch"])
-    t, z = jnp.array([500]), on_device["x0"]
-    eps = sharding.inside(mesh, lambda net, b: net(z, t, b["text"], b["cond"]).eps)  # with the step's attention kernels
-    loss, forward = jax.jit(jax.grad(lambda net, b: (eps(net, b) ** 2).mean())), jax.jit(eps)
-    parts_s = seconds(lambda: loss(student, on_device), args.repeats) + seconds(
-        lambda: forward(student, on_device), args.repeats
-    )
-    parts_flops = sum(f.lower(student, on_device).compile().cost_analysis()["flops"] for f in (loss, forward))
-
-    def bare():
-        nonlocal state
-        state, values = driver.step(state, frozen, on_device, tuple(turns))
-        return values
-
-    step_s = seconds(bare, args.repeats)
-    delayed, number = log.Delayed(lambda: "none"), 0
-    on_devices = map(driver.put_batch, stream)
-
-    def loop(n):
-        nonlocal state, number
-        for _ in range(n):
-            number += 1
-            state, values = driver.step(state, frozen, next(on_devices), active(turns, number))
-            delayed.push(number, values)
-        return state
-
-    times = clock.Clock(pathlib.Path(tempfile.mkdtemp()), 0, time.monotonic(), args.batch, writes=False)
-    play = clock.Programs(driver.step, times, 1)
-
-    def observed(n):  # as cddistill.train runs it
-        nonlocal state, number
-        for _ in range(n):
-            number += 1
-            state, values = play(state, frozen, times.next(on_devices), active(turns, number))
-            delayed.push(number, values)
-        times.take(times.noted)
-        return state
-
-    loop(2), observed(2)
-    rounds = [  # interleaved, so that a slow machine slows all
-        [timed(lambda f=f: f(args.repeats)) for f in (lambda n: [bare() for _ in range(n)], loop, observed)]
-        for _ in range(5)
-    ]
-    bare_over_loop = statistics.median(b / a for b, a, _ in rounds)
-    loop_over_observed = statistics.median(a / c for _, a, c in rounds)
+    parts_s, parts_flops = of_parts(Adapted(nets["backbone"], nets["branch"]), on_device, mesh, args.repeats)
+    loops = Loops(driver, state, frozen, on_device, stream, turns, args.batch)
+    step_s = seconds(loops.bare, args.repeats)
+    bare_over_loop, loop_over_observed = loops.ratios(args.repeats)
     peak = peak_flops(args.dtype, 4096 if jax.default_backend() == "cpu" else 16384) * jax.device_count()
 
     device, rate = f"{jax.device_count()} x {jax.devices()[0].device_kind}", flops / step_s

@@ -7,30 +7,16 @@ Needs the teacher's weights, encoded captions (--mode=encode) and the released l
 size are the paper's; learning rate, loss weights and steps are ours.
 """
 
-from cddistill.config import defaults
+import pathlib
+import runpy
 
 
 def get_config():
-    config = defaults("diffusion2gan")
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("d2g_sd15.py")))["get_config"]()  # and what differs:
     config.teacher = "stabilityai/stable-diffusion-xl-base-1.0"
-    config.teacher_steps = (50,)
     config.teacher_guidance = 7.0
-    config.data.source = "arrays"
     config.data.path = "data/laion_sdxl"
     config.data.pairs = "data/pairs_sdxl"
     config.num_pairs = 8_000_000
-    config.pairs_batch = 1024
-    config.steps = 100_000
-    config.batch_size = 1024
-    config.dtype = "bfloat16"
-    config.remat = True
-    config.fsdp = -1
-    config.optim.lr = 1e-5
-    config.optim.clip = 1.0
     config.method.metric = "weights/sdxl_latest_vgg16_tuned.pth"
-    config.method.warmup = 20_000
-    config.method.r1_stride = 16  # one image on each of 64 devices
-    config.sample_steps = (1,)
-    config.checkpoint_every = config.eval_every = 1000
-    config.eval_images = 10_000
     return config

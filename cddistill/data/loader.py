@@ -59,7 +59,7 @@ class DataConfig:
                 object.__setattr__(self, kind, registered(kind, name)())
         if not self.source.precomputed:
             self.task.check(self.size)
-        check_shapes(self)
+        check_sizes(self)
 
     @property
     def source_name(self) -> str:
@@ -70,7 +70,7 @@ class DataConfig:
         return name_in(TASKS, self.task)
 
 
-def check_shapes(config: DataConfig) -> None:
+def check_sizes(config: DataConfig) -> None:
     """ValueError for data.size_conditions or data.buckets that the source or another option cannot go with."""
     if config.size_conditions == "full" and not config.buckets:
         return
