@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cddistill.models.blocks import GroupNorm, conv
 
-QUERIES = 128  # that `loop` takes at a time
+WEIGHTS = 2**20  # that `loop` computes at a time, if at least 64 queries have no more
 
 
 def attention(q, k, v, causal: bool = False, flash: bool = True):
@@ -39,7 +39,7 @@ def attention(q, k, v, causal: bool = False, flash: bool = True):
 
 def kernel(platform: str, dtype, q_len: int, k_len: int, width: int) -> str:
     """The kernel, a key of KERNELS, "loop" or "xla", for q_len queries and k_len keys in heads of this width."""
-    if platform == "cpu" and q_len % QUERIES == 0 and q_len > QUERIES and k_len > QUERIES:
+    if platform == "cpu":
         return "loop"
     if platform == "tpu" and q_len % 128 == k_len % 128 == 0 and width <= 128:
         return "pallas"
@@ -71,19 +71,31 @@ def xla(q, k, v, causal: bool = False):
 
 def loop(q, k, v):
     """Some queries at a time, whose weights are computed again in the backward pass: a few MB stay in a CPU's cache."""
-    wide = q.shape[3] > 128 and q.shape[1] % (2 * QUERIES) == 0  # there the products cost more than the weights
-    size = 2 * QUERIES if wide else QUERIES
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [b, heads, l, d]
+    (b, length, heads, d), keys = q.shape, k.shape[1]
+    q = jnp.swapaxes(q, 1, 2).reshape(b * heads, length, d)
+    # keys last: the gradients of k and v are then products that transpose a small factor, not the weights
+    k, v = (x.transpose(0, 2, 3, 1).reshape(b * heads, d, keys) for x in (k, v))
 
-    @jax.checkpoint
     def some(q):
-        logits = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits / math.sqrt(q.shape[3]))
-        return jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v)
+        logits = jnp.einsum("bld,bdm->blm", q, k, preferred_element_type=jnp.float32) * d**-0.5
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        h = jnp.einsum("blm,bdm->bld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (h / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
-    b, heads, length, d = q.shape
-    found = jax.lax.map(some, jnp.moveaxis(q.reshape(b, heads, length // size, size, d), 2, 0))
-    return found.transpose(1, 0, 3, 2, 4).reshape(b, length, heads, d)
+    size = at_a_time(length, b * heads * keys)
+    if size == length:
+        h = some(q)
+    else:
+        parts = jnp.swapaxes(q.reshape(b * heads, length // size, size, d), 0, 1)
+        h = jnp.swapaxes(jax.lax.map(jax.checkpoint(some), parts), 0, 1)
+    return jnp.swapaxes(h.reshape(b, heads, length, d), 1, 2)
+
+
+def at_a_time(length: int, weights: int) -> int:
+    """How many queries `loop` takes at a time if each has so many weights: 64, 128 or 256, or all, if undividable."""
+    most = 1 << min(max((WEIGHTS // weights).bit_length() - 1, 6), 8)
+    size = math.gcd(length, most)
+    return size if size >= 64 else length
 
 
 def cudnn(q, k, v):
