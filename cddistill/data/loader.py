@@ -371,16 +371,17 @@ class Steps:
         return self.prepare(batch)
 
 
-def examples(config, split="test", n=0, seed=0):
-    """The first n items of a split (all if n <= 0), stacked as in `batches`, with label and caption (a list of str).
+def examples(config, split="test", n=0, seed=0, numbers=None):
+    """The first n items of a split (all if n <= 0), or those of these numbers, stacked as in `batches`, with label and
+    caption (a list of str).
 
     Never augmented. The random degradation of item i depends only on (seed, i). ValueError for rows of several shapes.
     """
     dataset = load(config, split, augment=False)
     if hasattr(dataset, "buckets"):
         raise ValueError(f"the {split} rows of {config.path} have several shapes: take those of validation or test")
-    n = len(dataset) if n <= 0 else min(n, len(dataset))
-    return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in range(n)])
+    numbers = range(len(dataset))[: n if n > 0 else None] if numbers is None else map(int, numbers)
+    return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in numbers])
 
 
 def stack(items):
