@@ -51,10 +51,11 @@ class Parts(NamedTuple):
 
     def batches(self, driver: sharding.Driver, frozen: dict[str, Any], start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of steps `start`, start + 1 ... for driver.step, encoded by the driver's networks `frozen`."""
-        run, encode = self.experiment.run, self.encoders
+        run, pairs_only = self.experiment.run, self.experiment.method.requires().pairs_only
+        encode = None if pairs_only else self.encoders
         order = lambda: data.order_digest(self.experiment.data, seed=run.seed)
         sharding.check_alike(order, "the number, names or order of the training images")
-        own = {"prepare": encode.tokenized} if encode else {}
+        own = {"pairs_only": pairs_only} | ({"prepare": encode.tokenized} if encode else {})
         stream = data.batches(
             self.experiment.data, batch_size=run.batch_size, seed=run.seed, start=start, rows=self.rows, **own
         )

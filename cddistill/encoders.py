@@ -39,9 +39,10 @@ class Encoders:
     accumulate: int = 1  # parts of a batch that are encoded one after the other, as they are trained on
 
     def tokenized(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with tokens, int32 [b, l] for each text encoder, in place of caption, a list of b str."""
+        """The batch with tokens, int32 [b, l] for each text encoder, in place of caption, a list of b str, if it has
+        that."""
         rest = {name: x for name, x in batch.items() if name != "caption"}
-        if self.tokenize is None:
+        if self.tokenize is None or "caption" not in batch:
             return rest
         return rest | {"tokens": tuple(map(np.stack, zip(*map(self.tokenize, batch["caption"]), strict=True)))}
 

@@ -113,14 +113,23 @@ def sample(
     given, finishes the images of a batch with conditions. `what` names the work in its progress, which "" hides.
     """
     autoencoder = student.frozen["autoencoder"]
-    apart = decode and autoencoder.params is not None and bool(autoencoder.rows or autoencoder.tile)
+    apart = decode and decodes_apart(autoencoder)
     program, nets = sampling_program(student.method, student.mesh, decode and not apart), student[2:]
-    devices = student.mesh.devices
-    chunk = PREVIEWED * devices.size if devices.flat[0].platform == "cpu" else 64  # a CPU's rate hardly depends on it,
     call = lambda rows: program(nets, rows, steps, seed)
-    found = map_batched(student.mesh, call, batch, chunk, what)  # and compiles once
+    found = map_batched(student.mesh, call, batch, at_a_time(student.mesh), what)
     found = decoded(autoencoder, found, what and "decoding") if apart else found
     return task.finish(found, batch["cond"]) if task and "cond" in batch else found
+
+
+def decodes_apart(autoencoder: Autoencoder) -> bool:
+    """Whether samples are decoded in a program of its own, a few or a tile at a time."""
+    return autoencoder.params is not None and bool(autoencoder.rows or autoencoder.tile)
+
+
+def at_a_time(mesh) -> int:
+    """How many images are sampled at a time, at most, by one program. A CPU's rate hardly depends on it."""
+    n = PREVIEWED * mesh.size if mesh.devices.flat[0].platform == "cpu" else 64
+    return -(-n // mesh.size) * mesh.size
 
 
 def sample_from(
@@ -214,6 +223,15 @@ to_images = jax.jit(Autoencoder.images)
 def batch_of(parts: Parts, examples) -> dict[str, Any]:
     """`data.examples` as the run's student takes them."""
     return conditioned(parts, encoded(parts, examples))
+
+
+def examples_of(parts: Parts, split: str, numbers: np.ndarray) -> dict[str, Any]:
+    """`data.examples` of these numbers, as `batch_of` takes them. Each of several hosts decodes its share of them."""
+    found = data.examples(parts.experiment.data, split, numbers=numbers[sharding.share(len(numbers))])
+    if jax.process_count() == 1:
+        return found
+    tokenized = parts.encoders.tokenized(found) if parts.encoders else found
+    return sharding.gathered({name: x for name, x in tokenized.items() if name != "caption"}, len(numbers))
 
 
 def conditioned(parts: Parts, batch) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Requires(NamedTuple):
     teacher: bool = True  # n.teacher, the denoiser of config.teacher
     images: bool = True  # real images in batch["x0"]; False: prompts are enough
     pairs: bool = False  # batch["pairs"], noise and the teacher's output for it, from data.pairs
+    pairs_only: bool = False  # of a batch in training, losses take its pairs alone: rows of the data are not read
     text_encoder: bool = False  # n.teacher_text_encoder; batch["text"] then has token ids: {"input_ids"}
     text: bool = False  # a teacher that takes classes or text, for classifier-free guidance of its score
     condition: str = ""  # "pixels" or "latent": the space of batch["cond"] in the student; "": no condition

@@ -15,6 +15,7 @@ import numpy as np
 from cddistill import config, encoders, flops, generate, io, sharding
 from cddistill.collectives import collectives
 from cddistill.config import Experiment
+from cddistill.data import buckets
 from cddistill.method import Generator
 from cddistill.outline import Outline, outline
 from cddistill.step import active, select
@@ -63,7 +64,8 @@ def plan(experiment: Experiment, target: Target, depth: Depth = "compiled") -> d
         "weights": numbers(run), "held": held, "gradients": gradients(run, experiment.method.turns()),
         "programs": rows, "peak": peak,
         "fits": fits(sum(held.values()), peak, limit),
-        "utilisation": UTILISATION, **hours(rows, mesh.size, target), "notes": notes(rows, target, depth),
+        "utilisation": UTILISATION, **hours(rows, mesh.size, target),
+        "notes": notes(rows, target, depth) + of_buckets(experiment.data.size, experiment.data.buckets),
     }  # fmt: skip
     found["changes"] = changes(experiment, target, run, found, limit) if found["fits"] is False else []
     return found
@@ -279,6 +281,16 @@ def temporaries(experiment: Experiment, target: Target, name: str) -> int:
 
 
 # ---- in words
+
+
+def of_buckets(size: int, text: str) -> list[str]:
+    """What data.buckets change: the plan is for squares of data.size."""
+    if not text:
+        return []
+    height, width = max(buckets.parse(text), key=np.prod)
+    times = height * width / size**2
+    grows = f"the largest of data.buckets, {width}x{height}, has {times:.2f} times as many pixels"
+    return [f"this is a plan for squares of {size} px: {grows}, and activations and FLOPs grow with them"]
 
 
 def notes(rows: list[dict[str, Any]], target: Target, depth: Depth) -> list[str]:

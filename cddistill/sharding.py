@@ -95,6 +95,20 @@ def local_rows(batch_size: int, accumulate: int = 1) -> slice:
     return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
+def share(n: int) -> np.ndarray:
+    """This host's share of 0 ... n - 1, in order; the last number repeats, so that all hosts have equally many."""
+    each = -(-n // jax.process_count())
+    return np.minimum(np.arange(each) + jax.process_index() * each, n - 1)
+
+
+def gathered(shares, n: int):
+    """Arrays with a row for each of n numbers, from those of every host's `share`; equal on all hosts, which must call
+    this together. Of several hosts 64-bit numbers become 32-bit ones."""
+    if jax.process_count() == 1:
+        return shares
+    return jax.tree.map(lambda x: np.asarray(x)[:n], multihost_utils.process_allgather(shares, tiled=True))
+
+
 def check_alike(text: Callable[[], str], what: str) -> None:
     """Raise ValueError, on every host, if the hosts of the run have different texts; `what` they are of, a plural."""
     if jax.process_count() > 1:

@@ -1,8 +1,8 @@
 """One of several processes that work together: `python several_hosts.py FOLDER TEACHER VAE PICTURES MODE...`.
 
-test_several_hosts.py starts them and sets their environment. `train:2` trains up to step 2 and writes no report. What
-they make is below FOLDER, and decoded-<host>.json: the images that a host has decoded, {mode: {train step or "": their
-numbers in the order of reading}}.
+test_several_hosts.py starts them and sets their environment. `train:2` trains up to step 2 and writes no report; `rows`
+trains on what `encode` wrote. What they make is below FOLDER, and decoded-<host>.json: the images that a host has
+decoded, or the encoded rows that it has read, {mode: {train step or "": their numbers in the order of reading}}.
 """
 
 import collections
@@ -14,16 +14,16 @@ import jax
 from jax.experimental import multihost_utils
 
 from cddistill import commands, config, io, sharding, train
-from cddistill.data import loader
+from cddistill.data import encoded, loader
 
 STEPS, BATCH, ROWS = 4, 8, 32
 
 
-def settings(mode, teacher, vae, pictures):
+def settings(mode, teacher, vae, pictures, folder=None):
     """A class-conditional student of 8 px images, and what encodes images of 16 px, of two devices or more."""
     mode, _, steps = mode.partition(":")
     c = config.defaults("dmd2" if mode == "pairs" else "diffusion")
-    c.update(teacher=str(vae if mode == "encode" else teacher), steps=STEPS, batch_size=BATCH, log_every=1)
+    c.update(teacher=str(vae if mode in ("encode", "rows") else teacher), steps=STEPS, batch_size=BATCH, log_every=1)
     c.data.update(source="webdataset", path=str(pictures), size=16 if mode == "encode" else 8, split="all")
     c.data.num_classes = 9
     if mode == "pairs":
@@ -33,6 +33,8 @@ def settings(mode, teacher, vae, pictures):
     else:
         c.update(checkpoint_every=2, eval_every=2, eval_images=4, sample_steps=(2,))
     c.data.buckets = {"buckets": "8x8,16x8", "encode": "16x16,32x16"}.get(mode, "")
+    if mode == "rows":
+        c.data.update(source="arrays", path=str(folder / "encode"))
     c.update(steps=int(steps), report=False) if steps else None
     return c
 
@@ -40,8 +42,8 @@ def settings(mode, teacher, vae, pictures):
 def work(mode, c, folder):
     """Run a mode."""
     run = folder / "run"
-    if mode == "buckets" or mode.startswith("train"):
-        train.train(c, folder / mode if mode == "buckets" else run)
+    if mode in ("buckets", "rows") or mode.startswith("train"):
+        train.train(c, run if mode.startswith("train") else folder / mode)
     elif mode == "evaluate":
         (run / "scores.json").unlink(missing_ok=True) if sharding.is_host0() else None
         commands.evaluate_run(c, run)
@@ -54,8 +56,9 @@ def work(mode, c, folder):
 
 
 def counting(decoded):
-    """Note the numbers of the images that are decoded, by the step of the batch that they are for."""
+    """Note the numbers of the images that are decoded and of the rows that are read, by the step of their batch."""
     step, item, usable = threading.local(), loader.Steps.__getitem__, loader.Pixels.usable
+    row = encoded.EncodedItems.item
 
     def get(self, k):
         step.now = k if self.batch_size == BATCH else ""  # that of the checks before the first step is smaller
@@ -64,11 +67,18 @@ def counting(decoded):
         finally:
             step.now = ""
 
-    def noted(self, i, rng):
+    def note(i):
         decoded[str(getattr(step, "now", ""))].append(int(i))
+
+    def noted(self, i, rng):
+        note(i)
         return usable(self, i, rng)
 
-    loader.Steps.__getitem__, loader.Pixels.usable = get, noted
+    def noted_row(self, i, rng=None):
+        note(self.manifest.get("first", 0) + i)
+        return row(self, i, rng)
+
+    loader.Steps.__getitem__, loader.Pixels.usable, encoded.EncodedItems.item = get, noted, noted_row
 
 
 if __name__ == "__main__":
@@ -80,7 +90,7 @@ if __name__ == "__main__":
     current = collections.defaultdict(list)
     counting(current)
     for mode in modes:
-        work(mode, settings(mode, *places), folder)
+        work(mode, settings(mode, *places, folder), folder)
         multihost_utils.sync_global_devices(mode)
         found[mode] = {step: list(numbers) for step, numbers in current.items()}
         current.clear()

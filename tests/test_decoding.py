@@ -8,6 +8,7 @@ import pytest
 
 from cddistill import config, generate, pipeline, sharding
 from cddistill.data import tiles
+from cddistill.evals import published
 from cddistill.method import Generator
 from cddistill.net import Autoencoder
 
@@ -53,6 +54,9 @@ def test_samples_decoded_in_parts_are_the_same(rows, tile, largest):
     assert found.shape == (5, 18, 28, 3)
     # a decoder that sees one pixel at a time does not know of tiles, but for the sum of weights where they overlap
     np.testing.assert_allclose(found, whole(generate.sample(student, batch, 1, decode=False)), atol=1e-6)
+    SHAPES.clear()
+    np.testing.assert_allclose(published.sampled(student, batch, 1, 0), found, atol=1e-6)  # of published evaluations
+    assert max((shape[:3] for shape in SHAPES), default=largest) == largest  # or it was traced before
 
 
 def test_tiles_of_an_image_lie_where_those_of_its_latent_do():

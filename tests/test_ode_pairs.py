@@ -390,6 +390,22 @@ def test_batches_have_pairs(pairs):
     assert len({noise.tobytes() for noise in batch["pairs"]["noise"]}) == 4
     for name in ("noise", "x0"):  # a pair's partner is the next one, not itself
         np.testing.assert_array_equal(batch["others"][name], np.roll(batch["pairs"][name], -1, 0))
+    alone = next(data.batches(c, batch_size=4, seed=0, pairs_only=True))
+    jax.tree.map(np.testing.assert_array_equal, alone, {name: batch[name] for name in ("index", "pairs", "others")})
+
+
+@pytest.mark.parametrize("method", ["diffusion2gan", "dmd2"])
+def test_rows_that_no_loss_takes_are_not_read(method, teacher, pairs, monkeypatch):
+    """Of Diffusion2GAN all, as it trains on pairs alone."""
+    c = config.defaults(method)
+    c.update(teacher=str(teacher), batch_size=8, sample_steps=(1,))
+    c.data.update(size=8, pairs=str(pairs))
+    c.method.update({"regression_weight": 0.25} if method == "dmd2" else {"regression": "teacher"})
+    parts, read, item = build.build(config.resolve(c)), [], loader.Pixels.item
+    monkeypatch.setattr(loader.Pixels, "item", lambda self, i, rng: read.append(i) or item(self, i, rng))
+    batch = next(parts.batches(parts.driver(), parts.frozen))
+    assert ("x0" in batch, bool(read)) == (method == "dmd2",) * 2
+    assert {"index", "pairs", "others"} <= batch.keys()
 
 
 def test_embeddings_and_sizes_round_trip(tmp_path):

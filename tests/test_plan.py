@@ -196,6 +196,12 @@ def test_shipped_architectures_have_the_published_number_of_weights(folder, part
     assert sum(x.size for x in jax.tree.leaves(net)) == number
 
 
+def test_a_plan_says_what_buckets_change():
+    assert plan.of_buckets(512, "") == []
+    (said,) = plan.of_buckets(512, "512x512,768x384,640x448")
+    assert "squares of 512 px: the largest of data.buckets, 768x384, has 1.12 times as many pixels" in said
+
+
 # ---- refusals
 
 

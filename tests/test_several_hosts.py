@@ -1,5 +1,6 @@
-"""Every mode on two and on four hosts gives what one process with as many devices gives, and no host reads another's
-rows. Real processes, so all of it is slow; tests of what each part does are in the parts' own files."""
+"""Every mode on two hosts, training and pairs also on four, gives what one process with as many devices gives, and no
+host reads another's rows. Real processes, so all of it is slow; tests of what each part does are in the parts' files.
+"""
 
 import json
 import pathlib
@@ -22,7 +23,9 @@ from cddistill.data.ode_pairs import OdePairs
 pytestmark = pytest.mark.slow
 proxies, bucket = test_object_store.proxies, test_object_store.bucket  # fixtures
 HERE = pathlib.Path(__file__).parent
-MODES = {2: ("train", "buckets", "evaluate", "sample", "export", "encode", "pairs"), 4: ("train", "pairs")}
+ALL = ("train", "buckets", "evaluate", "sample", "export", "encode", "rows", "pairs")
+MODES = {2: ALL, 4: ("train", "pairs")}
+all_modes = pytest.mark.parametrize("runs", [2], indirect=True, ids=["2 hosts"])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def places(teacher, tmp_path_factory):
 def run(hosts, devices, folder, places, modes):
     """Run modes in processes that share some devices."""
     args = (HERE / "several_hosts.py", folder, *places, *modes)
-    together(*args, hosts=hosts, devices=devices, timeout=400, HOME=str(places[1]))
+    together(*args, hosts=hosts, devices=devices, timeout=1200, HOME=str(places[1]))
     return folder
 
 
@@ -55,7 +58,7 @@ def trained(places, folder, mode="train"):
     """The last checkpoint's weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", jax.local_devices)
-        experiment = config.resolve(settings(mode, *places))
+        experiment = config.resolve(settings(mode, *places, folder))
         checkpoints = open_checkpoints(folder / {"train": "run"}.get(mode, mode), experiment, read_only=True)
         state = checkpoints.restore_weights(build(experiment).abstract)
         checkpoints.close()
@@ -108,21 +111,12 @@ def check_encoded(several, one):
             jax.tree.map(np.testing.assert_array_equal, found.item(i, None), expected.item(i, None))
 
 
-@pytest.fixture
-def two(runs):
-    """(folder of one process, of two hosts)."""
-    return runs[1:]
-
-
-all_modes = pytest.mark.parametrize("runs", [2], indirect=True, ids=["2 hosts"])
-
-
 @all_modes
-def test_buckets_are_those_of_one_process(two, places):
-    """Batches of two shapes, each of which both hosts have at the same step."""
-    one, several = two
+def test_buckets_are_those_of_one_process(runs, places):
+    """Batches of two shapes, each of which all hosts have at the same step."""
+    n, one, several = runs
     jax.tree.map(close, *(trained(places, folder, "buckets") for folder in (several, one)))
-    (whole,), parts = decoded(one, 1, "buckets"), decoded(several, 2, "buckets")
+    (whole,), parts = decoded(one, 1, "buckets"), decoded(several, n, "buckets")
     assert [sum((part[str(k)] for part in parts), []) for k in range(STEPS)] == [whole[str(k)] for k in range(STEPS)]
     experiment = config.resolve(settings("buckets", *places))
     stream = data.batches(experiment.data, batch_size=BATCH, seed=experiment.run.seed)
@@ -130,18 +124,34 @@ def test_buckets_are_those_of_one_process(two, places):
 
 
 @all_modes
-def test_encoded_rows_are_those_of_one_process_bit_for_bit(two):
-    one, several = two
+def test_encoded_rows_are_those_of_one_process_bit_for_bit(runs):
+    n, one, several = runs
     check_encoded(several, one)
     assert io.read_json(one / "encode" / "train" / "manifest.json")["buckets"].keys() == {"16x16", "32x16"}
-    whole, *parts = (sum(x.values(), []) for x in decoded(one, 1, "encode") + decoded(several, 2, "encode"))
+    whole, *parts = (sum(x.values(), []) for x in decoded(one, 1, "encode") + decoded(several, n, "encode"))
     assert sorted(sum(parts, [])) == sorted(whole)
-    assert min(map(len, parts)) >= len(whole) // 3  # a bucket's last shard is smaller, and its first one host 0's
+    assert min(map(len, parts)) >= len(whole) // (2 * n)  # a bucket's last shard is smaller, and its first one host 0's
 
 
 @all_modes
-def test_scores_are_those_of_one_process(two):
-    one, several = (json.loads((folder / "run" / "scores.json").read_text()) for folder in two)
+def test_training_on_encoded_buckets_is_that_of_one_process(runs, places):
+    """Of the folder that as many hosts have encoded: the same rows at each step, of two shapes, each read by one."""
+    n, one, several = runs
+    jax.tree.map(close, *(trained(places, folder, "rows") for folder in (several, one)))
+    (whole,), parts = decoded(one, 1, "rows"), decoded(several, n, "rows")
+    for step in map(str, range(STEPS)):
+        read = [part[step] for part in parts]
+        assert [len(x) for x in read] == [BATCH // n] * n
+        assert sum(read, []) == whole[step]
+    experiment = config.resolve(settings("rows", *places, several))
+    stream = data.batches(experiment.data, batch_size=BATCH, seed=experiment.run.seed)
+    assert {next(stream)["x0"].shape[1:3] for _ in range(STEPS)} == {(8, 8), (8, 16)}
+
+
+@all_modes
+def test_scores_are_those_of_one_process(runs):
+    n, *folders = runs
+    one, several = (json.loads((folder / "run" / "scores.json").read_text()) for folder in folders)
     assert one.keys() == several.keys()
     for row in one:
         assert one[row]["n"] == several[row]["n"] == 4
@@ -149,34 +159,40 @@ def test_scores_are_those_of_one_process(two):
             value = several[row]["metrics"][column]
             assert (found is None) == (value is None)
             np.testing.assert_allclose(value or 0.0, found or 0.0, rtol=1e-3, err_msg=f"{row} {column}")
+    whole, *parts = (
+        len(sum(x.values(), [])) for x in decoded(folders[0], 1, "evaluate") + decoded(folders[1], n, "evaluate")
+    )
+    assert parts == [whole - 4 + 4 // n] * n  # the rest are checks
 
 
 @all_modes
-def test_sampled_images_are_those_of_one_process(two):
-    one, several = (np.asarray(Image.open(folder / "sample.png"), np.int16) for folder in two)
+def test_sampled_images_are_those_of_one_process(runs):
+    one, several = (np.asarray(Image.open(folder / "sample.png"), np.int16) for folder in runs[1:])
     assert np.abs(one - several).max() <= 1  # of 255: weights agree to the order of sums
 
 
 @all_modes
-def test_an_export_is_that_of_one_process(two):
+def test_an_export_is_that_of_one_process(runs):
     names = [
-        sorted(p.relative_to(folder / "export").as_posix() for p in (folder / "export").rglob("*")) for folder in two
+        sorted(p.relative_to(folder / "export").as_posix() for p in (folder / "export").rglob("*"))
+        for folder in runs[1:]
     ]
     assert names[0] == names[1]
     file = "export/unet/diffusion_pytorch_model.safetensors"
-    one, several = (safetensors.numpy.load_file(folder / file) for folder in two)
+    one, several = (safetensors.numpy.load_file(folder / file) for folder in runs[1:])
     for name, x in one.items():  # float16
         np.testing.assert_allclose(np.float32(several[name]), np.float32(x), rtol=2e-3, atol=1e-5, err_msg=name)
 
 
 @test_object_store.needs_servers
 @all_modes
-def test_two_hosts_read_shards_from_a_bucket_and_write_pairs_and_encoded_rows_to_it(two, places, bucket):
-    """They build the index of the shards together, in the bucket."""
+def test_two_hosts_work_on_shards_pairs_and_encoded_rows_in_a_bucket(runs, places, bucket):
+    """They build the index of the shards together, in the bucket, write to it, and train on what they wrote."""
     teacher, vae, shards = places
     for path in shards.glob("*.tar"):
         io.write_atomic(bucket / "shards" / path.name, path.read_bytes())
-    run(2, 2, bucket, (teacher, vae, bucket / "shards"), ("encode", "pairs"))
+    run(2, 2, bucket, (teacher, vae, bucket / "shards"), ("encode", "pairs", "rows"))
     assert "shards/.cddistill/index.tar.json" in io.sizes(bucket)
-    check_pairs(bucket, two[0])
-    check_encoded(bucket, two[0])
+    check_pairs(bucket, runs[1])
+    check_encoded(bucket, runs[1])
+    jax.tree.map(close, trained(places, bucket, "rows"), trained(places, runs[1], "rows"))

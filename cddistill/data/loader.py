@@ -271,23 +271,25 @@ def without_captions(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in batch.items() if name != "caption"}
 
 
-def batches(config, split="train", *, batch_size, seed, start=0, rows=slice(None), prepare=without_captions):
+def batches(
+    config, split="train", *, batch_size, seed, start=0, rows=slice(None), prepare=without_captions, pairs_only=False
+):
     """Infinite iterator over batches, from step `start`. `batch_size` is global; `rows` selects this host's rows.
 
-    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1], of one bucket in training; text-only
-    data has zeros and imageless, bool [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null
-    are a UNet's text inputs: {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32
-    [b], is the row in the global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others:
-    others[i] = pairs[i+1], modulo the global batch. Row r of step k is element k * batch_size + r of an endless stream
-    that is reshuffled every epoch; that number also seeds its randomness. Threads make the next batches in advance, and
-    pass them, with caption, a list of b str, through `prepare`.
+    A batch is a dict of numpy arrays. x0 is float32 [b,h,w,c] in [-1, 1], of one bucket in training; text-only data has
+    zeros and imageless, bool [b]. Tasks with a condition add cond, float32 [b,h,w,c] in [0, 1]. text and null are a
+    UNet's text inputs: {"class_labels": int32 [b]} or {"encoder_hidden_states": float32 [b,l,d]}. index, int32 [b], is
+    the row in the global batch. data.pairs adds pairs, {noise, x0, text, null} for b rows, and others: others[i] =
+    pairs[i+1], modulo the global batch; with pairs_only there is nothing else. Row r of step k is element k *
+    batch_size + r of an endless stream, reshuffled every epoch; that number seeds its randomness. Threads make the
+    next batches, and pass them, with caption, a list of b str, through `prepare`.
     """
     pairs = shuffled(load_pairs(config.pairs, config.skip_bad), seed + 1) if config.pairs else None
     index = np.arange(batch_size, dtype=np.int32)[rows]
     if parts := parts_of(config, split):
         items = InTurn.of(parts, seed, batch_size, config.window)
     else:
-        items = shuffled(load(config, split), seed, config.window)
+        items = None if pairs_only else shuffled(load(config, split), seed, config.window)
     stream = Steps(items, pairs, batch_size, index, prepare)
     threads = 1 if config.source.precomputed else config.threads  # without decoding, several only share one lock
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8)
@@ -351,7 +353,7 @@ def load_pairs(folder, skip_bad=False):
 class Steps:
     """This host's rows of each batch, indexed by step."""
 
-    stream: grain.MapDataset | InTurn
+    stream: grain.MapDataset | InTurn | None
     pairs: grain.MapDataset | None
     batch_size: int
     rows: np.ndarray
@@ -361,9 +363,10 @@ class Steps:
         return sys.maxsize // self.batch_size
 
     def __getitem__(self, step):
-        items = [self.stream[step * self.batch_size + int(row)] for row in self.rows]
-        kept = [{name: item[name] for name in KEPT if name in item} for item in items]
-        batch = stack(kept) | {"index": self.rows}
+        batch = {"index": self.rows}
+        if self.stream is not None:
+            items = [self.stream[step * self.batch_size + int(row)] for row in self.rows]
+            batch |= stack([{name: item[name] for name in KEPT if name in item} for item in items])
         if self.pairs is not None:
             others = (self.rows + 1) % self.batch_size
             pairs = {row: self.pairs[step * self.batch_size + int(row)] for row in {*self.rows, *others}}
@@ -371,16 +374,17 @@ class Steps:
         return self.prepare(batch)
 
 
-def examples(config, split="test", n=0, seed=0):
-    """The first n items of a split (all if n <= 0), stacked as in `batches`, with label and caption (a list of str).
+def examples(config, split="test", n=0, seed=0, numbers=None):
+    """The first n items of a split (all if n <= 0), or those of these numbers, stacked as in `batches`, with label and
+    caption (a list of str).
 
     Never augmented. The random degradation of item i depends only on (seed, i). ValueError for rows of several shapes.
     """
     dataset = load(config, split, augment=False)
     if hasattr(dataset, "buckets"):
         raise ValueError(f"the {split} rows of {config.path} have several shapes: take those of validation or test")
-    n = len(dataset) if n <= 0 else min(n, len(dataset))
-    return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in range(n)])
+    numbers = range(len(dataset))[: n if n > 0 else None] if numbers is None else map(int, numbers)
+    return stack([dataset.item(i, np.random.default_rng([seed, i])) for i in numbers])
 
 
 def stack(items):

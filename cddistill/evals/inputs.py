@@ -12,7 +12,6 @@ import numpy as np
 
 from cddistill import data, generate, pipeline
 from cddistill.build import Parts
-from cddistill.data.loader import stack
 from cddistill.evals.protocols import PROMPTS, Protocol
 from cddistill.evals.stream import mine
 
@@ -70,12 +69,12 @@ def pairs(parts: Parts, protocol: Protocol, folder: Path, n: int) -> Callable[[n
     config = parts.experiment.data
     if not config.task.conditional:
         raise ValueError("this protocol restores degraded images: set data.task to the task of this run")
-    dataset = data.load(config, "test", augment=False)
-    if len(dataset) < n:
-        raise ValueError(f"the test split has {len(dataset)} images, and {n} are asked for: set protocol_images")
+    there = len(data.load(config, "test", augment=False))
+    if there < n:
+        raise ValueError(f"the test split has {there} images, and {n} are asked for: set protocol_images")
 
     def rows(numbers):
-        examples = stack([dataset.item(int(i), np.random.default_rng([0, int(i)])) for i in numbers])
+        examples = generate.examples_of(parts, "test", numbers)
         batch = generate.batch_of(parts, examples) | {"index": numbers.astype(np.int32)}
         return Rows(jax.tree.map(mine, batch), targets=mine(generate.targets(parts, examples)))
 

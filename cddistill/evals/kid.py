@@ -13,10 +13,16 @@ def standardized(x, real):
     """x minus the mean of the real set, over its standard deviation, float64.
 
     Deviations below half of their median are raised to it. A feature that is rarely active on the real set would
-    otherwise be divided by almost zero and dominate the cubic kernel.
+    otherwise be divided by almost zero and dominate the cubic kernel. Where `varies` is False the result means nothing.
     """
     std = real.std(0, dtype=np.float64)
     return (x - real.mean(0, dtype=np.float64)) / np.maximum(std, max(0.5 * np.median(std), 1e-6))
+
+
+def varies(real) -> bool:
+    """Whether at least half of the features differ between the images of the real set: those of a few images of one
+    colour do not, and a KID of 1e39 would be that of rounding."""
+    return bool(np.median(real.std(0, dtype=np.float64)) > 1e-6)
 
 
 def kid(x, real) -> tuple[float, float]:

@@ -114,13 +114,13 @@ def conclude(rows: list[Row], name: str, protocol: Protocol, place: PurePath) ->
 def sample_all(plan: Plan, student: Student, steps: int, place: PurePath) -> None:
     """Sample a student's images and keep what is measured of them in a folder; of complete files nothing is sampled."""
     run, task = plan.parts.experiment.run, plan.parts.experiment.data.task
-    program, png = sampling_program(student.method, student.mesh), place / "png"
+    png, tile = place / "png", student.frozen["autoencoder"].tile
     weights = fingerprint({str(i): x for i, x in enumerate(jax.tree.leaves(student[2:]))})
     identity = plan.identity | {"weights": weights, "sampling": repr(student.method), "steps": steps}
 
     def measure(numbers):
         rows = plan.given(numbers)
-        images = own_rows(program(student[2:], sharding.put_rows(student.mesh, rows.batch), steps, run.seed))
+        images = sampled(student, rows.batch, steps, run.seed)
         images = task.finish(images, rows.batch["cond"]) if "cond" in rows.batch else images
         pixels = grids.to_uint8(images, f"{place.name}, rows {numbers[0]} to {numbers[-1]}")
         if run.protocol_png:
@@ -128,19 +128,30 @@ def sample_all(plan: Plan, student: Student, steps: int, place: PurePath) -> Non
                 grids.save_image(png / f"{i:08}.png", image)
         return {name: look(list(pixels), rows) for name, look in plan.looks.items()}
 
-    identity |= {"png": True} if run.protocol_png else {}
+    identity |= ({"png": True} if run.protocol_png else {}) | ({"decode_tile": tile} if tile else {})
     stream.measure_all(place, identity, plan.n, plan.batch, measure, place.name)
 
 
-@functools.lru_cache(maxsize=16)
-def sampling_program(method, mesh):
-    """As `generate.sampling_program`, but each host gets the images of its own rows only."""
+def sampled(student: Student, batch, steps: int, seed: int) -> np.ndarray:
+    """This host's images [b, h, w, c] in [0, 1] of a batch, of which every host gives its rows."""
+    autoencoder = student.frozen["autoencoder"]
+    apart = generate.decodes_apart(autoencoder)
+    program = sampling_program(student.method, student.mesh, not apart)
+    made = program(student[2:], sharding.put_rows(student.mesh, batch), steps, seed)
+    return stream.mine(generate.decoded(autoencoder, np.asarray(made))) if apart else own_rows(made)
 
-    @functools.partial(jax.jit, static_argnums=2, out_shardings=sharding.by_row(mesh))
+
+@functools.lru_cache(maxsize=16)
+def sampling_program(method, mesh, decode: bool):
+    """As `generate.sampling_program`, but each host gets the images of its own rows only; every one all latents."""
+
+    @functools.partial(
+        jax.jit, static_argnums=2, out_shardings=(sharding.by_row if decode else sharding.replicated)(mesh)
+    )
     @functools.partial(sharding.inside, mesh)
     def program(nets, batch, steps, seed):
         noise, after = generate.seeded(seed, batch["index"], batch["x0"].shape[1:])
-        return generate.images(Student(method, mesh, *nets), batch, noise, after, steps)
+        return generate.images(Student(method, mesh, *nets), batch, noise, after, steps, decode)
 
     return program
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,19 +94,34 @@ class PairMetric(NamedTuple):
     compare: Callable[..., jax.Array]  # (output features, target features[, weights of pixels [b,h,w,1]]) -> [b]
 
 
+class Measured(NamedTuple):
+    """What is measured of sets of images, of a part of them or of all; the targets are the set ""."""
+
+    columns: dict[str, tuple[str, tuple[str, ...]]]  # of the table: the set that is the reference, those compared
+    n: dict[str, int]  # images of each set
+    each: dict[str, dict[str, np.ndarray]]  # by set and column: a number for each image [n]
+    features: dict[str, np.ndarray]  # by set: EfficientNet's [n, 1280]; {} if they are missing
+    missing: dict[str, str]  # columns that are not computed, and why
+
+
 def evaluate(
     sets: Mapping[str, Any], targets, *, nfe: Mapping[str, int] | None = None, paired: bool = True, teacher: str = ""
 ) -> list[Row]:
-    """One row per set of images, float [n,h,w,c] in [0, 1] with c = 1 or 3, against targets of the same shape.
+    """One row per set of images: `measure` and `table` of all images at once. `nfe` has the network evaluations per
+    image of each generated set."""
+    return table(measure(sets, targets, paired=paired, teacher=teacher), nfe)
+
+
+def measure(sets: Mapping[str, Any], targets, *, paired: bool = True, teacher: str = "", first: int = 0) -> Measured:
+    """What is measured of sets of images, float [n,h,w,c] in [0, 1] with c = 1 or 3, against targets of the same shape.
 
     `paired` means that target i is the ground truth of output i. Otherwise only distances between sets are computed,
-    and the numbers of images may differ. `nfe` has the network evaluations per image of each generated set. `teacher`
-    names a set, sampled from the same noise, that the others are also compared with, as sets and image by image. If
-    targets are None, it is the only comparison. A metric that cannot be computed (weights not installed, too few or too
-    small images) is None; `Row.missing` has the reason. Raises ValueError for images of other ranges or shapes.
+    and the numbers of images may differ. `teacher` names a set, sampled from the same noise, that the others are also
+    compared with, as sets and image by image. If targets are None, it is the only comparison. A part may be measured at
+    a time, of images from number `first` on: `joined`. Raises ValueError for images of other ranges or shapes.
     """
-    sets = {name: as_rgb(name, images) for name, images in sets.items()}
-    all_sets = sets if targets is None else {None: as_rgb("targets", targets), **sets}
+    sets = {name: as_rgb(name, images, first) for name, images in sets.items()}
+    all_sets = sets if targets is None else {"": as_rgb("targets", targets, first), **sets}
     shape = next(iter(all_sets.values())).shape
     for name, images in sets.items():
         if images.shape[1:] != shape[1:] or (paired and len(images) != shape[0]):
@@ -114,37 +129,66 @@ def evaluate(
     size = 64 if max(shape[1:3]) <= 64 else 224
     of_sets = [f"KID-EffLite0@{size}", "FD-EffLite0-PCA64"]
     of_sets += [] if paired else ["Precision-EffLite0", "Recall-EffLite0"]  # trivial for outputs near their targets
-    features = functools.cache(lambda: extract(size, all_sets))
-    columns = comparisons(sets, all_sets.get(None), of_sets, paired, teacher)
-    scores, each, missing = {name: {} for name in sets}, {name: {} for name in sets}, []
-    for column, (reference, truth, compared) in progress.each("scoring", columns.items()):
+    columns = comparisons([*sets], targets is not None, of_sets, paired, teacher)
+    each, missing, features = {name: {} for name in sets}, {}, {}
+    for column, (reference, names) in progress.each("scoring", columns.items()):
         metric = column.removesuffix(TO_TEACHER)
         try:
-            require(metric, [truth, *compared.values()])
             if metric in PAIR_METRICS:
-                for (name, _), by_image in pair_values(PAIR_METRICS[metric](), compared, truth).items():
+                require(metric, shape[1:3])
+                compared = {name: sets[name] for name in names}
+                for (name, _), by_image in pair_values(PAIR_METRICS[metric](), compared, all_sets[reference]).items():
                     each[name][column] = by_image
-                values = {name: mean_and_error(each[name][column]) for name in compared}
             else:
-                values = set_scores(metric, features(), reference, compared)
+                features = features or extract(size, all_sets)
         except (NotComputed, lpips.WeightsMissing) as error:
-            values = dict.fromkeys(compared)
-            missing.append(f"{column}: not computed ({error})")
-        for name in compared:
+            missing[column] = str(error)
+    return Measured(columns, {name: len(x) for name, x in all_sets.items()}, each, features, missing)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """What is measured of all images, from parts that follow each other."""
+    n = {name: sum(part.n[name] for part in parts) for name in parts[0].n}
+    each = {
+        name: {column: np.concatenate([part.each[name][column] for part in parts]) for column in columns}
+        for name, columns in parts[0].each.items()
+    }
+    features = {name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features}
+    return parts[0]._replace(n=n, each=each, features=features)
+
+
+def table(found: Measured, nfe: Mapping[str, int] | None = None) -> list[Row]:
+    """One row per set. A metric that cannot be computed (weights not installed, too few or too small images) is None;
+    `Row.missing` has the reason."""
+    scores, missing = {name: {} for name in found.each}, []
+    for column, (reference, names) in found.columns.items():
+        metric, why = column.removesuffix(TO_TEACHER), found.missing.get(column, "")
+        if not why and min(found.n[name] for name in (reference, *names)) < METRICS[metric].images:
+            why = f"needs at least {METRICS[metric].images} images"
+        elif not why and metric in SET_METRICS and not kid.varies(found.features[reference]):
+            why = "most features are the same in all images that it compares with: evaluate more of them"
+        if why:
+            values = dict.fromkeys(names)
+            missing.append(f"{column}: not computed ({why})")
+        elif metric in PAIR_METRICS:
+            values = {name: mean_and_error(found.each[name][column]) for name in names}
+        else:
+            values = set_scores(metric, found.features, reference, names)
+        for name in names:
             scores[name][column] = values[name]
-    calls, why = nfe or {}, tuple(missing)
-    return [Row(name, scores[name], len(x), calls.get(name), why, each[name]) for name, x in sets.items()]
+    calls, reasons = nfe or {}, tuple(missing)
+    return [Row(name, scores[name], found.n[name], calls.get(name), reasons, x) for name, x in found.each.items()]
 
 
-def comparisons(sets, targets, of_sets, paired: bool, teacher: str) -> dict[str, tuple[str | None, Any, Mapping]]:
-    """{column: (name of the reference set, its images, the sets compared with it)}. The targets have the name None."""
+def comparisons(names: list[str], targets: bool, of_sets, paired: bool, teacher: str):
+    """`Measured.columns` of these sets, with targets or without."""
     columns = {}
-    if targets is not None:
-        columns = {metric: (None, targets, sets) for metric in (*(PAIR_METRICS if paired else ()), *of_sets)}
+    if targets:
+        columns = {metric: ("", tuple(names)) for metric in (*(PAIR_METRICS if paired else ()), *of_sets)}
     if teacher:
-        others = {name: images for name, images in sets.items() if name not in (teacher, RECONSTRUCTION)}
+        others = tuple(name for name in names if name not in (teacher, RECONSTRUCTION))
         same_noise = (*of_sets, "PSNR", "LPIPS-VGG")
-        columns |= {metric + TO_TEACHER: (teacher, sets[teacher], others) for metric in same_noise if others}
+        columns |= {metric + TO_TEACHER: (teacher, others) for metric in same_noise if others}
     return columns
 
 
@@ -181,8 +225,9 @@ def cell(metric: str, value) -> str:
     return f"{mean:.{digits}f} ± " + (f"{error:.0e}" if 0 < error < 0.5 * 10**-digits else f"{error:.{digits}f}")
 
 
-def as_rgb(name, images) -> np.ndarray:
-    """Images as float32 [n,h,w,3]. Raises ValueError for other shapes, types or ranges than `evaluate` takes."""
+def as_rgb(name, images, begin: int = 0) -> np.ndarray:
+    """Images, whose numbers begin there, as float32 [n,h,w,3]. Raises ValueError for other shapes, types or ranges than
+    `measure` takes."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         raise ValueError(f"{name!r} has shape {images.shape}, not [n, h, w, 1 or 3] with n > 0")
@@ -191,17 +236,14 @@ def as_rgb(name, images) -> np.ndarray:
     low, high = images.min(), images.max()
     if not (low >= -1e-4 and high <= 1.0001):  # also False for nan
         first = np.flatnonzero(~((images >= -1e-4) & (images <= 1.0001)).all((1, 2, 3)))[0]
-        raise ValueError(f"{name!r} has values from {low} to {high}, not in [0, 1]; image {first} is the first")
+        raise ValueError(f"{name!r} has values from {low} to {high}, not in [0, 1]; image {begin + first} is the first")
     return np.repeat(images, 3 // images.shape[3], 3).astype(np.float32)
 
 
-def require(metric, sets):
-    """Raise NotComputed if the images are too small or too few for a metric."""
-    need = METRICS[metric]
-    if min(sets[0].shape[1:3]) < need.pixels:
-        raise NotComputed(f"needs images of at least {need.pixels} px")
-    if min(map(len, sets)) < need.images:
-        raise NotComputed(f"needs at least {need.images} images")
+def require(metric, sides):
+    """Raise NotComputed if images of these sides are too small for a metric."""
+    if min(sides) < METRICS[metric].pixels:
+        raise NotComputed(f"needs images of at least {METRICS[metric].pixels} px")
 
 
 def pair_values(metric: PairMetric, sets, targets, regions: Mapping[str, Any] = WHOLE) -> dict[tuple, np.ndarray]:
@@ -228,7 +270,7 @@ def set_scores(metric, features, reference, names) -> dict[str, tuple[float, flo
     return {name: SET_METRICS[metric](kid.standardized(features[name], features[reference]), real) for name in names}
 
 
-def extract(size, sets) -> dict[str | None, np.ndarray]:
+def extract(size, sets) -> dict[str, np.ndarray]:
     """EfficientNet-Lite0 features [n, 1280] by set."""
     net = feature_extractor(size)
     features = lambda images: np.concatenate([net(padded(images, rows)) for rows in batches(images)])[: len(images)]
@@ -236,8 +278,9 @@ def extract(size, sets) -> dict[str | None, np.ndarray]:
 
 
 def batches(images) -> list[slice]:
-    """Slices of equal size: up to 64 images, fewer for images above 128 px. The last may exceed the images."""
-    size = max(1, min(64, len(images), 2**20 // (images.shape[1] * images.shape[2])))
+    """Slices of equal size: up to 64 images, above 128 px a power of two below. The last may exceed the images."""
+    fit = max(1, 2**20 // (images.shape[1] * images.shape[2]))
+    size = min(64, len(images), 1 << fit.bit_length() - 1)
     return [slice(i, i + size) for i in range(0, len(images), size)]
 
 

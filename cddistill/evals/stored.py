@@ -26,6 +26,13 @@ def path_of(folder: Path, steps: int) -> Path:
     return Path(folder) / "samples" / f"{steps}-steps.safetensors"
 
 
+def number(folder: Path, steps: int) -> int:
+    """How many images are stored for a number of steps."""
+    path = path_of(folder, steps)
+    header = files.safetensors_header(path)[0] if path.is_file() else {}
+    return header["images"]["shape"][0] if "images" in header else 0
+
+
 def find(folder: Path, student: Student, batch, steps: int, seed: int) -> np.ndarray | None:
     """Images [n, h, w, c] in [0, 1] as `generate.sample` would generate them, to 1e-5; None if they are not stored."""
     path = path_of(folder, steps)

@@ -104,7 +104,7 @@ class Diffusion2GAN(Generator):
             )
         outlines = {"latent_lpips": functools.partial(latent_lpips.outline, self.metric, self.family)}
         condition = adapter.condition_space(self.adapter)
-        return Requires(nets, outlines, images=False, pairs=True, condition=condition)
+        return Requires(nets, outlines, images=False, pairs=True, pairs_only=True, condition=condition)
 
     def exports(self):
         return dict(zip(("unet", "controlnet"), self.parts(), strict=False))
