@@ -70,12 +70,18 @@ def test_the_unet_equals_pytorchs(place):
     assert error < 1e-4
 
 
-def test_encode(place):
+@pytest.fixture(scope="module")
+def latents(place):
+    """A folder with the four images encoded."""
     images, output = place / "images", place / "latents"
     mode(place, "encode", INPAINT, f"--config.data.path={images}", "--config.batch_size=1", f"--output={output}")
+    return output
+
+
+def test_encode(latents):
     rows = []
     for split, n in (("train", 2), ("validation", 1), ("test", 1)):
-        found = data.load(data.configure(source="arrays", path=str(output), task="inpaint", size=512), split)
+        found = data.load(data.configure(source="arrays", path=str(latents), task="inpaint", size=512), split)
         assert len(found) == n
         rows += [found.item(i, np.random.default_rng(0)) for i in range(n)]
     for row in rows:
@@ -100,11 +106,11 @@ def test_sample(place):
     assert image.std() > 1  # of 255
 
 
-def test_one_step_of_pe_codi(place):
+def test_one_step_of_pe_codi(place, latents):
     workdir = place / "run"
     shutil.rmtree(workdir, ignore_errors=True)
     small = {"batch_size": 1, "steps": 1, "log_every": 1, "report": False, "log": "none", "optim.warmup": 0}
-    small |= {"optim.state_dtype": "bfloat16", "data.path": place / "images"}
+    small |= {"data.source": "arrays", "data.path": latents}
     mode(place, "train", INPAINT, *(f"--config.{key}={value}" for key, value in small.items()), f"--workdir={workdir}")
     (found,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     print(found)
