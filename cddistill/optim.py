@@ -58,7 +58,9 @@ class StoredState(NamedTuple):
 
 
 def stored_in(optimizer: optax.GradientTransformation, dtype: rounding.Stored) -> optax.GradientTransformation:
-    """An optimiser whose state starts from zeros, is float32 in an update, and in another type between two: see `rounding.store`.
+    """An optimiser whose state starts from zeros, is float32 in an update, and in another type between two.
+
+    See `rounding.store`.
 
     What is rounded depends on the number of the update only, so a resumed run repeats it.
     """
