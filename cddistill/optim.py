@@ -60,9 +60,7 @@ class StoredState(NamedTuple):
 def stored_in(optimizer: optax.GradientTransformation, dtype: rounding.Stored) -> optax.GradientTransformation:
     """An optimiser whose state starts from zeros, is float32 in an update, and in another type between two.
 
-    See `rounding.store`.
-
-    What is rounded depends on the number of the update only, so a resumed run repeats it.
+    What is rounded, see `rounding.store`, depends on the number of the update only, so a resumed run repeats it.
     """
 
     def store(state, count):
