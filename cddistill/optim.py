@@ -58,9 +58,9 @@ class StoredState(NamedTuple):
 
 
 def stored_in(optimizer: optax.GradientTransformation, dtype: rounding.Stored) -> optax.GradientTransformation:
-    """An optimiser whose state is float32 in an update, and in another type between two: see `rounding.store`.
+    """An optimiser whose state starts from zeros, is float32 in an update, and in another type between two.
 
-    What is rounded depends on the number of the update only, so a resumed run repeats it.
+    What is rounded, see `rounding.store`, depends on the number of the update only, so a resumed run repeats it.
     """
 
     def store(state, count):
@@ -70,7 +70,9 @@ def stored_in(optimizer: optax.GradientTransformation, dtype: rounding.Stored) -
         return StoredState(count, jax.tree.unflatten(tree, rounded))
 
     def init(params):
-        return store(optimizer.init(params), jnp.zeros((), jnp.int32))
+        # Zeros, as Adam starts from: the compiler would round whole kernels of them, for minutes.
+        shapes = jax.eval_shape(lambda: store(optimizer.init(params), jnp.zeros((), jnp.int32)))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def update(updates, state, params=None):
         inner = jax.tree.map(rounding.load, state.inner, is_leaf=lambda x: isinstance(x, rounding.Coded))

@@ -185,6 +185,17 @@ def test_the_same_again_keeps_every_row(teacher, pictures, out):
     assert before.stat().st_mtime_ns == stamp
 
 
+def test_no_more_rows_are_encoded_at_a_time_than_there_are(teacher, pictures, tmp_path, monkeypatch):
+    """Two in a split, of a batch for thousands: a multiple of the eight devices."""
+
+    def program_of(encode, nets, size):
+        raise InterruptedError(f"{size} at a time")
+
+    monkeypatch.setattr(encode, "program_of", program_of)
+    with pytest.raises(InterruptedError, match="^8 at a time"):
+        commands.encode_data(settings(teacher, pictures, batch_size=256), tmp_path / "new")
+
+
 def test_latents_are_the_posteriors_mean_or_samples_from_it(teacher, pictures, tmp_path):
     """A row's sample depends on its number and the seed, not on the batches."""
     rows = {}

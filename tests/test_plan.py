@@ -84,6 +84,23 @@ def test_temporaries_peak_and_collectives_are_those_of_the_compiled_programs(mad
     assert train["flops_compiler"] > 0
 
 
+def test_a_cpu_that_stands_in_for_an_accelerator_saves_memory_as_that_does():
+    """Twenty layers that each make something of a weight, which only the next product needs."""
+
+    def layers(weights, x):
+        for w in weights:
+            x = jnp.tanh(x @ jnp.sin(w))
+        return x
+
+    weight, devices = jnp.zeros((128, 128)), jax.devices()[:1]
+    traced = jax.jit(layers).trace([weight] * 20, jnp.zeros((8, 128)))
+    own, other = (
+        plan.compiled(traced, targets.Target(kind, devices, "cpu", None))["temporaries"] for kind in ("cpu", "h100")
+    )
+    assert own >= 20 * weight.nbytes
+    assert other < 3 * weight.nbytes
+
+
 def test_a_run_that_does_not_fit_says_what_to_change(made):
     found, saved = made[0], [change["saves"] for change in made[0]["changes"]]
     changes = {change["change"]: change for change in found["changes"]}

@@ -89,6 +89,18 @@ def test_the_first_update_is_that_of_float32():
         np.testing.assert_array_equal(first(dtype), first("float32"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_first_state_is_that_of_rounding_and_nothing_is_rounded_for_it(dtype):
+    w = {"kernel": tiny.randn(0, 64, 80), "bias": tiny.randn(1, 80)}
+    adam, whole = (optimizer(OptimConfig(clip=0.0, state_dtype=kind), 1) for kind in (dtype, "float32"))
+    rounded = jax.tree.map(lambda x: rounding.store(x, dtype, KEY), whole.init(w))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(adam.init(w))[1:], jax.tree.leaves(rounded))
+    assert {x.dtype for x in jax.tree.leaves(adam.init(w))} >= {jnp.dtype(dtype)}
+    program = jax.jit(adam.init).lower(w).as_text()
+    assert "reduce" not in program
+    assert "threefry" not in program  # random numbers
+
+
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.slow
 def test_resuming_is_bit_exact(teacher, tmp_path, monkeypatch):

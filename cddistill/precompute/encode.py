@@ -57,7 +57,8 @@ def encode(experiment: Experiment, output: pathlib.Path, config: dict) -> None:
     made |= {"cond_latent": True} if encode_rows.condition else {}
     made |= {"input_ids": True} if encode_rows.tokens else {}
     work = planned(experiment, output, made, weights_of(teacher))
-    size = -(-min(run.batch_size, run.encode_shard) // jax.device_count()) * jax.local_device_count()
+    most = max(manifest["rows"] for manifest, _ in work.values())  # a part of fewer rows is filled up
+    size = -(-min(run.batch_size, run.encode_shard, most) // jax.device_count()) * jax.local_device_count()
     program = program_of(encode_rows, encoders.networks(teacher), size)
     how = How(program, size, experiment.data.threads, np.dtype(run.encode_dtype), null_of(encode_rows, experiment))
     listed = buckets_of(work)
