@@ -71,6 +71,30 @@ def test_every_task_and_source_has_a_row(page, names):
     assert {*names} <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
+def section(page, anchor):
+    """The text below the heading that a link names."""
+    slug = lambda title: re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    parts = re.split(r"^(#+) (.+)$", page.read_text(), flags=re.MULTILINE)[1:]
+    at = next(i for i in range(0, len(parts), 3) if slug(parts[i + 1]) == anchor)
+    ends = (i for i in range(at + 3, len(parts), 3) if len(parts[i]) <= len(parts[at]))
+    return "".join(parts[at + 2 : next(ends, len(parts))])
+
+
+def test_numbers_of_the_readme_are_those_of_the_results():
+    number = r"(?<![\w.,])\d+(?:[.,]\d+)*"
+    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if "](docs/" in row and row.startswith("| [")]
+    checked = 0
+    for cell in (cell for row in rows for cell in row.split(" | ")[2:]):
+        if found := re.findall(r"\]\((docs/[\w.]+)#([\w-]+)\)", cell):
+            text = " ".join(section(ROOT / page, anchor) for page, anchor in found)
+            there = [float(x.replace(",", "")) for x in re.findall(number, text)]
+            for x in re.findall(number, re.sub(r"\]\([^)]*\)", "]", cell).replace(", ", " ")):
+                decimals = len(x.partition(".")[2])
+                assert any(f"{y:.{decimals}f}" == x for y in there), (x, cell)
+                checked += 1
+    assert checked > 40
+
+
 # ---- troubleshooting
 
 
