@@ -28,8 +28,10 @@ A sentence says what is wrong and what to do; those that are met most are explai
 
 
 def part_of(path: str) -> str:
-    """The heading for a file, such as "data/tasks/sr"."""
+    """The heading for a file, such as "data/tasks/sr". ValueError for one that PARTS does not name."""
     fits = [(len(start), heading) for heading, starts in PARTS.items() for start in starts if begins(path, start)]
+    if not fits:
+        raise ValueError(f"cddistill/{path}.py refuses something: add it to PARTS in docs/refusals.py")
     return max(fits)[1]
 
 
