@@ -170,7 +170,7 @@ def parameters_of_a_test(name, folder, changes):
     if name == "your_teacher":
         from test_export import text_teacher  # not above: it imports the package
 
-        values |= {"TEACHER": str(text_teacher(folder / "teacher")), "SIZE": 16}
+        values |= {"TEACHER": str(text_teacher(folder / "teacher")), "SIZE": 16, "RANK": 4}
     return values
 
 
