@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from cddistill import data, generate, io, models, space
+from cddistill import data, generate, io, models, progress, space
 from cddistill.build import Parts, initial, updates
 from cddistill.checks import described
 from cddistill.generate import Student
@@ -294,7 +294,9 @@ def onnx(student: Student, batch, run, path: Path) -> str:
     names = [".".join(str(k.key) for k in keys) for keys, _ in jax.tree.leaves_with_path(inputs)]
     call = lambda given: f(weights, jax.tree.unflatten(tree, [given[name] for name in names]))
     given = dict(zip(names, leaves, strict=True))
-    image = to_onnx(call, given, path, "image", "standard")(given)
+    with progress.counting("writing ONNX"):
+        network = to_onnx(call, given, path, "image", "standard")
+    image = network(given)
     return (
         f"onnxruntime's image differs by at most {difference(image, student, batch, run):.2g} of 1 from "
         f"--mode=sample's (keep {path.name}.data beside it if there is one)"

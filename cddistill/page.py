@@ -21,7 +21,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from cddistill import data, export, generate, io
+from cddistill import data, export, generate, io, progress
 from cddistill.build import Parts
 from cddistill.evals import grids
 from cddistill.generate import Student
@@ -70,7 +70,8 @@ def write(parts: Parts, state: TrainState, folder: Path, name: str, runtime: str
     batch = jax.tree.map(lambda x: np.asarray(x[:1]), export.example_inputs(parts))
     unrolled = unroll(student, batch, sorted({*parts.experiment.run.sample_steps}))
     programs = programs_of(parts, student, batch, unrolled)
-    networks = {key: export.to_onnx(*program, folder / f"{key}.onnx") for key, program in programs.items()}
+    written = progress.each("networks as ONNX", programs.items())
+    networks = {key: export.to_onnx(*program, folder / f"{key}.onnx") for key, program in written}
     largest = check(student, batch, unrolled, networks, parts.experiment.run.seed)
     manifest = {
         "title": name,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cddistill import io, models
 from cddistill.diffusion import DDPM
 from cddistill.method import Requires
-from cddistill.models import folders, lora, parts, schedulers
+from cddistill.models import folders, lora, original, parts, schedulers
 from cddistill.models import index as model_index
 from cddistill.models.families import DENOISERS
 from cddistill.models.fingerprint import fingerprint, of_network
@@ -190,6 +190,8 @@ class Pipeline:
             if changed[part] is not net:
                 lora.save_lora(folder, {part: net})
                 lora.save_kohya(folder, {part: net})
+            if self.has("text_encoder") and original.fits(net):
+                original.save(folder, net)
 
     def write_settings(self, folder: Path, teacher: Denoiser, how: Sampling | None, trained, controlnet: str) -> None:
         """scheduler/ and model_index.json of a student's folder. If nothing was trained, scheduler/ is the teacher's.

@@ -164,9 +164,23 @@ def test_saved_outputs_are_small_whole_and_of_the_run_that_is_named(name):
     assert WANTED.get(name, "") in said
 
 
+def parameters_of_a_test(name, folder, changes):
+    """Those of the saved outputs but for SHORT; your_teacher distils a tiny random pipeline."""
+    values = constant("SAVED")[name] | constant("SHORT")[name] | changes
+    if name == "your_teacher":
+        from test_export import text_teacher  # not above: it imports the package
+
+        values |= {"TEACHER": str(text_teacher(folder / "teacher")), "SIZE": 16, "RANK": 4}
+    return values
+
+
 @pytest.mark.slow
-@every
-def test_a_notebook_runs(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in NAMES), ("your_teacher", {"METHOD": "PE-CoDi"})],
+    ids=[*NAMES, "PE-CoDi of your_teacher"],
+)
+def test_a_notebook_runs(name, changes, tmp_path, monkeypatch):
     """In a short size, on one device. Minutes each."""
     pytest.importorskip("jupytext")
     pytest.importorskip("nbclient")
@@ -174,7 +188,7 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
     build = runpy.run_path(str(FOLDER / "build.py"))
     assert [(cell.cell_type, cell.source) for cell in build["source"](name).cells] == cells(name)
-    done = build["execute"](name, constant("SAVED")[name] | constant("SHORT")[name], tmp_path)
+    done = build["execute"](name, parameters_of_a_test(name, tmp_path, changes), tmp_path)
     said = "".join(out.get("text", "") for cell in done.cells for out in cell.get("outputs", ()))
     assert WANTED.get(name, "") in said
     assert " failed" not in said
