@@ -27,8 +27,6 @@ USABLE = 0.9  # ours: the share of a device's memory that a program can have; th
 SAMPLED = 64  # images that are sampled at a time, see `generate.sample`
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # of a CPU program that does
 # not run: the buffers are the same
-IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}  # XLA's schedule for CPUs starts all that
-# it can at once, and holds what every layer makes of its weights; compilers for accelerators save memory, as this does
 
 
 class Program(NamedTuple):
@@ -166,7 +164,7 @@ COMPILED = ("temporaries", "new", "arguments", "flops_compiler", "bytes_accessed
 
 def compiled(traced, target: Target) -> dict[str, Any]:
     """What the compiler says of a program: "new" are outputs that do not take the place of an argument."""
-    order = {} if target.kind == "cpu" else IN_ORDER
+    order = {} if target.kind == "cpu" else sharding.IN_ORDER
     made = traced.lower().compile(QUICK | order if target.compiler == "cpu" else None)
     memory, cost = made.memory_analysis(), made.cost_analysis() or {}
     values = (

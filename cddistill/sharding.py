@@ -19,6 +19,10 @@ from cddistill import reduction
 
 LONGEST = 7 * 24 * 3600 * 1000  # ms that hosts wait for the others at the end; of one that is gone they learn earlier
 
+# XLA's schedule for CPUs starts all that it can at once, and holds what every layer makes of its weights. Compilers for
+# accelerators save memory, as this does; in two cases a step took 0.95 and 0.99 of the time, too.
+IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 def initialize(training: bool = True) -> None:
     """Connect to the other hosts of the run, if there are any. In training they will agree on the step to stop at when
@@ -204,6 +208,7 @@ def jit_driver(step: Callable, mesh: Mesh, state, min_elements: int = 2**18, red
         static_argnums=3,
         donate_argnums=0,
         out_shardings=(layout, replicated(mesh)),
+        compiler_options=IN_ORDER if mesh.devices.flat[0].platform == "cpu" else None,
     )
     return Driver(
         put_state=lambda tree: put(tree, layout),
