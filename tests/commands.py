@@ -129,6 +129,8 @@ NOT_RUN = {  # {pattern of commands that the nightly run leaves out: why}
     r".*configs/(teacher_emoji|latent_lpips_pocket)\.py|.*configs/dmd2_pocket\.py:encode": "hours",
     r".*configs/finetune_pocket\.py:inpaint --config\.steps=1500": "half an hour",
     r".*configs/(finetune_pocket\.py:canny|ccd_canny\.py) --config\.eval_images=500": "half an hour",
+    r".*configs/finetune_pocket\.py:canny --workdir=WORKDIR": "exports a run of half an hour",
+    r".*configs/dmd2_pocket\.py:four --config\.(teacher|batch_size)=": "an hour and a half",
     r".*--flagfile=docs/pocket_prompts\.txt|.*--config\.data\.source=mixture": "half an hour",
     r".*--config=configs/d2g_emoji\.py --config\.method\.regression=latent_lpips": "repeats a row of the results",
     r".*configs/ccd_sr\.py --config\.teacher=FOLDER --config\.data\.source=folder": "needs a teacher of latents",
