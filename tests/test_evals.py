@@ -325,7 +325,7 @@ def test_unpaired_sets_get_set_metrics_only(monkeypatch):
 @needs_lpips
 @needs_efficientnet
 def test_every_metric_worsens_with_blur():
-    real = blocks(0, 12, 8, 32)
+    real = 0.5 * blocks(0, 24, 8, 32) + 0.3 * blocks(1, 24, 2, 32) + 0.2 * blocks(2, 24, 32, 32)  # details of all sizes
     blurred = blur(real, 1)
     same, mild, strong = scores.evaluate({"same": real, "mild": blurred, "strong": blur(real, 3)}, real)
     direct = float(lpips.load("alex")(blurred * 2 - 1, real * 2 - 1).mean())
