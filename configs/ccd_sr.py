@@ -1,7 +1,7 @@
 """CoDi super-resolution (ccd: conditional diffusion distillation): from an unconditional teacher to a 1-4-step student.
 
     python -m cddistill.main --config=configs/ccd_sr.py            emoji 8 px -> 32 px; 7 minutes on 2 CPU cores;
-                                                                   2 steps: LPIPS-VGG 0.210 (the same network, not
+                                                                   2 steps: LPIPS-VGG 0.208 (the same network, not
                                                                    distilled: 0.221; bicubic 0.345)
     python -m cddistill.main --config=configs/ccd_sr.py:pe         PE-CoDi: only the condition branch trains
     python -m cddistill.main --config=configs/ccd_sr.py:pocket     icons and scenes 16 px -> 64 px, embedded pocket
