@@ -6,9 +6,10 @@ Forward, and with the gradients of queries, keys and values. Medians of interlea
 which other work on the machine changes less than it changes the clock; their ratios; and the memory of temporaries.
 """
 
-import statistics
+import functools
 import time
 
+import convolution
 import jax
 import numpy as np
 
@@ -18,27 +19,12 @@ SHAPES = (  # batch, queries, keys, heads, their width
     (2, 1024, 1024, 8, 8), (2, 1024, 1024, 8, 40), (2, 1024, 1024, 1, 64), (2, 1024, 77, 8, 8), (8, 256, 256, 4, 24),
     (8, 256, 77, 4, 24), (8, 64, 64, 4, 48), (1, 4096, 4096, 5, 64), (1, 4096, 4096, 1, 512),
 )  # fmt: skip
-RUNS = 7
+medians = functools.partial(convolution.medians, runs=7, clock=time.process_time)
 
 
 def gradients(f):
     """A compiled function of q, k, v and the output's gradient."""
     return jax.jit(lambda q, k, v, dy: jax.vjp(f, q, k, v)[1](dy))
-
-
-def seconds(f, *args):
-    """CPU time of one call."""
-    start = time.process_time()
-    jax.block_until_ready(f(*args))
-    return time.process_time() - start
-
-
-def medians(functions, *args):
-    """Milliseconds of each function, in turns."""
-    for f in functions:
-        seconds(f, *args)  # compiles
-    times = zip(*([seconds(f, *args) for f in functions] for _ in range(RUNS)), strict=True)
-    return [1e3 * statistics.median(t) for t in times]
 
 
 def main():

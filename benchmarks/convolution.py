@@ -37,18 +37,17 @@ def xla(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def seconds(f, *args):
-    """Time of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(f(*args))
-    return time.perf_counter() - start
+def medians(functions, *args, runs=RUNS, clock=time.perf_counter):
+    """Milliseconds of each function by a clock of seconds, in turns."""
 
+    def seconds(f):
+        start = clock()
+        jax.block_until_ready(f(*args))
+        return clock() - start
 
-def medians(functions, *args):
-    """Milliseconds of each function, in turns."""
     for f in functions:
-        seconds(f, *args)  # compiles
-    times = zip(*([seconds(f, *args) for f in functions] for _ in range(RUNS)), strict=True)
+        seconds(f)  # compiles
+    times = zip(*(map(seconds, functions) for _ in range(runs)), strict=True)
     return [1e3 * statistics.median(t) for t in times]
 
 
