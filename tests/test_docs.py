@@ -114,20 +114,12 @@ def test_every_alarm_has_an_entry():
     assert entries[0].startswith("student frozen, critic frozen")
 
 
-def words(node):
-    """The text of a string in the source; what is put into it is a zero byte."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(words(part) for part in node.values)
-    return "\0"
-
-
 def sentences():
-    """All strings of the package."""
+    """All strings of the package; what is put into one is "…"."""
+    text = module(DOCS / "refusals.py").text
     for path in (ROOT / "cddistill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr | ast.Constant) and (found := words(node)) != "\0":
+            if isinstance(node, ast.JoinedStr | ast.Constant) and (found := text(node)) != "…":
                 yield found
 
 
