@@ -91,6 +91,7 @@ def main(settings):
         output = OUTPUT.value or f"{WORKDIR.value or default_workdir()}/plan.json"
         return commands.plan_run(settings, TOPOLOGY.value, MEMORY.value, output)
     sharding.initialize(training=MODE.value == "train")
+    signals.stand_before()
     sharding.check_devices()
     workdir, which = io.path(WORKDIR.value or default_workdir()), CHECKPOINT.value
     if MODE.value == "train":

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: exit status 128 + the signal's number, in training after a checkpoint."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 handled = threading.Event()  # Python has run a handler
 ENDING: list[Callable[[], None]] = []  # what remains to be done if the process ends without unwinding
+BEHIND: list[Callable[[int], None]] = []  # a handler of SIGTERM in C, which jax.distributed has installed
 
 
 class Noticed(BaseException):
@@ -51,11 +53,28 @@ def catch() -> None:
 def insist(arrived: int, grace: float) -> None:
     """End the process when a signal that arrives through this pipe is not handled in time."""
     while number := os.read(arrived, 1)[0]:
+        for theirs in BEHIND * (number == signal.SIGTERM):
+            theirs(number)
         if number in NUMBERS and not handled.wait(grace):
             for last in reversed(ENDING):
                 with contextlib.suppress(Exception):
                     last()
             os._exit(128 + number)
+
+
+def stand_before() -> None:
+    """Call this after jax.distributed has begun: put the handler of `catch` before the one that it has installed.
+
+    That one makes all hosts stop after the same step, but alone it would let XLA compile on until SIGKILL.
+    """
+    of_c = ctypes.CDLL(None).signal
+    of_c.argtypes, of_c.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    theirs, handler = of_c(signal.SIGTERM, None), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+    ours = of_c(signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, handler)
+    if theirs and theirs != ours:
+        BEHIND.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs))
 
 
 def interrupt(number, frame):
@@ -72,8 +91,8 @@ def interrupt(number, frame):
 class Preemption:
     """`with Preemption() as stop:` turns SIGTERM and Ctrl-C into a request to save a checkpoint and exit.
 
-    A second signal has its usual effect, which ends the process. With several hosts jax.distributed handles SIGTERM,
-    and makes all hosts agree on the last step; when the block ends, the handlers are again those of before.
+    A second signal has its usual effect, which ends the process. With several hosts jax.distributed is told of SIGTERM
+    (`stand_before`), and makes all hosts agree on the last step. When the block ends, the handlers are those of before.
     """
 
     def __enter__(self):
@@ -81,8 +100,11 @@ class Preemption:
 
         self.hosts = jax.process_count()
         self.asked, self.status, self.leaves = False, 128 + signal.SIGTERM, False
-        handle = signal.signal if self.hosts == 1 else lambda number, _: signal.getsignal(number)
-        self.before = {number: handle(number, self.ask) for number in NUMBERS}
+        if self.hosts == 1:
+            handlers = dict.fromkeys(NUMBERS, self.ask)
+        else:
+            handlers = {signal.SIGTERM: lambda *_: handled.set()} if BEHIND else {}
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def ask(self, number, frame) -> None:

@@ -1,7 +1,9 @@
 """A Python command in several processes, as hosts that share some devices."""
 
+import contextlib
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -9,15 +11,20 @@ import sys
 HERE = pathlib.Path(__file__).parent
 
 
+def free_port() -> int:
+    """One below those that Linux gives to outgoing connections, which could take it before the hosts do."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return free.getsockname()[1]
+
+
 def start(*args, hosts, devices, **env):
     """`hosts` processes of `python ARGS...`, each with its share of the devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | env
     env |= {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices // hosts}")}
     if hosts > 1:
-        env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{port}", "CDDISTILL_PROCESSES": str(hosts)}
+        env |= {"CDDISTILL_COORDINATOR": f"127.0.0.1:{free_port()}", "CDDISTILL_PROCESSES": str(hosts)}
     command = [sys.executable, *map(str, args)]
     return [
         subprocess.Popen(command, env=env | {"CDDISTILL_PROCESS_ID": str(i)}, stdout=-1, stderr=-1, text=True)

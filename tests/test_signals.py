@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import hosts
 import pytest
 import test_kills as kills
 import test_trust
@@ -138,3 +139,45 @@ def test_every_mode_ends_in_time_and_is_completed_by_the_same_command(mode, afte
     kills.done(whole, kills.child(mode, teacher, pictures, whole, run))
     c = kills.settings(teacher, pictures, mode)
     assert kills.result(mode, c, folder, run) == kills.result(mode, c, whole, run)
+
+
+# ---- several hosts
+
+HOST = """
+import hashlib, signal, sys, time
+from cddistill import sharding, signals
+signals.catch()
+sharding.initialize()
+signals.stand_before()
+with signals.Preemption() as stop:
+    if sys.argv[1] == "stuck":  # as in XLA's compiler
+        print("began", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    for step in range(1, 500):
+        if stop.requested(step):
+            break
+        if step == 5:
+            print("began", flush=True)
+        time.sleep(0.05)
+    print("stopped at", step, signal.getsignal(signal.SIGTERM) != signals.interrupt, flush=True)
+sharding.wait_for_others()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["at work", "stuck"])
+def test_of_several_hosts_all_stop_after_one_step_and_one_that_compiles_ends(where):
+    """JAX's own handler tells the others; it alone would let a host compile until it is killed."""
+    two = hosts.start("-c", HOST, where, hosts=2, devices=2, CDDISTILL_GRACE="1")
+    try:
+        assert [host.stdout.readline() for host in two] == ["began\n"] * 2
+        two[0].send_signal(signal.SIGTERM)
+        if where == "stuck":
+            assert two[0].wait(timeout=IN_TIME) == 143
+            assert two[1].poll() is None  # it has no notice of its own
+            return
+        said = [host.communicate(timeout=IN_TIME) for host in two]
+        assert said[0][0] == said[1][0] != "stopped at 499 True\n", said
+        assert [host.returncode for host in two] == [0, 0]
+    finally:
+        [host.kill() for host in two]
