@@ -15,7 +15,7 @@ from cddistill import build, commands, config, export, io, models, train
 from cddistill.diffusion import DDPM
 from cddistill.method import Turn
 from cddistill.models import parts
-from cddistill.models.clip import CLIPTextModel
+from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.schedulers import write_scheduler
 from cddistill.models.vae import AutoencoderKL
@@ -135,41 +135,57 @@ def test_the_example_runs_in_pytorch(teacher, tmp_path, kind):
     np.testing.assert_allclose(found, np.clip(expected / 2 + 0.5, 0, 1), atol=1e-5)
 
 
-def text_teacher(folder):
-    """A latent text-to-image pipeline that PyTorch loads, too: its tokenizer's words are single bytes."""
-    unet = models.init(test_latent.UNET, 0, zero_out=False)
-    models.save(folder, "unet", unet.params, unet.module.to_config())
-    clip = test_latent.CLIP | {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
-    parts = {"vae": AutoencoderKL.from_config(test_latent.VAE), "text_encoder": CLIPTextModel.from_config(clip)}
-    for name, module in parts.items():
-        models.save(folder, name, init_params_numpy(weight_shapes(module), 1), module.to_config())
-    write_scheduler(folder, DDPM(), "eps")
+def write_tokenizer(folder):
+    """CLIP's, whose words are single bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's characters for bytes
     chars = [chr(c) for c in [*plain, *range(256, 512 - len(plain))]]
     words = [*chars, *(f"{c}</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"]
     special = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": words[-1]}
     vocabulary = {word: i for i, word in enumerate(words)}
     settings = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16}
-    io.write_json(folder / "tokenizer" / "vocab.json", vocabulary)
-    io.write_atomic(folder / "tokenizer" / "merges.txt", "#version: 0.2\n")
-    io.write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
-    io.write_json(folder / "tokenizer" / "special_tokens_map.json", special)
+    io.write_json(folder / "vocab.json", vocabulary)
+    io.write_atomic(folder / "merges.txt", "#version: 0.2\n")
+    io.write_json(folder / "tokenizer_config.json", settings)
+    io.write_json(folder / "special_tokens_map.json", special)
+
+
+def text_teacher(folder, architecture="sd"):
+    """A latent text-to-image pipeline that PyTorch loads, too: Stable Diffusion 1 (sd) or XL (sdxl), in small."""
+    clip = test_latent.CLIP | {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    config = test_latent.UNET
+    parts = {"vae": AutoencoderKL.from_config(test_latent.VAE), "text_encoder": CLIPTextModel.from_config(clip)}
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
              "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"],
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
              "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
              "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+    write_tokenizer(folder / "tokenizer")
+    if architecture == "sdxl":
+        second = clip | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 4, "hidden_act": "gelu"}
+        config = config | {"cross_attention_dim": 16, "addition_embed_type": "text_time", "addition_time_embed_dim": 2}
+        config["projection_class_embeddings_input_dim"] = 4 + 6 * 2
+        parts["text_encoder_2"] = CLIPTextModelWithProjection.from_config(second)
+        index = {name: index[name] for name in ("unet", "vae", "scheduler", "text_encoder", "tokenizer")}
+        index |= {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
+                  "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                  "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # fmt: skip
+        write_tokenizer(folder / "tokenizer_2")
+    unet = models.init(config, 0, zero_out=False)
+    models.save(folder, "unet", unet.params, unet.module.to_config())
+    for name, module in parts.items():
+        models.save(folder, name, init_params_numpy(weight_shapes(module), 1), module.to_config())
+    write_scheduler(folder, DDPM(), "eps")
     io.write_json(folder / "model_index.json", index)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["codi", "diffusion"])
-def test_the_example_of_a_text_pipeline_runs_in_pytorch(tmp_path, method, monkeypatch):
+@pytest.mark.parametrize(("method", "architecture"), [("codi", "sd"), ("diffusion", "sd"), ("diffusion", "sdxl")])
+def test_the_example_of_a_text_pipeline_runs_in_pytorch(tmp_path, method, architecture, monkeypatch):
     """Also without the parts that the teacher's folder names but lacks, and with all weights in float16."""
     for name in ("torch", "diffusers", "transformers"):
         pytest.importorskip(name)
-    c, of = settings(text_teacher(tmp_path / "teacher"), method, report=False), tmp_path / "pictures"
+    c, of = settings(text_teacher(tmp_path / "teacher", architecture), method, report=False), tmp_path / "pictures"
     c.data = test_latent.pictures(tmp_path / "teacher", of).data
     c.data.task = "sr" if method == "codi" else "none"
     commands.encode_data(c, tmp_path / "latents")
