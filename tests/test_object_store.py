@@ -31,9 +31,7 @@ from cddistill.log import JsonlWriter
 PACKAGES = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
 MISSING = [name for name in PACKAGES if not importlib.util.find_spec(name)]
 STORES = ("gs://", "s3://")
-needs_servers = pytest.mark.skipif(
-    bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -e '.[test]'"
-)
+needs_servers = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -e '.[test]'")
 
 
 @pytest.fixture(scope="module")

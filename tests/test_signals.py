@@ -144,7 +144,7 @@ def test_every_mode_ends_in_time_and_is_completed_by_the_same_command(mode, afte
 # ---- several hosts
 
 HOST = """
-import hashlib, signal, sys, time
+import hashlib, os, signal, sys, time
 from cddistill import sharding, signals
 signals.catch()
 sharding.initialize()
@@ -159,25 +159,33 @@ with signals.Preemption() as stop:
         if step == 5:
             print("began", flush=True)
         time.sleep(0.05)
-    print("stopped at", step, signal.getsignal(signal.SIGTERM) != signals.interrupt, flush=True)
+        if sys.argv[1] == "report" and step == 6:
+            break
+    print("stopped at", step, flush=True)
+try:
+    time.sleep(60 * (sys.argv[1] == "report"))
+except KeyboardInterrupt as error:
+    os._exit(error.args[0])
 sharding.wait_for_others()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["at work", "stuck"])
+@pytest.mark.parametrize("where", ["at work", "stuck", "report"])
 def test_of_several_hosts_all_stop_after_one_step_and_one_that_compiles_ends(where):
     """JAX's own handler tells the others; it alone would let a host compile until it is killed."""
     two = hosts.start("-c", HOST, where, hosts=2, devices=2, CDDISTILL_GRACE="1")
     try:
         assert [host.stdout.readline() for host in two] == ["began\n"] * 2
+        if where == "report":
+            assert [host.stdout.readline() for host in two] == ["stopped at 6\n"] * 2
         two[0].send_signal(signal.SIGTERM)
-        if where == "stuck":
+        if where != "at work":
             assert two[0].wait(timeout=IN_TIME) == 143
             assert two[1].poll() is None  # it has no notice of its own
             return
         said = [host.communicate(timeout=IN_TIME) for host in two]
-        assert said[0][0] == said[1][0] != "stopped at 499 True\n", said
+        assert said[0][0] == said[1][0] != "stopped at 499\n", said
         assert [host.returncode for host in two] == [0, 0]
     finally:
         [host.kill() for host in two]
