@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: exit status 128 + the signal's number, in training after a checkpoint."""
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -39,8 +40,11 @@ def catch() -> None:
     """From now on a signal ends the process as `interrupt` says.
 
     Python runs handlers between two of its instructions, but XLA may compile for many minutes: a signal that has not
-    been handled for CDDISTILL_GRACE seconds (25) ends the process, as SIGKILL often follows in 30.
+    been handled for CDDISTILL_GRACE seconds (25) ends the process, as SIGKILL often follows in 30. Once the functions of
+    `atexit` have run, signals are ignored: the work is done, and the system's handler, which Python puts back, would say
+    that it is not.
     """
+    atexit.register(ignore)
     for number in NUMBERS:
         signal.signal(number, interrupt)
     arrived, wakeup = os.pipe()
@@ -48,6 +52,12 @@ def catch() -> None:
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)  # written to at once, by C
     grace = float(os.environ.get("CDDISTILL_GRACE", "25"))
     threading.Thread(target=insist, args=(arrived, grace), daemon=True).start()
+
+
+def ignore() -> None:
+    """From now on signals have no effect."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def insist(arrived: int, grace: float) -> None:

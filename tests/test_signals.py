@@ -106,6 +106,15 @@ def test_a_lock_is_given_back_even_if_the_process_has_to_be_ended_by_force(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_after_the_work_is_done_does_not_say_that_it_was_not():
+    """While Python ends, a handler of its own is no more there."""
+    script = "import os, signal\nfrom cddistill import signals\nsignals.catch()\n"
+    script += "class Last:\n    def __del__(self, kill=os.kill, me=os.getpid()):\n        kill(me, 15)\n"
+    script += "signals.last = Last()  # which lives as long as the module"
+    ended = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0
+
+
 # ---- each mode as a process of its own
 
 
