@@ -39,10 +39,10 @@ def end_quietly() -> None:
 def catch() -> None:
     """From now on a signal ends the process as `interrupt` says.
 
-    Python runs handlers between two of its instructions, but XLA may compile for many minutes: a signal that has not
-    been handled for CDDISTILL_GRACE seconds (25) ends the process, as SIGKILL often follows in 30. Once the functions of
-    `atexit` have run, signals are ignored: the work is done, and the system's handler, which Python puts back, would say
-    that it is not.
+    Python runs handlers between two of its instructions, but XLA may compile for many minutes: a signal that has
+    not been handled for CDDISTILL_GRACE seconds (25) ends the process, as SIGKILL often follows in 30. Once the
+    functions of `atexit` have run, signals are ignored: the work is done, and the system's handler, which Python puts
+    back, would say that it is not.
     """
     atexit.register(ignore)
     for number in NUMBERS:
