@@ -15,7 +15,7 @@ def get_config(variant="classify"):
         raise ValueError(f"configs/latent_lpips.py has no variant {variant!r}: known are {', '.join(VARIANTS)}")
     config = defaults("latent_lpips")
     config.method.stage = variant
-    config.method.classes = config.data.get_ref("num_classes")
+    config.method.classes = config.data.get_oneway_ref("num_classes")
     config.method.family = "emoji"
     config.method.width = 16
     config.method.pools = (1, 2, 3, 4)  # pixel LPIPS's

@@ -12,6 +12,6 @@ from cddistill.config import defaults
 
 def get_config():
     config = defaults("pretrained")
-    config.method.scheduler = config.get_ref("teacher")
+    config.method.scheduler = config.get_oneway_ref("teacher")
     config.sample_steps = (4, 50)
     return config

@@ -37,6 +37,28 @@ def test_every_config_and_variant_resolves_and_documents_its_command(path):
 
 
 @pytest.mark.parametrize(
+    ("name", "follower", "followed", "value"),
+    [
+        ("pretrained", "method.scheduler", "teacher", "elsewhere"),
+        ("latent_lpips", "method.classes", "data.num_classes", 5),
+        ("latent_lpips_pocket", "method.classes", "data.num_classes", 5),
+        ("latent_lpips_sd15", "method.classes", "data.num_classes", 5),
+    ],
+)
+def test_a_field_follows_another_one_and_not_the_reverse(name, follower, followed, value):
+    """`--config.method.scheduler=FOLDER` formerly changed the teacher, too."""
+    c = load(name)
+    flat = lambda: io.flatten(c.to_dict())
+    before = flat()
+    assert before[follower] == before[followed]
+    c.update_from_flattened_dict({follower: value})
+    assert flat() == before | {follower: value}
+    c = load(name)
+    c.update_from_flattened_dict({followed: value})
+    assert flat()[follower] == value
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"batchsize": 3}, "unknown config key batchsize: did you mean 'batch_size'"),
