@@ -17,7 +17,7 @@ from cddistill.data.resample import to_float
 from cddistill.evals import grids
 from cddistill.generate import Student
 from cddistill.methods import UNTRAINED
-from cddistill.models import adapter
+from cddistill.models import adapter, folders, schedulers
 from cddistill.net import Autoencoder
 from cddistill.pipeline import Pipeline, of_run
 from cddistill.train import INPUTS, cache_programs, read_inputs
@@ -50,26 +50,29 @@ class Model:
         return jax.eval_shape(Autoencoder.images, self.student.frozen["autoencoder"], x0).shape[1]
 
 
-def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "") -> Model:
+def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "", lora="") -> Model:
     """A model that generates images: the workdir of a run, a diffusers folder, a Hub id or "emoji".
 
     checkpoint is that of a run, "latest", "best" or a step; teacher is where its config.teacher lies now, if it was
-    moved. The data of a run is not needed. task, "edit" for InstructPix2Pix, says how a folder's network takes its
-    image; without it images are taken as they are, at the output's size. Raises ValueError, in one sentence, for
-    anything else.
+    moved. The data of a run is not needed. lora, a file or folder, is merged into a folder's network, and a scheduler/
+    beside it says how to sample: load("pocket", lora="pocket_dmd2"). task, "edit" for InstructPix2Pix, says how a
+    folder's network takes its image; without it images are taken as they are, at the output's size. Raises ValueError,
+    in one sentence, for anything else.
     """
     path = os.path.expanduser(str(path))
     workdir = io.path(path)
     if (workdir / "checkpoints").is_dir():
-        if task:
-            raise ValueError(f"task= is for a folder, and {path} is a run, which has its own: leave it out")
+        if task or lora:
+            raise ValueError(f"task= and lora= are for a folder, and {path} is a run, which has its own: leave it out")
         return load_run(workdir, checkpoint, moved_settings(workdir, teacher))
     if teacher is not None:
         raise ValueError(f"teacher= is for the workdir of a run, and {path} has no checkpoints/: leave it out")
     if task and (task not in TASKS or not TASKS[task].conditional):
         known = ", ".join(name for name, kind in TASKS.items() if kind.conditional)
         raise ValueError(f"task={task!r} must be one of {known}")
-    model = load_pipeline(Pipeline(path), UNTRAINED(scheduler=path))
+    beside = folders.embedded().get(str(lora)) or Path(os.path.expanduser(str(lora)))
+    scheduler = str(lora) if lora and schedulers.scheduler_file(beside).is_file() else path
+    model = load_pipeline(Pipeline(path, str(lora)), UNTRAINED(scheduler=scheduler))
     if task and not takes_image(model):
         raise ValueError(f"task={task!r}, and the network of {path} takes no image: leave it out")
     return dataclasses.replace(model, task=TASKS[task]()) if task else model
@@ -80,7 +83,7 @@ def load_pipeline(pipeline: Pipeline, method, controlnet: str = "") -> Model:
     frozen = {"teacher": pipeline.denoiser, "autoencoder": pipeline.autoencoder}
     if branch := pipeline.branch(controlnet):
         frozen["controlnet"] = branch
-    how = pipeline.sampling()
+    how = Pipeline(method.scheduler or pipeline.name).sampling()
     steps = len(how.timesteps or ()) or STEPS.get(how.sampler, 50)
     student = Student(method, sharding.make_mesh(), frozen, {}, {})
     return Model(pipeline.name, student, pipeline, None, pipeline.x0_shape, pipeline.null_label, steps)

@@ -59,13 +59,13 @@ def evaluate_run(settings, workdir: PurePath, which: str = "latest") -> None:
 
 def export_run(
     settings, workdir: PurePath, output: str, which: str = "latest", repository: str = "", space: bool = False,
-    write: Callable | None = None,
+    write: Callable | None = None, rank: int = 0,
 ) -> None:  # fmt: skip
     """Write a checkpoint in a form for other programs, whole or not at all: see `export.export`.
 
     Of several hosts all read it, and the first writes. A folder is then uploaded to a model repository of the hub,
     "user/name", if one is given; with `space` the folder is a Space, with an app.py, and so is the repository.
-    write(parts, state, folder) writes a folder of another kind.
+    write(parts, state, folder) writes a folder of another kind. A rank reduces the student to a LoRA of it.
     """
     target, first = io.path(output), sharding.is_host0()
     file = target.suffix in export.FILES
@@ -75,6 +75,8 @@ def export_run(
         raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
     if space and file:
         raise ValueError(f"--space is for an export as a folder, and --output={output} is a file: leave one out")
+    if rank and file:
+        raise ValueError(f"--lora_rank is for an export as a folder, and --output={output} is a file: leave one out")
     if repository and first:
         hub.check(repository)
     generates = isinstance(config.resolve(settings).method, Generator)
@@ -84,7 +86,7 @@ def export_run(
     io.ensure_writable(target.parent if file else target, "--output")
     if write is None:
         scores, plain = compare.read_scores(workdir), config.plain(settings)
-        write = lambda parts, state, path: export.export(parts, state, str(path), plain, scores, space)
+        write = lambda parts, state, path: export.export(parts, state, str(path), plain, scores, space, rank)
     if file:
         with io.made_for(target.parent) as folder:
             found = write(parts, state, folder / target.name)

@@ -15,21 +15,23 @@ from cddistill.build import Parts, initial, updates
 from cddistill.checks import described
 from cddistill.generate import Student
 from cddistill.method import Generator
-from cddistill.models import adapter
+from cddistill.models import adapter, lora
 from cddistill.models.fingerprint import leaf_sum
 from cddistill.models.prompt import embed_ids
+from cddistill.net import Net
 from cddistill.step import TrainState
 
 
 def export(
-    parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None, page: bool = False
-) -> str:
+    parts: Parts, state: TrainState, output: str, config: dict, scores: dict | None = None, page: bool = False,
+    rank: int = 0,
+) -> str:  # fmt: skip
     """Write the averaged weights of what was trained to `output` and read it back; returns what was checked.
 
-    `output` is a folder (diffusers), a file *.stablehlo or *.onnx, or what the method itself writes; with `page` the
-    folder is also a Space of the Hugging Face hub. Raises ValueError,
-    before anything is written, for a form that this method does not have, and if training changed none of the weights
-    that would be exported. In a run of several hosts one of them calls this, with parts `build.of_one_host`.
+    `output` is a folder (diffusers), a file *.stablehlo or *.onnx, or what the method itself writes. With `page` the
+    folder is also a Space of the Hugging Face hub; with a rank the student is first reduced to a LoRA of it. Raises
+    ValueError, before anything is written, for a form that this method does not have, and if training changed none of
+    the weights that would be exported. In a run of several hosts one calls this, with parts `build.of_one_host`.
     """
     path, method = Path(output), parts.experiment.method
     check_form(method, path)
@@ -39,7 +41,7 @@ def export(
             generate.student_of(parts, state), example_inputs(parts), parts.experiment.run, path
         )
     if isinstance(method, Generator):
-        return pipeline_folder(parts, state, path, config, scores or {}, page)
+        return pipeline_folder(parts, state, path, config, scores or {}, page, rank)
     config = parts.experiment.data
     batch = generate.encoded(parts, data.examples(config, data.shown(config), STATISTICS))
     return method.export_file(generate.student_of(parts, state).n(), batch, path)
@@ -79,7 +81,7 @@ def exported_nets(parts: Parts, state: TrainState) -> dict:
 
 
 def pipeline_folder(
-    parts: Parts, state: TrainState, folder: Path, config: dict, scores: dict, page: bool = False
+    parts: Parts, state: TrainState, folder: Path, config: dict, scores: dict, page: bool = False, rank: int = 0
 ) -> str:
     """The trained parts, the rest of the teacher's pipeline, scheduler and model card."""
     run, method, teacher = parts.experiment.run, parts.experiment.method, parts.frozen["teacher"]
@@ -88,19 +90,40 @@ def pipeline_folder(
         space.check(how, in_diffusers(parts, how))
     nets = exported_nets(parts, state)
     trained = {part: nets[name] for part, name in method.exports().items()}
-    images = generated(generate.student_of(parts, state), example_inputs(parts), run)
+    images, reduced = generated(generate.student_of(parts, state), example_inputs(parts), run), ""
+    if rank:
+        trained, state = low_rank(parts, state, rank)
+        whole, images = images, generated(generate.student_of(parts, state), example_inputs(parts), run)
+        reduced = f"as a LoRA of rank {rank}, images differ by {np.abs(images - whole).mean():.2g} of 1 on average; "
     parts.pipeline.write(folder, teacher, trained, how, run.controlnet)
-    io.write_atomic(folder / "README.md", card(parts, state, config, scores, how, page))
+    io.write_atomic(folder / "README.md", card(parts, state, config, scores, how, page, rank))
     if page:
         task = parts.experiment.data.task
         space.write(folder, config["data"]["task"], task, space.scales(method, how))
-    found = f"read back, images differ by at most {reread(parts, state, folder, images):.2g} of 1 (weights are float16)"
+    written = reread(parts, state, folder, images)
+    found = f"{reduced}read back, images differ by at most {written:.2g} of 1 (weights are float16)"
     if not in_diffusers(parts, how) or not all(importlib.util.find_spec(name) for name in ("torch", "diffusers")):
         return found
     return f"{found}; PyTorch diffusers' differ by at most {torch_difference(parts, state, folder, how.guidance):.2g}"
 
 
-def card(parts: Parts, state: TrainState, config: dict, scores: dict, how, page: bool = False) -> str:
+def low_rank(parts: Parts, state: TrainState, rank: int) -> tuple[dict[str, Net], TrainState]:
+    """({"unet": the LoRA of a rank that is nearest to a fully trained student}, the state with the two merged).
+
+    Raises ValueError for students that are not a network of their teacher's shape.
+    """
+    exported, teacher = parts.experiment.method.exports(), parts.frozen["teacher"]
+    net = exported_nets(parts, state).get(exported.get("unet"))
+    if {*exported} != {"unet"} or isinstance(net.apply, lora.Update):
+        raise ValueError(
+            "--lora_rank is for students whose whole denoiser was trained, and nothing else: leave it out, or train one"
+        )
+    update = lora.of_difference(teacher, net, rank)
+    nets = {exported["unet"]: lora.adapt(teacher, update)}
+    return {"unet": update}, state.replace(nets=state.nets | nets, ema=state.ema | nets)
+
+
+def card(parts: Parts, state: TrainState, config: dict, scores: dict, how, page: bool = False, rank: int = 0) -> str:
     """README.md of an exported student: what was trained for how many updates, how to sample it, and its scores."""
     import jinja2
 
@@ -114,6 +137,7 @@ def card(parts: Parts, state: TrainState, config: dict, scores: dict, how, page:
         config=config,
         settings=json.dumps(config, indent=2),
         step=step,
+        rank=rank,
         updates=max((updates(turn, step) for turn in method.turns().values() if exported & {*turn.moves}), default=0),
         steps=max(run.sample_steps),
         how=how,

@@ -56,6 +56,7 @@ OUTPUT = flags.DEFINE_string(
 )
 HUB = flags.DEFINE_string("push_to_hub", "", "export: the repository user/name (a Space with --space) of the folder.")
 SPACE = flags.DEFINE_bool("space", False, "export: also what a Hugging Face Space needs to show the demo's page.")
+RANK = flags.DEFINE_string("lora_rank", "", "export: reduce a fully trained student to a LoRA of this rank, as in 16.")
 PAGE = flags.DEFINE_bool("page", False, "export: a folder with a page to play with, for a browser (extra onnx).")
 RUNTIME = flags.DEFINE_string(
     "onnxruntime_web", "", "export --page: the npm package of that name, its file or folder; default: npm gets it."
@@ -66,12 +67,12 @@ PORT = flags.DEFINE_string("port", "7860", "demo: the port of the page.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "plan: devices, as in v5p:2x2x2 or h100:8; default: those here.")
 MEMORY = flags.DEFINE_string("device-memory", "", "plan: GB that a device has; default: what its kind has.")
 OPTIONS = (CONFIG, MODE, WORKDIR, OUTPUT, CHECKPOINT, HUB, INPUT, PROMPT, LABEL, NEGATIVE, NUMBER, TILES)
-OPTIONS = (*OPTIONS, SPACE, PAGE, RUNTIME, MODEL, HOST, PORT, TOPOLOGY, MEMORY)
+OPTIONS = (*OPTIONS, SPACE, RANK, PAGE, RUNTIME, MODEL, HOST, PORT, TOPOLOGY, MEMORY)
 USED_BY = {
     **dict.fromkeys(("input", "prompt", "label", "negative_prompt", "n", "tiles"), ("sample",)),
     **dict.fromkeys(("topology", "device-memory"), ("plan",)),
     **dict.fromkeys(("model", "host", "port"), ("demo",)),
-    **dict.fromkeys(("push_to_hub", "space", "page", "onnxruntime_web"), ("export",)),
+    **dict.fromkeys(("push_to_hub", "space", "lora_rank", "page", "onnxruntime_web"), ("export",)),
     "output": ("sample", "export", "encode", "pairs", "plan"),
     "checkpoint": ("evaluate", "sample", "demo", "export"),
 }
@@ -105,10 +106,11 @@ def main(settings):
         return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
         return commands.make_pairs(settings, io.path(output))
+    rank = RANK.value and typed.fit(typed.parse([RANK.value], 0, "--lora_rank"), typed.Count, "--lora_rank")
     if MODE.value == "export" and PAGE.value:
         return commands.export_page(settings, workdir, output, which, RUNTIME.value)
     if MODE.value == "export":
-        return commands.export_run(settings, workdir, output, which, HUB.value, SPACE.value)
+        return commands.export_run(settings, workdir, output, which, HUB.value, SPACE.value, rank=rank or 0)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and str(io.local(INPUT.value))
@@ -230,6 +232,8 @@ def check_mode() -> None:
         raise ValueError("--onnxruntime_web is for --page: add it, or leave both out")
     if HUB.value and PAGE.value:
         raise ValueError("--push_to_hub is for a diffusers folder, and --page writes another: leave one out")
+    if RANK.value and PAGE.value:
+        raise ValueError("--lora_rank is for a diffusers folder, and --page writes another: leave one out")
     if SPACE.value and PAGE.value:
         raise ValueError("--space adds a page to a diffusers folder, and --page writes another folder: leave one out")
 

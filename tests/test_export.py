@@ -14,7 +14,7 @@ from PIL import Image
 from cddistill import build, commands, config, export, io, models, train
 from cddistill.diffusion import DDPM
 from cddistill.method import Turn
-from cddistill.models import parts
+from cddistill.models import lora, parts
 from cddistill.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from cddistill.models.init import init_params_numpy, weight_shapes
 from cddistill.models.schedulers import write_scheduler
@@ -211,6 +211,31 @@ def test_a_branch_that_diffusers_lacks_has_no_example(teacher, tmp_path, capsys)
     commands.export_run(c, tmp_path / "run", str(tmp_path / "out"))
     assert "PyTorch" not in capsys.readouterr().out.split("exported to")[1]
     assert "No pipeline and scheduler of diffusers samples this student" in (tmp_path / "out" / "README.md").read_text()
+
+
+# --- as a LoRA
+
+
+def test_a_student_is_reduced_to_a_lora_of_its_teacher(run, littered, tmp_path, capsys):
+    """The folder has the LoRA, and its network is the teacher's with that merged in."""
+    commands.export_run(*run, str(tmp_path / "out"), rank=2)
+    assert "as a LoRA of rank 2, images differ by" in capsys.readouterr().out
+    teacher, found = (models.load(folder, "unet") for folder in (littered, tmp_path / "out"))
+    merged = lora.merge(tmp_path / "out" / lora.LORA_FILE, {"unet": teacher})["unet"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), merged.params, found.params)
+    update = lora.read_lora(tmp_path / "out", {"unet": teacher.params})["unet"]
+    assert {down.shape[-1] for down, _ in lora.factors(update.params).values()} == {2}
+    assert "reduced to a LoRA of rank 2" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="--lora_rank is for an export as a folder"):
+        commands.export_run(*run, str(tmp_path / "a.onnx"), rank=2)
+
+
+def test_a_student_with_a_branch_is_no_lora(teacher):
+    c = settings(teacher, "codi")
+    c.data.update(task="sr", scale=2)
+    parts = build.build(config.resolve(c))
+    with pytest.raises(ValueError, match="--lora_rank is for students whose whole denoiser was trained, and nothing"):
+        export.low_rank(parts, parts.init(), 2)
 
 
 # --- what is copied

@@ -238,6 +238,43 @@ def test_teacher_fake_score_and_student_share_one_base():
             assert sorted({path[-1] for path, moved in halves.items() if moved}) == expected
 
 
+def changed(net, seed=0, only=None):
+    """The net with noise of its weights' size on every weight, or on those of one layer."""
+    flat, rng = flax.traverse_util.flatten_dict(net.params), np.random.default_rng(seed)
+    noise = lambda x: np.std(x) * rng.standard_normal(x.shape).astype(np.float32)
+    flat = {path: x + noise(x) if only in (None, path[:-1]) else x for path, x in flat.items()}
+    return net.replace(params=flax.traverse_util.unflatten_dict(flat))
+
+
+def test_the_lora_of_a_difference_is_its_best_approximation(tmp_path):
+    """Of full rank it is the difference; of a lower one the singular values that are left out are its error."""
+    base = recorded_net("small")
+    net, before = changed(base), lora.adaptable_kernels(base.params)
+    for rank in (1, 3, 10_000):
+        update = lora.of_difference(base, net, rank)
+        file = lora.save_lora(tmp_path / str(rank), {"unet": update}, np.float32)  # ranks differ from layer to layer
+        after = lora.adapt(base, lora.read_lora(file, {"unet": base.params})["unet"])
+        for layer, kernel in lora.adaptable_kernels(net.params).items():
+            found, flat = lora.adaptable_kernels(after.params)[layer], (-1, kernel.shape[-1])
+            left = np.linalg.svd((kernel - before[layer]).reshape(flat), compute_uv=False)[rank:]
+            np.testing.assert_allclose(np.square(kernel - found).sum(), np.square(left).sum(), rtol=1e-3, atol=1e-8)
+    assert any(kernel.ndim == 4 for kernel in before.values())
+
+
+def test_kernels_that_did_not_change_get_no_update():
+    base = recorded_net("small")
+    layer = next(iter(lora.adaptable_kernels(base.params)))
+    assert {*lora.factors(lora.of_difference(base, changed(base, only=layer), 2).params)} == {layer}
+
+
+def test_networks_of_other_shapes_have_no_difference():
+    base = recorded_net("small")
+    with pytest.raises(ValueError, match=r"no LoRA of one network is the other: .*conv_in.* differ in shape"):
+        lora.of_difference(base, recorded_net("sd15"), 2)
+    with pytest.raises(ValueError, match="rank is at least 1, not 0"):
+        lora.of_difference(base, base, 0)
+
+
 def test_saved_files_have_diffusers_names_and_round_trip(tmp_path):
     net, adapter = read_style(tmp_path, "peft")
     file = lora.save_lora(tmp_path, {"unet": adapter}, dtype=np.float32)

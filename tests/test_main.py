@@ -97,6 +97,7 @@ D2G = "--config=configs/dmd2_emoji.py"
             "--space adds a page to a diffusers folder",
         ),
         ([SR, "--mode=export", "--page", "--push_to_hub=me/x"], "--push_to_hub is for a diffusers folder"),
+        ([SR, "--mode=export", "--page", "--lora_rank=2"], "--lora_rank is for a diffusers folder"),
         ([SR, "--topology=h100:8"], "--topology is for --mode=plan, not train: leave it out"),
         ([SR, "--mode=encode", "--checkpoint=best"], "--checkpoint is for --mode=evaluate or sample or demo or export"),
         ([SR, "--config.steps=1.5"], "config.steps must be a whole number, not '1.5'"),

@@ -50,12 +50,16 @@ def resolve(name, part: str = "unet") -> Path:
     return locate(name, part).root
 
 
+def embedded() -> dict[str, Path]:
+    """{name: folder} of the models, students and LoRAs that come with the package."""
+    return {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
+
+
 def find(name, part: str) -> Path:
     """The absolute path of a name, which exists; of Stable Diffusion in one file, the folder it is converted to."""
     from cddistill.models import single_file  # which imports this module
 
-    embedded = {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
-    given = embedded.get(str(name)) or (io.local(name) if io.is_remote(name) else Path(name).expanduser())
+    given = embedded().get(str(name)) or (io.local(name) if io.is_remote(name) else Path(name).expanduser())
     path = given.resolve() if ".." in given.parts else given.absolute()
     if str(name) and path.exists():
         if ASSETS in path.parents:
@@ -64,7 +68,7 @@ def find(name, part: str) -> Path:
     if given.is_symlink():
         raise ValueError(f"{given} is a link to {given.readlink()}, which does not exist")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        known = f"a folder nor an embedded model ({', '.join(embedded)}) nor a Hub id"
+        known = f"a folder nor an embedded model ({', '.join(embedded())}) nor a Hub id"
         raise ValueError(f"{str(name)!r} is neither {known}")
     try:
         return download(str(name), part)

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from cddistill import io
-from cddistill.models import files, peft
+from cddistill import checksums, io, progress
+from cddistill.models import files, folders, peft
 from cddistill.models.convert import abbreviate, from_torch, to_torch, torch_name, unflatten
 from cddistill.models.ldm import unet_names
 from cddistill.models.state_dict import bare_names
@@ -135,6 +135,29 @@ def make_lora_of(net, layers: str, key, rank: int, alpha: float) -> Net:
     return make_lora(net, key, rank, alpha, present_targets(net, LAYERS[layers]))
 
 
+def of_difference(base, net, rank: int) -> Net:
+    """The LoRA of at most this rank with which base comes nearest to net: the truncated SVD of each kernel's change.
+
+    Biases, norms and embeddings stay base's, and kernels that are equal get no update. Raises ValueError for a net with
+    other layers than base, and for a rank below 1.
+    """
+    before, after = adaptable_kernels(base.params), adaptable_kernels(net.params)
+    shapes = [{layer: x.shape for layer, x in kernels.items()} for kernels in (before, after)]
+    if other := sorted(layer_name(layer) for layer, _ in shapes[0].items() ^ shapes[1].items()):
+        raise ValueError(f"no LoRA of one network is the other: {abbreviate([*dict.fromkeys(other)])} differ in shape")
+    if rank < 1:
+        raise ValueError(f"a LoRA's rank is at least 1, not {rank}")
+    params = {}
+    for layer, kernel in progress.each("decomposing", after.items()):
+        change = np.asarray(kernel, np.float32) - np.asarray(before[layer], np.float32)
+        if change.any():
+            u, s, v = np.linalg.svd(change.reshape(-1, change.shape[-1]), full_matrices=False)
+            root, r = np.sqrt(s[:rank]), min(rank, len(s))
+            params[*layer, "down"] = (u[:, :rank] * root).reshape(*change.shape[:-1], r)
+            params[*layer, "up"] = (root[:, None] * v[:rank]).reshape(*(1,) * (change.ndim - 2), r, change.shape[-1])
+    return Net(flax.traverse_util.unflatten_dict(params), Update())
+
+
 def factors(params) -> dict:
     """{layer: (down, up)} of a LoRA's parameters."""
     flat = flax.traverse_util.flatten_dict(params)
@@ -212,9 +235,11 @@ def merge(path, nets: dict, scale: float = 1.0) -> dict:
 
 
 def read_parts(path) -> dict[str, Part]:
-    """The parts of a LoRA by network; nothing but headers is read."""
-    parts = {}
-    for file in lora_files(io.local(path)):
+    """The parts of a LoRA, at a path or embedded, by network; nothing but headers is read."""
+    parts, shipped = {}, folders.embedded().get(str(path))
+    if shipped:
+        checksums.check_shipped(shipped)
+    for file in lora_files(shipped or io.local(path)):
         arrays = bare_names(files.read(file).tensors, file)
         refuse_other_kinds(arrays, file)
         owners = {key: part_of(key, file) for key in arrays}
