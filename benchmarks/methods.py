@@ -46,13 +46,14 @@ class Contender(NamedTuple):
     steps: tuple[int, ...] = (1,)
 
 
+CONSTANT = {"optim.student.decay": "constant"}  # the number of updates is not known before
 METHODS = {
     "CoDi": Contender("ccd_inpaint.py", "pocket", steps=(1, 4), changes={
         "data.task": "none", "method.adapter": "none", "optim.decay": "constant",
         "data.source": "arrays", "data.path": "runs/pocket_embedded", "teacher_steps": (50,), "teacher_guidance": 2.5,
     }),
-    "DMD2": Contender("dmd2_pocket.py"),
-    "DMD2 four-step": Contender("dmd2_pocket.py", "four", steps=(4,)),
+    "DMD2": Contender("dmd2_pocket.py", changes=CONSTANT),
+    "DMD2 four-step": Contender("dmd2_pocket.py", "four", changes=CONSTANT, steps=(4,)),
     "Diffusion2GAN": Contender("d2g_pocket.py", changes={"num_pairs": 256, "method.warmup": 150}),
 }  # fmt: skip
 TEACHER = "teacher"

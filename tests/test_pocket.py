@@ -70,6 +70,26 @@ def test_the_shipped_pipeline_draws_what_the_prompt_says():
     assert purity.reshape(3, -1, 3).max(1).argmax(1).tolist() == [0, 1, 2]
 
 
+def test_the_shipped_lora_draws_what_the_prompt_says_in_four_steps():
+    """pocket_dmd2, without guidance."""
+    prompts = ["a big red cube", "a big green cube", "a big blue cube"]
+    model = cddistill.load("pocket", lora="pocket_dmd2")
+    assert model.steps == 4
+    adapted, stored = (jax.tree.leaves(net.params) for net in (model.pipeline.denoiser, model.pipeline.stored))
+    assert sum(bool((a != b).any()) for a, b in zip(adapted, stored, strict=True)) > 100
+    images = cddistill.sample(model, prompt=prompts, seed=0)
+    purity = images - (images.sum(-1, keepdims=True) - images) / 2  # of each pixel in red, green and blue
+    assert purity.reshape(3, -1, 3).max(1).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_what_the_shipped_lora_is_not(tmp_path):
+    with pytest.raises(ValueError, match="is a LoRA, not a whole network; pass it as config.lora"):
+        cddistill.sample(cddistill.load("pocket_dmd2"), prompt="a ball")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="task= and lora= are for a folder"):
+        cddistill.load(tmp_path, lora="pocket_dmd2")
+
+
 def test_a_prompt_of_unknown_words_is_no_error_and_a_long_one_is_truncated(caplog):
     prompts = Pipeline("pocket").prompts
     assert np.isfinite(prompts(["zebra ünïcode 日本 flurble"])["encoder_hidden_states"]).all()
