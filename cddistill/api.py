@@ -70,9 +70,10 @@ def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "", lora
     if task and (task not in TASKS or not TASKS[task].conditional):
         known = ", ".join(name for name, kind in TASKS.items() if kind.conditional)
         raise ValueError(f"task={task!r} must be one of {known}")
-    beside = folders.embedded().get(str(lora)) or Path(os.path.expanduser(str(lora)))
-    scheduler = str(lora) if lora and schedulers.scheduler_file(beside).is_file() else path
-    model = load_pipeline(Pipeline(path, str(lora)), UNTRAINED(scheduler=scheduler))
+    lora = os.path.expanduser(str(lora))
+    beside = folders.embedded().get(lora) or Path(lora)
+    scheduler = lora if lora and schedulers.scheduler_file(beside).is_file() else path
+    model = load_pipeline(Pipeline(path, lora), UNTRAINED(scheduler=scheduler))
     if task and not takes_image(model):
         raise ValueError(f"task={task!r}, and the network of {path} takes no image: leave it out")
     return dataclasses.replace(model, task=TASKS[task]()) if task else model
