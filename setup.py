@@ -60,7 +60,7 @@ EXTRAS = {
     ],
 }
 EXTRAS["test-browser"] = ["playwright>=1.65"]  # with a Chromium, and the extras demo or onnx: pages are clicked
-EXTRAS["test"] += [  # 80 MB: servers of both object stores, for tests/test_object_store.py
+EXTRAS["test-storage"] = [  # 80 MB: servers of both object stores, for tests/test_object_store.py
     *EXTRAS["gcs"],
     *EXTRAS["s3"],
     "flask>=3",
