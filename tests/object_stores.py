@@ -10,6 +10,8 @@ import threading
 import time
 import unittest.mock
 
+from hosts import free_port
+
 BUCKET = "bucket"
 ANONYMOUS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
 ANONYMOUS |= {"FSSPEC_GCS_TOKEN": "anon", "GOOGLE_CLOUD_PROJECT": "x"}
@@ -59,11 +61,6 @@ class Proxy:
                 if not (data := ready.recv(2**16)):
                     return
                 (b if ready is a else a).sendall(data)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
