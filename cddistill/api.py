@@ -71,8 +71,8 @@ def load(path, *, checkpoint: str = "latest", teacher=None, task: str = "", lora
         known = ", ".join(name for name, kind in TASKS.items() if kind.conditional)
         raise ValueError(f"task={task!r} must be one of {known}")
     lora = os.path.expanduser(str(lora))
-    beside = folders.embedded().get(lora) or Path(lora)
-    scheduler = lora if lora and schedulers.scheduler_file(beside).is_file() else path
+    beside = schedulers.scheduler_file(folders.shipped(lora) or Path(lora))
+    scheduler = lora if lora and beside.is_file() else path
     model = load_pipeline(Pipeline(path, lora), UNTRAINED(scheduler=scheduler))
     if task and not takes_image(model):
         raise ValueError(f"task={task!r}, and the network of {path} takes no image: leave it out")

@@ -71,12 +71,9 @@ def export_run(
     file = target.suffix in export.FILES
     if first and not file and target.is_dir() and any(listing.visible(p.name) for p in target.iterdir()):
         raise ValueError(f"{output} is not empty: choose another --output, or remove what is in it")
-    if repository and file:
-        raise ValueError(f"--push_to_hub is for an export as a folder, and --output={output} is a file: leave one out")
-    if space and file:
-        raise ValueError(f"--space is for an export as a folder, and --output={output} is a file: leave one out")
-    if rank and file:
-        raise ValueError(f"--lora_rank is for an export as a folder, and --output={output} is a file: leave one out")
+    for option, given in (("push_to_hub", repository), ("space", space), ("lora_rank", rank)):
+        if given and file:
+            raise ValueError(f"--{option} is for an export as a folder, and --output={output} is a file: leave one out")
     if repository and first:
         hub.check(repository)
     generates = isinstance(config.resolve(settings).method, Generator)

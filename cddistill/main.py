@@ -106,11 +106,11 @@ def main(settings):
         return commands.encode_data(settings, io.path(output))
     if MODE.value == "pairs":
         return commands.make_pairs(settings, io.path(output))
-    rank = RANK.value and typed.fit(typed.parse([RANK.value], 0, "--lora_rank"), typed.Count, "--lora_rank")
     if MODE.value == "export" and PAGE.value:
         return commands.export_page(settings, workdir, output, which, RUNTIME.value)
     if MODE.value == "export":
-        return commands.export_run(settings, workdir, output, which, HUB.value, SPACE.value, rank=rank or 0)
+        rank = typed.fit(typed.parse([RANK.value], 0, "--lora_rank"), typed.Count, "--lora_rank") if RANK.value else 0
+        return commands.export_run(settings, workdir, output, which, HUB.value, SPACE.value, rank=rank)
     n = NUMBER.value and typed.parse([NUMBER.value], 0, "--n")
     labels = typed.fit(typed.parse(LABEL.value, (), "--label"), tuple[int, ...], "--label")
     source = INPUT.value and str(io.local(INPUT.value))

@@ -55,6 +55,14 @@ def embedded() -> dict[str, Path]:
     return {p.name: p for p in sorted(ASSETS.glob("*")) if p.is_dir()}
 
 
+def shipped(name) -> Path | None:
+    """The folder of that name in the package, with no file damaged; None if there is none."""
+    folder = embedded().get(str(name))
+    if folder:
+        checksums.check_shipped(folder)
+    return folder
+
+
 def find(name, part: str) -> Path:
     """The absolute path of a name, which exists; of Stable Diffusion in one file, the folder it is converted to."""
     from cddistill.models import single_file  # which imports this module

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from cddistill import checksums, io, progress
+from cddistill import io, progress
 from cddistill.models import files, folders, peft
 from cddistill.models.convert import abbreviate, from_torch, to_torch, torch_name, unflatten
 from cddistill.models.ldm import unet_names
@@ -236,10 +236,8 @@ def merge(path, nets: dict, scale: float = 1.0) -> dict:
 
 def read_parts(path) -> dict[str, Part]:
     """The parts of a LoRA, at a path or embedded, by network; nothing but headers is read."""
-    parts, shipped = {}, folders.embedded().get(str(path))
-    if shipped:
-        checksums.check_shipped(shipped)
-    for file in lora_files(shipped or io.local(path)):
+    parts = {}
+    for file in lora_files(folders.shipped(path) or io.local(path)):
         arrays = bare_names(files.read(file).tensors, file)
         refuse_other_kinds(arrays, file)
         owners = {key: part_of(key, file) for key in arrays}

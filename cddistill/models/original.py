@@ -6,11 +6,11 @@ from pathlib import Path
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors.numpy
 
 from cddistill.models.adapter import ControlNetModel
 from cddistill.models.convert import to_torch, torch_name
 from cddistill.models.ldm import unet_names
+from cddistill.models.lora import save_tensors
 from cddistill.net import Net
 
 FILE = "controlnet_original.safetensors"
@@ -52,6 +52,4 @@ def save(folder: Path, net: Net, dtype=np.float16) -> Path:
     for name, x in tensors.items():
         layer, _, leaf = name.rpartition(".")
         renamed[f"{PREFIX}{names[layer]}.{leaf}"] = np.array(x, dtype, order="C")
-    safetensors.numpy.save_file(renamed, folder / FILE, metadata={"format": "pt"})
-    (folder / FILE).chmod(0o644)  # safetensors creates files that only their owner can read
-    return folder / FILE
+    return save_tensors(folder / FILE, renamed)
